@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "blocks.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+namespace moecomm {
+namespace {
+
+void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+void copy_equal_blocks(const CopyBlocks& a) {
+    const auto N = static_cast<std::int64_t>(a.N);
+    require(a.N * a.row_bytes == a.src_bytes && a.src_bytes == a.dst_bytes, "copy_blocks: the blocks do not fill src and dst");
+    for (std::size_t i = 0; i < a.N; ++i) require(a.order[i] >= 0 && a.order[i] < N, "copy_blocks: order is out of range");
+    std::byte* dst = a.dst;
+    for (std::size_t i = 0; i < a.N; ++i, dst += a.row_bytes)
+        std::memcpy(dst, a.src + static_cast<std::size_t>(a.order[i]) * a.row_bytes, a.row_bytes);
+}
+
+void copy_ragged_blocks(const CopyBlocks& a) {
+    const auto N = static_cast<std::int64_t>(a.N);
+    std::vector<std::size_t> start(a.N + 1, 0);      // [N + 1] in bytes
+    for (std::size_t i = 0; i < a.N; ++i) {
+        require(a.rows[i] >= 0, "copy_blocks: a block has a negative number of rows");
+        start[i + 1] = start[i] + static_cast<std::size_t>(a.rows[i]) * a.row_bytes;
+    }
+    require(start[a.N] == a.src_bytes, "copy_blocks: the blocks do not fill src");
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < a.N; ++i) {
+        require(a.order[i] >= 0 && a.order[i] < N, "copy_blocks: order is out of range");
+        total += start[a.order[i] + 1] - start[a.order[i]];
+    }
+    require(total == a.dst_bytes, "copy_blocks: the blocks do not fill dst");
+    std::byte* dst = a.dst;
+    for (std::size_t i = 0; i < a.N; ++i) {
+        const std::size_t bytes = start[a.order[i] + 1] - start[a.order[i]];
+        if (bytes != 0) std::memcpy(dst, a.src + start[a.order[i]], bytes);
+        dst += bytes;
+    }
+}
+
+}  // namespace
+
+void copy_blocks(const CopyBlocks& a) {
+    if (a.rows == nullptr)
+        copy_equal_blocks(a);
+    else
+        copy_ragged_blocks(a);
+}
+
+}  // namespace moecomm

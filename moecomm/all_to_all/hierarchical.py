@@ -1,0 +1,210 @@
+"""The hierarchical all-to-all of DeepSpeed-MoE: first inside the node, then between nodes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moecomm.all_to_all.base import AllToAll
+from moecomm.arrays import Array, Counts, copy_blocks, copy_rows, empty_rows
+from moecomm.comm import Comm
+from moecomm.nodes import Nodes
+from moecomm.transports import as_comm
+
+
+class HierarchicalAllToAll(AllToAll):
+    """Two hops instead of one: (G - 1) + (p/G - 1) messages a rank instead of p - 1, with G ranks a node.
+
+    A row for local rank l of another node goes first to this node's local rank l (layout transform, all-to-all inside
+    the node), and from there straight to its destination (layout transform, all-to-all among the ranks of equal local
+    rank). The bytes between nodes stay those of the flat all-to-all; what is new is a copy inside the node.
+
+    comm   an mpi4py communicator, a torch ProcessGroup or a moecomm Comm
+    nodes  the partition of its ranks into nodes, the same on every rank; None: the nodes found by Nodes.discover
+
+    Nodes may be of any size and placed in any order. Where sizes differ, the forwarder to local rank l is local rank
+    l mod (size of the source's node), and the second hop runs among all ranks that so come to share a destination.
+    A hop of one rank is left out: one node, or nodes of one rank, make a flat all-to-all.
+
+    Memory beside input and output, with nodes of one size: even form, one copy of x (`out` is used as scratch); uneven
+    form, two buffers of max(rows given, forwarded, returned) rows. With nodes of several sizes the even form needs what
+    the uneven form does. Counts take 8 (p + G^2 + p/G) bytes more.
+
+    The constructor is collective over comm and splits it twice, once for each hop; nothing is split later. In the uneven
+    form each hop's counts go through that hop's own group, in one small equal-block exchange.
+
+    Raises ValueError on every rank if `nodes` is not a partition of comm's ranks or differs among them.
+    Source: DeepSpeed-MoE (arXiv 2201.05596), section 5.3.
+    """
+
+    def __init__(self, comm: object, nodes: Nodes | None = None) -> None:
+        self.comm = as_comm(comm)
+        self.nodes = Nodes.discover(self.comm) if nodes is None else nodes
+        _agree_on_nodes(self.comm, self.nodes)
+        route = _Route(self.nodes, self.comm.rank)
+        self.local = self.comm.split(route.node, key=self.comm.rank)
+        """The ranks of this node."""
+        self.cross = self.comm.split(route.lane, key=self.comm.rank)
+        """The ranks that the second hop runs among: of equal local rank, where nodes are of one size."""
+        hops = [route.hop_inside(self.local), route.hop_between(self.cross)]
+        self._hops = [hop for hop in hops if hop.comm.size > 1]
+        self._last_order = route.order_by_source()
+        self._blocks_are_equal = all(hop.blocks_are_equal() for hop in self._hops)
+        self._steps = self._even_steps()
+
+    def _even_steps(self) -> list[Callable[[Array, Array], None]]:
+        """The even form as a chain of steps (src, dst): layout transforms and exchanges."""
+        steps: list[Callable[[Array, Array], None]] = []
+        for hop in self._hops:
+            if not _is_sorted(hop.order):
+                steps.append(lambda src, dst, order=hop.order: copy_blocks(dst, src, order))
+            steps.append(lambda src, dst, comm=hop.comm: comm.all_to_all(src, out=dst))
+        if not _is_sorted(self._last_order):
+            steps.append(lambda src, dst: copy_blocks(dst, src, self._last_order))
+        return steps or [lambda src, dst: copy_rows(dst, src)]
+
+    def _even(self, x: Array, out: Array) -> None:
+        if not self._blocks_are_equal:
+            rows, _ = self._two_hops(x, np.ones(self.comm.size, np.int64), counts_are_known=True)
+            copy_rows(out, rows)
+            return
+        scratch = empty_rows(x.shape[0], x) if len(self._steps) > 1 else out
+        src = x
+        for left in range(len(self._steps), 0, -1):
+            dst = out if left % 2 else scratch  # in turn, so that the last step writes to out
+            self._steps[-left](src, dst)
+            src = dst
+
+    def _uneven(self, rows: Array, send_counts: Counts) -> tuple[Array, Counts]:
+        return self._two_hops(rows, send_counts, counts_are_known=False)
+
+    def _two_hops(self, rows: Array, sizes: Counts, counts_are_known: bool) -> tuple[Array, Counts]:
+        """sizes [number of blocks]: the rows of each block of `rows`, as they lie before the next hop."""
+        for hop in self._hops:
+            packed = _reordered(rows, hop.order, sizes)
+            del rows  # at most two buffers at a time
+            sizes, send_counts, recv_counts = hop.exchange_counts(sizes, counts_are_known)
+            rows = hop.comm.all_to_all(packed, send_counts, recv_counts)
+            del packed
+        if not self._hops:
+            rows, sizes = rows.copy() if isinstance(rows, np.ndarray) else rows.clone(), sizes.copy()
+        return _reordered(rows, self._last_order, sizes), sizes[self._last_order]
+
+    def free(self) -> None:
+        """Give back the two groups that the constructor made. Collective. comm stays."""
+        self.local.free()
+        self.cross.free()
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """One exchange of blocks among the ranks of `comm`. A block is what one source has for one destination."""
+
+    comm: Comm
+    order: Counts  # [blocks here before the hop] the order in which they are sent: by receiver
+    send_blocks: Counts  # [comm.size] how many of them go to each rank
+    recv_blocks: Counts  # [comm.size] how many come from each rank
+    widest: int  # the most blocks that any rank of comm sends to any other
+
+    def blocks_are_equal(self) -> bool:
+        counts = {*self.send_blocks.tolist(), *self.recv_blocks.tolist()}
+        return len(counts) == 1
+
+    def exchange_counts(self, sizes: Counts, counts_are_known: bool) -> tuple[Counts, Counts, Counts]:
+        """The sizes of the blocks after the hop, and the rows to send to and receive from each rank."""
+        send = np.zeros((self.comm.size, self.widest), np.int64)
+        send[np.arange(self.widest) < self.send_blocks[:, None]] = sizes[self.order]
+        arriving = np.arange(self.widest) < self.recv_blocks[:, None]
+        recv = arriving.astype(np.int64) if counts_are_known else self.comm.all_to_all(send)
+        return recv[arriving], send.sum(axis=1), recv.sum(axis=1)
+
+
+class _Route:
+    """Who forwards what, seen from one rank: plain arithmetic on the nodes.
+
+    The forwarder from node n to a destination of local rank l is local rank l mod (size of n). A block is named by its
+    source and its destination; the blocks here are, in this order,
+      before hop one    (rank, d) for all d
+      after hop one     (s, d) for s in this node, for d in `forwards[node][local]`
+      after hop two     (s, rank) for each node's forwarder to here, by rank, for s in that node
+    """
+
+    def __init__(self, nodes: Nodes, rank: int) -> None:
+        self.nodes = nodes
+        self.rank = rank
+        self.node = int(nodes.node_of[rank])
+        self.local = int(nodes.local_rank[rank])
+        self.lane = _lanes(nodes.sizes())[self.local]
+
+    def forwarded(self, node: int, local: int) -> Counts:
+        """The destinations that local rank `local` of `node` forwards to, ascending."""
+        return np.flatnonzero(self.nodes.local_rank % len(self.nodes.ranks[node]) == local)
+
+    def hop_inside(self, comm: Comm) -> _Hop:
+        G = comm.size  # noqa: N806
+        forwarder = self.nodes.local_rank % G  # [p]
+        to_each = np.bincount(forwarder, minlength=G)
+        from_each = np.full(G, to_each[self.local])
+        return _Hop(comm, np.argsort(forwarder, kind="stable"), to_each, from_each, int(to_each.max()))
+
+    def hop_between(self, comm: Comm) -> _Hop:
+        G = len(self.nodes.ranks[self.node])  # noqa: N806
+        lanes = _lanes(self.nodes.sizes())
+        members = [r for r in range(self.nodes.world_size) if lanes[self.nodes.local_rank[r]] == self.lane]
+        mine = self.forwarded(self.node, self.local)
+        order = np.arange(G * len(mine)).reshape(G, len(mine)).T.reshape(-1)  # (s, d) -> (d, s)
+        send_blocks = np.where(np.isin(members, mine), G, 0)
+        recv_blocks = np.array([self._blocks_from(r) for r in members], np.int64)
+        return _Hop(comm, order, send_blocks, recv_blocks, int(self.nodes.sizes().max()))
+
+    def order_by_source(self) -> Counts:
+        """Of the blocks after hop two."""
+        forwarders = [r for r in range(self.nodes.world_size) if self._blocks_from(r)]
+        sources = [s for r in forwarders for s in self.nodes.ranks[self.nodes.node_of[r]]]
+        return np.argsort(sources, kind="stable")
+
+    def _blocks_from(self, rank: int) -> int:
+        """How many blocks `rank` sends here in hop two: one for each rank of its node if it forwards to here."""
+        G = len(self.nodes.ranks[self.nodes.node_of[rank]])  # noqa: N806
+        return G if self.local % G == self.nodes.local_rank[rank] else 0
+
+
+def _lanes(sizes: Counts) -> list[int]:
+    """[largest node] the lane of each local rank: local ranks that the second hop joins have the same.
+
+    Each node of size G joins l and l mod G. Nodes of one size: lane = local rank.
+    """
+    lane = list(range(int(sizes.max())))
+    for size in sorted(set(sizes.tolist())):
+        for local in range(len(lane)):
+            old, new = lane[local], lane[local % size]
+            lane = [min(old, new) if value in (old, new) else value for value in lane]
+    return lane
+
+
+def _agree_on_nodes(comm: Comm, nodes: Nodes) -> None:
+    """Collective: a rank with other nodes than rank 0 would wait in another group for ever."""
+    fits = isinstance(nodes, Nodes) and nodes.world_size == comm.size
+    digest = hashlib.blake2b(repr(nodes).encode(), digest_size=7).digest() if fits else b""
+    every = comm.all_gather(np.array([int.from_bytes(digest, "big") if fits else -1], np.int64))
+    if not fits:
+        got = f"has {nodes.world_size} ranks" if isinstance(nodes, Nodes) else f"is a {type(nodes).__name__}"
+        raise ValueError(f"HierarchicalAllToAll: nodes {got}, expected Nodes of {comm.size} ranks{comm.where()}")
+    for rank, other in enumerate(every.tolist()):
+        if other != every[0]:
+            raise ValueError(f"HierarchicalAllToAll: rank {rank} was given other nodes than rank 0{comm.where()}")
+
+
+def _is_sorted(order: Counts) -> bool:
+    return bool((order == np.arange(len(order))).all())
+
+
+def _reordered(rows: Array, order: Counts, sizes: Counts) -> Array:
+    if _is_sorted(order):
+        return rows
+    packed = empty_rows(rows.shape[0], rows)
+    copy_blocks(packed, rows, order, sizes)
+    return packed

@@ -1,0 +1,126 @@
+"""Rows of numpy and torch arrays, told apart by their own type.
+
+torch is never imported here: an array can only be a torch tensor if its caller has imported torch already.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecomm import _core
+
+Array: TypeAlias = Any
+"""A numpy array or a torch tensor. A function that makes one makes it of the type, dtype and device of its argument."""
+
+Counts: TypeAlias = NDArray[np.int64]
+
+
+def is_torch(array: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def on_host(array: Array) -> bool:
+    return not is_torch(array) or array.device.type == "cpu"
+
+
+def as_rows(array: Array, name: str) -> Array:
+    """The array itself, or a contiguous copy of it. TypeError or ValueError if it has no rows that can be moved."""
+    if is_torch(array):
+        import torch
+
+        if array.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, which a collective would lose; pass {name}.detach()")
+        if array.layout != torch.strided:
+            raise TypeError(f"{name} is a {array.layout} tensor, expected a dense one")
+    elif not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is a {type(array).__name__}, expected a numpy array or a torch tensor")
+    elif array.dtype.hasobject:
+        raise TypeError(f"{name} has dtype {array.dtype}, whose elements are Python objects and cannot be moved as bytes")
+    if array.ndim == 0:
+        raise ValueError(f"{name} has no rows: its shape is ()")
+    return array if is_contiguous(array) else contiguous(array)
+
+
+def is_contiguous(array: Array) -> bool:
+    return bool(array.is_contiguous()) if is_torch(array) else bool(array.flags.c_contiguous)
+
+
+def contiguous(array: Array) -> Array:
+    return array.contiguous() if is_torch(array) else np.ascontiguousarray(array)
+
+
+def empty_rows(num_rows: int, like: Array) -> Array:
+    """[num_rows, ...], uninitialised."""
+    shape = (num_rows, *like.shape[1:])
+    if is_torch(like):
+        return like.detach().new_empty(shape)
+    return np.empty(shape, like.dtype)
+
+
+def row_bytes(rows: Array) -> int:
+    itemsize = rows.element_size() if is_torch(rows) else rows.itemsize
+    return int(itemsize * math.prod(rows.shape[1:]))
+
+
+def dtype_name(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def as_bytes(rows: Array) -> Array:
+    """The memory of contiguous rows as one-dimensional uint8: numpy for host arrays, torch for device ones."""
+    if not is_torch(rows):
+        return rows.reshape(-1).view(np.uint8)
+    import torch
+
+    flat = rows.detach().reshape(-1).view(torch.uint8)
+    return flat.numpy() if rows.device.type == "cpu" else flat
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two contiguous arrays share memory."""
+    if on_host(a) != on_host(b):
+        return False
+    if on_host(a):
+        return bool(np.may_share_memory(as_bytes(a), as_bytes(b)))
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    return bool(start_a < start_b + b.nbytes and start_b < start_a + a.nbytes)
+
+
+def copy_rows(dst: Array, src: Array) -> None:
+    as_bytes(dst)[:] = as_bytes(src)
+
+
+def copy_blocks(dst: Array, src: Array, order: Counts, sizes: Counts | None = None) -> None:
+    """dst [n, ...] = the blocks of src [n, ...], one behind the other, in the order `order` [N].
+
+    Block i of src has sizes[i] rows, or one row where sizes is None.
+    """
+    if on_host(src):
+        _core.copy_blocks(as_bytes(dst), as_bytes(src), order, sizes, row_bytes(src))
+        return
+    import torch
+
+    index = torch.from_numpy(order if sizes is None else _row_index(order, sizes)).to(src.device)
+    torch.index_select(_words(src), 0, index, out=_words(dst))
+
+
+def _row_index(order: Counts, sizes: Counts) -> Counts:
+    starts = np.cumsum(sizes) - sizes
+    counts = sizes[order]
+    shift = np.repeat(starts[order] - (np.cumsum(counts) - counts), counts)
+    return shift + np.arange(counts.sum(), dtype=np.int64)
+
+
+def _words(rows: Array) -> Array:
+    """Device rows as [n, words] of the widest integer that divides a row, so that every dtype takes the same fast kernel."""
+    import torch
+
+    width = row_bytes(rows)
+    word = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if width % t.itemsize == 0)
+    return rows.detach().reshape(-1).view(word).reshape(rows.shape[0], width // word.itemsize)

@@ -1,0 +1,220 @@
+"""Comm: a group of ranks that can move rows to each other. The contract that every transport keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from moecomm.arrays import Array, Counts, as_rows, dtype_name, empty_rows, is_contiguous, is_torch, overlap
+from moecomm.errors import CommError
+
+T = TypeVar("T", bound="tuple[Any, ...]")
+
+
+class Comm(ABC):
+    """A group of `size` ranks, of which this one is `rank`.
+
+    Every method is collective: all ranks of the group call it, in the same order, and it returns on all of them or
+    raises. `rows` is a numpy array or a torch tensor [num_rows, ...]; the result has its type, dtype and device. A
+    non-contiguous array is copied first. Counts are in rows, int64, on the host, one per rank. A result in host memory
+    is ready on return; one in device memory is ready for work queued after the call on the current stream.
+
+    Bad arguments raise ValueError or TypeError before anything is sent, on the rank that passed them: wrap the Comm in
+    `Checked` to raise on all ranks and to compare the arguments among them. A collective that fails raises CommError,
+    and so does every later call on the same Comm.
+
+    To write a transport, set `rank` and `size`, write the methods marked below, and call `testing.check_comm`.
+    """
+
+    rank: int
+    size: int
+    failure: str | None = None
+    """Why this Comm cannot be used any more, or None."""
+
+    # ---- the collectives -------------------------------------------------------------------------------------------
+
+    def all_to_all(
+        self,
+        rows: Array,
+        send_counts: Sequence[int] | Counts | None = None,
+        recv_counts: Sequence[int] | Counts | None = None,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """Send each rank its rows and return what every rank sent to this one.
+
+        rows         [num_rows, ...]  ordered by destination rank
+        send_counts  [size]  rows for each rank, num_rows in all; None: equal blocks of num_rows / size rows
+        recv_counts  [size]  rows from each rank; None if and only if send_counts is
+        out          [sum(recv_counts), ...]  where to put the result: contiguous, like rows, not overlapping them
+        returns      [sum(recv_counts), ...]  ordered by source rank
+
+        Equal blocks go through the library's own all-to-all, with its algorithms for small messages.
+        """
+        rows, send_counts, recv_counts, out = self.checked(
+            "all_to_all", lambda: self._all_to_all_arguments(rows, send_counts, recv_counts, out)
+        )
+        if out is None:
+            out = empty_rows(rows.shape[0] if recv_counts is None else int(recv_counts.sum()), rows)
+        self._all_to_all(rows, out, send_counts, recv_counts)
+        return out
+
+    def all_gather(self, rows: Array, recv_counts: Sequence[int] | Counts | None = None) -> Array:
+        """Return the rows of all ranks, in rank order.
+
+        rows         [num_rows, ...]
+        recv_counts  [size]  rows of each rank; None: every rank has num_rows
+        returns      [sum(recv_counts), ...]
+        """
+        rows, recv_counts = self.checked("all_gather", lambda: self._all_gather_arguments(rows, recv_counts))
+        out = empty_rows(rows.shape[0] * self.size if recv_counts is None else int(recv_counts.sum()), rows)
+        self._all_gather(rows, out, recv_counts)
+        return out
+
+    def all_reduce(self, array: Array) -> Array:
+        """Return the element-wise sum over all ranks, as a new array. 16-bit floats are summed in float32."""
+        array, _ = self.checked("all_reduce", lambda: self._all_reduce_arguments(array))
+        if dtype_name(array) not in ("float16", "bfloat16"):
+            return self._all_reduce(array)
+        if is_torch(array):
+            return self._all_reduce(array.float()).to(array.dtype)
+        return self._all_reduce(array.astype(np.float32)).astype(array.dtype)
+
+    def barrier(self) -> None:
+        """Return when every rank has come."""
+        self.checked("barrier", tuple)
+        self._barrier()
+
+    def split(self, color: int, key: int | None = None) -> Comm:
+        """Return the Comm of the ranks that gave the same `color` (>= 0), ordered by `key`, ties by rank.
+
+        key  None: this Comm's own rank order
+        """
+        color, key = self.checked("split", lambda: self._split_arguments(color, key))
+        return self._split(color, key)
+
+    def node_key(self) -> int:
+        """A number in [0, 2**63) that is the same on two ranks if and only if they share a node's memory."""
+        self.checked("node_key", tuple)
+        return self._node_key()
+
+    def free(self) -> None:
+        """Give back what `split` made. A communicator that the caller brought stays the caller's."""
+        if self.failure is None:
+            self._free()
+            self.failure = "it was freed"
+
+    # ---- what a transport writes -----------------------------------------------------------------------------------
+    # Arguments are checked and contiguous; out is allocated; counts are int64 [size], or both None for equal blocks.
+
+    @abstractmethod
+    def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None: ...
+
+    @abstractmethod
+    def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None: ...
+
+    @abstractmethod
+    def _all_reduce(self, array: Array) -> Array: ...
+
+    @abstractmethod
+    def _barrier(self) -> None: ...
+
+    @abstractmethod
+    def _split(self, color: int, key: int) -> Comm: ...
+
+    @abstractmethod
+    def _node_key(self) -> int: ...
+
+    def _free(self) -> None:
+        """Called once, by `free`."""
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def checked(self, call: str, arguments: Callable[[], T]) -> T:
+        """`arguments()`, with the call and the rank added to what it raises. `Checked` makes this a collective.
+
+        arguments  checks what one rank can check alone and returns a tuple; where it begins with an array and its
+                   counts (or None), those must fit those of the other ranks
+        """
+        if self.failure is not None:
+            raise CommError(f"{call}: this Comm cannot be used: {self.failure}{self.where()}")
+        try:
+            return arguments()
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{call}: {error}{self.where()}") from None
+
+    def where(self) -> str:
+        return f"  (rank {self.rank} of {self.size})"
+
+    def _all_to_all_arguments(self, rows: Array, send: Any, recv: Any, out: Any) -> tuple[Array, Any, Any, Any]:
+        rows = as_rows(rows, "rows")
+        if (send is None) != (recv is None):
+            raise ValueError("give both send_counts and recv_counts, or neither")
+        if send is None:
+            if rows.shape[0] % self.size:
+                raise ValueError(f"rows has {rows.shape[0]} rows, which {self.size} ranks cannot share in equal blocks")
+            num_out = rows.shape[0]
+        else:
+            send, recv = self.counts("send_counts", send, rows.shape[0]), self.counts("recv_counts", recv)
+            num_out = int(recv.sum())
+        if out is not None:
+            check_out(out, rows, num_out)
+        return rows, send, recv, out
+
+    def _all_gather_arguments(self, rows: Array, recv: Any) -> tuple[Array, Any]:
+        rows = as_rows(rows, "rows")
+        if recv is not None:
+            recv = self.counts("recv_counts", recv)
+            if recv[self.rank] != rows.shape[0]:
+                raise ValueError(f"recv_counts[{self.rank}] is {recv[self.rank]}, but rows has {rows.shape[0]} rows")
+        return rows, recv
+
+    def _all_reduce_arguments(self, array: Array) -> tuple[Array, None]:
+        if getattr(array, "ndim", None) == 0:
+            return self._all_reduce_arguments(array.reshape(1))[0].reshape(()), None
+        array = as_rows(array, "array")
+        if dtype_name(array) == "bool":
+            raise TypeError("array has dtype bool, which has no sum")
+        return array, None
+
+    def _split_arguments(self, color: int, key: int | None) -> tuple[Any, Any]:
+        for name, value in (("color", color), ("key", key)):
+            if value is not None and not isinstance(value, int | np.integer):
+                raise TypeError(f"{name} is {value!r}, expected an int")
+        if color < 0:
+            raise ValueError(f"color is {color}, expected >= 0")
+        return int(color), self.rank if key is None else int(key)
+
+    def counts(self, name: str, counts: Any, num_rows: int | None = None) -> Counts:
+        """`counts` as int64 [size]. Raises if they are not that many whole numbers >= 0 with the sum num_rows."""
+        array = np.asarray(counts)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} has dtype {array.dtype}, expected whole numbers")
+        if array.shape != (self.size,):
+            raise ValueError(f"{name} has shape {array.shape}, expected ({self.size},): one count per rank")
+        array = np.ascontiguousarray(array, np.int64)
+        if array.min() < 0:
+            raise ValueError(f"{name}[{array.argmin()}] is {array.min()}, expected >= 0")
+        if num_rows is not None and array.sum() != num_rows:
+            raise ValueError(f"{name} sums to {array.sum()}, expected {num_rows}, the number of rows given")
+        return array
+
+
+def check_out(out: Array, rows: Array, num_rows: int) -> None:
+    """Raise unless `out` can take num_rows rows like `rows` while `rows` is read."""
+    shape = (num_rows, *rows.shape[1:])
+    if type(out) is not type(rows):
+        raise TypeError(f"out is a {type(out).__name__}, expected a {type(rows).__name__} like the rows given")
+    if out.dtype != rows.dtype or (is_torch(out) and out.device != rows.device):
+        raise TypeError(f"out has dtype {dtype_name(out)}, expected {dtype_name(rows)} on the same device as the rows")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}, expected {shape}")
+    if not is_contiguous(out):
+        raise ValueError("out is not contiguous")
+    if not is_torch(out) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if overlap(out, rows):
+        raise ValueError("out shares memory with the rows given")

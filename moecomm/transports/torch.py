@@ -1,0 +1,136 @@
+"""Ranks of a torch.distributed process group: gloo for host memory, NCCL for GPUs."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moecomm.arrays import Array, Counts, as_bytes, is_torch, row_bytes
+from moecomm.comm import Comm
+from moecomm.errors import CommError
+from moecomm.transports.limit import check_limit, wait
+
+try:
+    import torch
+    import torch.distributed as dist
+except ImportError as error:
+    raise ImportError(f"moecomm's torch transport needs torch ({error}): pip install 'moecomm[torch]'") from error
+
+
+class TorchComm(Comm):
+    """The ranks of a torch ProcessGroup; torch.distributed.group.WORLD is all of them.
+
+    group  an initialised group that this rank belongs to; stays the caller's
+    limit  seconds that a collective may take; None: as long as the group's own timeout. A collective that takes longer
+           raises CommError here, and the Comm is of no use any more.
+
+    Making one is not collective. A group with NCCL alone moves CUDA tensors; host arrays (the counts among them) go
+    through the current CUDA device, which must then be set to this rank's own.
+    """
+
+    def __init__(self, group: Any, *, limit: float | None = None) -> None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"TorchComm: group is a {type(group).__name__}, expected an initialised torch ProcessGroup of this rank"
+            )
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._group = group
+        self._limit = check_limit(limit)
+        self._owned = False
+        self._pending: Any = None
+        backends = dist.get_backend_config(group).split(",")  # such as cpu:gloo,cuda:nccl
+        self._moves_host_memory = any(backend.startswith("cpu:") for backend in backends)
+
+    def _call(self, name: str, start: Callable[[], Any], *buffers: Any) -> None:
+        try:
+            work = start()
+            if self._limit is None or wait(work.is_completed, self._limit):
+                work.wait()  # for device arrays the current stream waits, not the host
+                return
+        except RuntimeError as error:  # torch's own DistBackendError is one
+            self.failure = f"{name} failed: {error}"
+            raise CommError(f"{name}: {error}{self.where()}") from error
+        self._pending = work, buffers  # torch may still write there
+        self.failure = f"{name} waited {self._limit} s for the other {self.size - 1} rank(s) to come and send"
+        raise CommError(f"{self.failure}{self.where()}")
+
+    def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
+        send, recv = self._movable(rows), self._movable(out)
+        splits = [None if c is None else (c * row_bytes(rows)).tolist() for c in (recv_counts, send_counts)]
+
+        def start() -> Any:
+            return dist.all_to_all_single(recv, send, *splits, group=self._group, async_op=True)
+
+        self._call("all_to_all", start, send, recv)
+        _bring(out, recv)
+
+    def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
+        send = self._movable(rows)
+        sizes = None if recv_counts is None else (recv_counts * row_bytes(rows)).tolist()
+        if sizes is not None:  # gloo gathers equal parts only: pad each to the longest
+            padded = send.new_zeros(max(sizes))
+            padded[: send.numel()] = send
+            send = padded
+        recv = send.new_empty(self.size * send.numel())
+
+        def start() -> Any:
+            return dist.all_gather_into_tensor(recv, send, group=self._group, async_op=True)
+
+        self._call("all_gather", start, send, recv)
+        if sizes is not None:
+            recv = torch.cat([part[:n] for part, n in zip(recv.view(self.size, -1), sizes, strict=True)])
+        _bring(out, recv)
+
+    def _all_reduce(self, array: Array) -> Array:
+        total = array.detach().clone() if is_torch(array) else torch.from_numpy(np.array(array))
+        moved = total.to(self._device()) if total.device.type == "cpu" else total
+        self._call("all_reduce", lambda: dist.all_reduce(moved, group=self._group, async_op=True), moved)
+        total = moved.to(total.device)
+        return total if is_torch(array) else total.numpy()
+
+    def _barrier(self) -> None:
+        self._all_reduce(np.zeros(1, np.int32))
+
+    def _split(self, color: int, key: int) -> Comm:
+        wishes = np.empty((self.size, 2), np.int64)
+        self._all_gather(np.array([[color, key]], np.int64), wishes, None)
+        members = sorted((r for r in range(self.size) if wishes[r, 0] == color), key=lambda r: (wishes[r, 1], r))
+        ranks = [dist.get_global_rank(self._group, r) for r in members]
+        order: dict[str, bool] = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # the option came in torch 2.12
+        # Entered by its members alone. Without the option every rank of the job would have to come.
+        child = TorchComm(dist.new_group(ranks, use_local_synchronization=True, **order), limit=self._limit)
+        child._owned = True
+        return child
+
+    def _node_key(self) -> int:
+        # Two hosts may have one name, and two containers of one host one boot id: a node has both in common.
+        boot_id = Path("/proc/sys/kernel/random/boot_id")
+        name = socket.gethostname() + (boot_id.read_text() if boot_id.exists() else "")
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+    def _device(self) -> Any:
+        """Where host arrays must be for this group."""
+        return torch.device("cpu") if self._moves_host_memory else torch.device("cuda", torch.cuda.current_device())
+
+    def _movable(self, rows: Array) -> Any:
+        """The bytes of rows as a tensor that the group can move."""
+        flat = as_bytes(rows)
+        return flat if is_torch(flat) else torch.from_numpy(flat).to(self._device())
+
+    def _free(self) -> None:
+        if self._owned:
+            dist.destroy_process_group(self._group)
+
+
+def _bring(out: Array, recv: Any) -> None:
+    """Put what was received into out, where it is not there already."""
+    flat = as_bytes(out)
+    target = flat if is_torch(flat) else torch.from_numpy(flat)
+    if target.data_ptr() != recv.data_ptr():
+        target.copy_(recv)

@@ -1,0 +1,219 @@
+"""A Comm around a Comm: Checked compares what the ranks pass, Timed counts what they send."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moecomm.arrays import Array, Counts, dtype_name, row_bytes
+from moecomm.comm import Comm
+from moecomm.errors import CommError
+
+TEXT_BYTES = 512
+"""What a rank tells the others about its call, at most."""
+
+
+class _Wrapper(Comm):
+    """Hands every call on, so that a subclass writes only what it changes. Checks are done once, by the outermost."""
+
+    def __init__(self, inner: Comm) -> None:
+        if not isinstance(inner, Comm):
+            raise TypeError(f"{type(self).__name__}: comm is a {type(inner).__name__}, expected a moecomm Comm")
+        self.inner = inner
+        self.rank = inner.rank
+        self.size = inner.size
+
+    @property
+    def failure(self) -> str | None:  # type: ignore[override]
+        return self.inner.failure
+
+    @failure.setter
+    def failure(self, why: str | None) -> None:
+        self.inner.failure = why
+
+    def checked(self, call: str, arguments: Callable[[], Any]) -> Any:
+        return self.inner.checked(call, arguments)
+
+    def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
+        self.inner._all_to_all(rows, out, send_counts, recv_counts)
+
+    def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
+        self.inner._all_gather(rows, out, recv_counts)
+
+    def _all_reduce(self, array: Array) -> Array:
+        return self.inner._all_reduce(array)
+
+    def _barrier(self) -> None:
+        self.inner._barrier()
+
+    def _split(self, color: int, key: int) -> Comm:
+        return type(self)(self.inner._split(color, key))
+
+    def _node_key(self) -> int:
+        return self.inner._node_key()
+
+    def _free(self) -> None:
+        self.inner._free()
+
+
+class Checked(_Wrapper):
+    """All ranks agree on a call before anything moves: which collective, dtype, row shape, counts.
+
+    What differs is a ValueError on every rank that names two ranks and their two values, and what one rank alone
+    refuses is raised on all of them, so nobody waits for a rank that has given up. A rank that never comes is not
+    noticed here: give the transport a limit. Costs one small all-gather a call, and an all-to-all of the counts where
+    there are any. For finding mistakes, not for production.
+    """
+
+    def checked(self, call: str, arguments: Callable[[], Any]) -> Any:
+        problem: Exception | None = None
+        mine = call
+        try:
+            result = self.inner.checked(call, arguments)
+            mine = f"{call} {_describe(result)}"
+        except CommError:
+            raise  # the Comm is of no use: nothing can be told to the others
+        except (TypeError, ValueError) as error:
+            problem, mine = error, f"!{error}"
+        every = self._gather_texts(mine)
+        if problem is not None:
+            raise problem
+        for rank, text in enumerate(every):
+            if text.startswith("!"):
+                raise ValueError(f"{text[1:]}, found by rank {rank}; this is rank {self.rank}, which gave up with it")
+        for rank, text in enumerate(every):
+            if text != every[0]:
+                raise ValueError(f"the ranks differ: rank 0 called {every[0]}, rank {rank} called {text}{self.where()}")
+        return result
+
+    def _gather_texts(self, text: str) -> list[str]:
+        row = np.zeros((1, TEXT_BYTES), np.uint8)
+        encoded = text.encode()[:TEXT_BYTES]
+        row[0, : len(encoded)] = np.frombuffer(encoded, np.uint8)
+        out = np.empty((self.size, TEXT_BYTES), np.uint8)
+        self.inner._all_gather(row, out, None)
+        return [bytes(line).rstrip(b"\0").decode(errors="replace") for line in out]
+
+    def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
+        if send_counts is not None and recv_counts is not None:
+            announced = np.empty_like(recv_counts)
+            self.inner._all_to_all(send_counts, announced, None, None)
+            wrong = np.flatnonzero(announced != recv_counts)
+            mine = np.full((1, 3), -1, np.int64)  # source rank, rows it sends, rows expected here
+            if wrong.size:
+                mine[0] = wrong[0], announced[wrong[0]], recv_counts[wrong[0]]
+            every = np.empty((self.size, 3), np.int64)
+            self.inner._all_gather(mine, every, None)
+            for rank, (source, sent, expected) in enumerate(every.tolist()):
+                if source >= 0:
+                    raise ValueError(
+                        f"all_to_all: rank {source} sends {sent} rows to rank {rank}, which expects {expected}{self.where()}"
+                    )
+        self.inner._all_to_all(rows, out, send_counts, recv_counts)
+
+    def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
+        if recv_counts is not None:
+            every = np.empty((self.size, self.size), np.int64)
+            self.inner._all_gather(recv_counts.reshape(1, -1), every, None)
+            for rank in range(self.size):
+                if (every[rank] != every[0]).any():
+                    raise ValueError(
+                        f"all_gather: recv_counts differ: rank 0 has {every[0].tolist()}, rank {rank} has "
+                        f"{every[rank].tolist()}{self.where()}"
+                    )
+        self.inner._all_gather(rows, out, recv_counts)
+
+
+def _describe(arguments: tuple[Any, ...]) -> str:
+    """What must be the same on every rank."""
+    if not arguments or not hasattr(arguments[0], "shape"):
+        return "" if not arguments else "with numbers"
+    rows, counts = arguments[:2]
+    if counts is None:
+        return f"with {dtype_name(rows)} {tuple(rows.shape)} in equal parts"
+    return f"with {dtype_name(rows)} rows of shape {tuple(rows.shape[1:])} and counts"
+
+
+@dataclass
+class Record:
+    """What one rank has done with one kind of call, since the Timed was made.
+
+    messages, bytes  [size of the outermost Comm] int64: to each of its ranks. A message is one non-empty pair of
+                     different ranks handed to the Comm; what the library below makes of it is not seen.
+    seconds          spent in the calls, waiting for others included; device work may still be queued
+    """
+
+    messages: Counts
+    bytes: Counts
+    calls: int = 0
+    seconds: float = 0.0
+
+
+class Timed(_Wrapper):
+    """Counts calls, messages, bytes and seconds, by kind, on this Comm and all that are split from it.
+
+    record  kind -> Record. Kinds: "all_to_all" (equal blocks), "all_to_allv" (with counts), "all_gather", "all_reduce",
+            "barrier", "split". The last three are the library's own business: their messages are not counted.
+
+    Splitting a Timed costs one small all-gather more than splitting what it wraps.
+    """
+
+    def __init__(self, inner: Comm) -> None:
+        super().__init__(inner)
+        self.record: dict[str, Record] = {}
+        self._outermost = np.arange(self.size)  # rank there of each rank here
+        self._outermost_size = self.size
+
+    def clear(self) -> None:
+        """Forget what was recorded. Not collective."""
+        self.record.clear()
+
+    @contextmanager
+    def _timing(self, kind: str) -> Iterator[Record]:
+        if kind not in self.record:
+            zeros = np.zeros(self._outermost_size, np.int64)
+            self.record[kind] = Record(zeros, zeros.copy())
+        entry = self.record[kind]
+        start = time.perf_counter()
+        yield entry
+        entry.seconds += time.perf_counter() - start
+        entry.calls += 1
+
+    def _count(self, entry: Record, counts: Any, width: int) -> None:
+        others = np.broadcast_to(np.asarray(counts, np.int64), self.size).copy()
+        others[self.rank] = 0
+        entry.messages[self._outermost] += others > 0
+        entry.bytes[self._outermost] += others * width
+
+    def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
+        with self._timing("all_to_all" if send_counts is None else "all_to_allv") as entry:
+            super()._all_to_all(rows, out, send_counts, recv_counts)
+        self._count(entry, rows.shape[0] // self.size if send_counts is None else send_counts, row_bytes(rows))
+
+    def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
+        with self._timing("all_gather") as entry:
+            super()._all_gather(rows, out, recv_counts)
+        self._count(entry, rows.shape[0], row_bytes(rows))
+
+    def _all_reduce(self, array: Array) -> Array:
+        with self._timing("all_reduce"):
+            return super()._all_reduce(array)
+
+    def _barrier(self) -> None:
+        with self._timing("barrier"):
+            super()._barrier()
+
+    def _split(self, color: int, key: int) -> Comm:
+        with self._timing("split"):
+            child = Timed(self.inner._split(color, key))
+        outermost = np.empty((child.size, 1), np.int64)
+        child.inner._all_gather(self._outermost[self.rank].reshape(1, 1), outermost, None)
+        child._outermost = outermost[:, 0]
+        child._outermost_size = self._outermost_size
+        child.record = self.record
+        return child
