@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm import _core
+from moecomm._core import copy_blocks as copy_host_blocks
 
 Array: TypeAlias = Any
 """A numpy array or a torch tensor. A function that makes one makes it of the type, dtype and device of its argument."""
@@ -41,7 +41,9 @@ def as_rows(array: Array, name: str) -> Array:
     elif not isinstance(array, np.ndarray):
         raise TypeError(f"{name} is a {type(array).__name__}, expected a numpy array or a torch tensor")
     elif array.dtype.hasobject:
-        raise TypeError(f"{name} has dtype {array.dtype}, whose elements are Python objects and cannot be moved as bytes")
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, whose elements are Python objects and cannot be moved as bytes"
+        )
     if array.ndim == 0:
         raise ValueError(f"{name} has no rows: its shape is ()")
     return array if is_contiguous(array) else contiguous(array)
@@ -102,7 +104,7 @@ def copy_blocks(dst: Array, src: Array, order: Counts, sizes: Counts | None = No
     Block i of src has sizes[i] rows, or one row where sizes is None.
     """
     if on_host(src):
-        _core.copy_blocks(as_bytes(dst), as_bytes(src), order, sizes, row_bytes(src))
+        copy_host_blocks(as_bytes(dst), as_bytes(src), order, sizes, row_bytes(src))
         return
     import torch
 
@@ -118,7 +120,7 @@ def _row_index(order: Counts, sizes: Counts) -> Counts:
 
 
 def _words(rows: Array) -> Array:
-    """Device rows as [n, words] of the widest integer that divides a row, so that every dtype takes the same fast kernel."""
+    """Device rows as [n, words] of the widest integer that divides a row: one fast kernel for every dtype."""
     import torch
 
     width = row_bytes(rows)

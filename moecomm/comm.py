@@ -54,12 +54,12 @@ class Comm(ABC):
 
         Equal blocks go through the library's own all-to-all, with its algorithms for small messages.
         """
-        rows, send_counts, recv_counts, out = self.checked(
+        rows, send, recv, out = self.checked(
             "all_to_all", lambda: self._all_to_all_arguments(rows, send_counts, recv_counts, out)
         )
         if out is None:
-            out = empty_rows(rows.shape[0] if recv_counts is None else int(recv_counts.sum()), rows)
-        self._all_to_all(rows, out, send_counts, recv_counts)
+            out = empty_rows(rows.shape[0] if recv is None else int(recv.sum()), rows)
+        self._all_to_all(rows, out, send, recv)
         return out
 
     def all_gather(self, rows: Array, recv_counts: Sequence[int] | Counts | None = None) -> Array:
@@ -69,9 +69,9 @@ class Comm(ABC):
         recv_counts  [size]  rows of each rank; None: every rank has num_rows
         returns      [sum(recv_counts), ...]
         """
-        rows, recv_counts = self.checked("all_gather", lambda: self._all_gather_arguments(rows, recv_counts))
-        out = empty_rows(rows.shape[0] * self.size if recv_counts is None else int(recv_counts.sum()), rows)
-        self._all_gather(rows, out, recv_counts)
+        rows, recv = self.checked("all_gather", lambda: self._all_gather_arguments(rows, recv_counts))
+        out = empty_rows(rows.shape[0] * self.size if recv is None else int(recv.sum()), rows)
+        self._all_gather(rows, out, recv)
         return out
 
     def all_reduce(self, array: Array) -> Array:
@@ -128,7 +128,7 @@ class Comm(ABC):
     @abstractmethod
     def _node_key(self) -> int: ...
 
-    def _free(self) -> None:
+    def _free(self) -> None:  # noqa: B027 - a transport that has nothing to give back leaves it out
         """Called once, by `free`."""
 
     # ---- checks ----------------------------------------------------------------------------------------------------
@@ -147,6 +147,7 @@ class Comm(ABC):
             raise type(error)(f"{call}: {error}{self.where()}") from None
 
     def where(self) -> str:
+        """Which rank this is, for the end of an error message."""
         return f"  (rank {self.rank} of {self.size})"
 
     def _all_to_all_arguments(self, rows: Array, send: Any, recv: Any, out: Any) -> tuple[Array, Any, Any, Any]:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moecomm.arrays import Counts
 from moecomm.comm import Comm
@@ -16,7 +17,8 @@ class Nodes:
 
     ranks  the ranks of each node, e.g. [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
-    Nodes are numbered by their lowest rank and the local ranks of a node by rank, whatever order `ranks` has. Immutable.
+    Immutable. Nodes are numbered by their lowest rank and the local ranks of a node by rank, in whatever order they are
+    given.
     Raises ValueError if some rank is missing or in two nodes.
     """
 
@@ -29,7 +31,7 @@ class Nodes:
             odd = sorted(r for r in flat if flat.count(r) > 1 or not 0 <= r < len(flat))
             missing = sorted(set(range(len(flat))) - set(flat))
             raise ValueError(
-                f"Nodes: ranks is no partition of 0 .. {len(flat) - 1}: {odd} twice or out of range, {missing} on no node"
+                f"Nodes: ranks is no partition of 0..{len(flat) - 1}: {odd} twice or out of range, {missing} on no node"
             )
         self.ranks: tuple[tuple[int, ...], ...] = tuple(members)
         """The ranks of each node, ascending."""
@@ -72,9 +74,9 @@ class Nodes:
         """[number of nodes] how many ranks each node has."""
         return np.array([len(group) for group in self.ranks], np.int64)
 
-    def same_node(self, rank: int) -> np.ndarray:
-        """[p] bool: which ranks share the node of `rank`, itself included."""
-        return self.node_of == self.node_of[rank]
+    def same_node(self, rank: int) -> NDArray[np.bool_]:
+        """[p] which ranks share the node of `rank`, itself included."""
+        return np.equal(self.node_of, self.node_of[rank])
 
     def __len__(self) -> int:
         return len(self.ranks)

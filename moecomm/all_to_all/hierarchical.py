@@ -33,8 +33,8 @@ class HierarchicalAllToAll(AllToAll):
     form, two buffers of max(rows given, forwarded, returned) rows. With nodes of several sizes the even form needs what
     the uneven form does. Counts take 8 (p + G^2 + p/G) bytes more.
 
-    The constructor is collective over comm and splits it twice, once for each hop; nothing is split later. In the uneven
-    form each hop's counts go through that hop's own group, in one small equal-block exchange.
+    The constructor is collective over comm and splits it once for each hop; nothing is split later. In the uneven form
+    each hop's counts go through that hop's own group, in one small equal-block exchange.
 
     Raises ValueError on every rank if `nodes` is not a partition of comm's ranks or differs among them.
     Source: DeepSpeed-MoE (arXiv 2201.05596), section 5.3.
@@ -59,12 +59,9 @@ class HierarchicalAllToAll(AllToAll):
         """The even form as a chain of steps (src, dst): layout transforms and exchanges."""
         steps: list[Callable[[Array, Array], None]] = []
         for hop in self._hops:
-            if not _is_sorted(hop.order):
-                steps.append(lambda src, dst, order=hop.order: copy_blocks(dst, src, order))
-            steps.append(lambda src, dst, comm=hop.comm: comm.all_to_all(src, out=dst))
-        if not _is_sorted(self._last_order):
-            steps.append(lambda src, dst: copy_blocks(dst, src, self._last_order))
-        return steps or [lambda src, dst: copy_rows(dst, src)]
+            steps += [_transform(hop.order), _exchange(hop.comm)]
+        steps.append(_transform(self._last_order))
+        return [step for step in steps if step is not _keep] or [_copy]
 
     def _even(self, x: Array, out: Array) -> None:
         if not self._blocks_are_equal:
@@ -196,6 +193,22 @@ def _agree_on_nodes(comm: Comm, nodes: Nodes) -> None:
     for rank, other in enumerate(every.tolist()):
         if other != every[0]:
             raise ValueError(f"HierarchicalAllToAll: rank {rank} was given other nodes than rank 0{comm.where()}")
+
+
+def _transform(order: Counts) -> Callable[[Array, Array], None]:
+    return _keep if _is_sorted(order) else lambda src, dst: copy_blocks(dst, src, order)
+
+
+def _exchange(comm: Comm) -> Callable[[Array, Array], None]:
+    return lambda src, dst: comm.all_to_all(src, out=dst)
+
+
+def _keep(src: Array, dst: Array) -> None:
+    """The step that is left out."""
+
+
+def _copy(src: Array, dst: Array) -> None:
+    copy_rows(dst, src)
 
 
 def _is_sorted(order: Counts) -> bool:

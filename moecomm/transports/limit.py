@@ -10,9 +10,10 @@ LONGEST_PAUSE = 1e-3
 
 
 def wait(done: Callable[[], bool], limit: float) -> bool:
-    """Call `done` until it is true or `limit` seconds have passed, with longer and longer pauses; return the last answer.
+    """Call `done` until it is true or `limit` seconds have passed, and return its last answer.
 
-    The first calls only yield the processor: a message between two ranks of a busy node takes some 10 us.
+    The first calls only yield the processor, as a message between two ranks of a node takes some 10 us; then the pauses
+    grow.
     """
     deadline = time.monotonic() + limit
     pause = 0.0

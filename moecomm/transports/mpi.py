@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
@@ -24,7 +25,7 @@ except ImportError as error:
     ) from error
 
 LARGEST_COUNT = 2**31 - 1
-"""The largest count that every MPI takes. More bytes than this travel as larger elements."""
+"""The largest count that every MPI takes."""
 
 
 class MpiComm(Comm):
@@ -79,31 +80,37 @@ class MpiComm(Comm):
         raise CommError(f"{self.failure}{self.where()}")
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
-        unit = _Unit(rows, out, self._largest_count)
-        try:
+        send, recv = _host_bytes(rows), _host_bytes(out)
+        with self._row_type(rows) as row:
             if send_counts is None or recv_counts is None:
-                count = rows.shape[0] // self.size * unit.per_row
-                send, recv = [as_bytes(rows), count, unit.type], [as_bytes(out), count, unit.type]
-                self._call("all_to_all", self._comm.Alltoall, self._comm.Ialltoall, send, recv)
+                count = rows.shape[0] // self.size
+                arguments: Any = [send, count, row], [recv, count, row]
+                self._call("all_to_all", self._comm.Alltoall, self._comm.Ialltoall, *arguments)
             else:
-                sendv, recvv = unit.vector(rows, send_counts), unit.vector(out, recv_counts)
-                self._call("all_to_all", self._comm.Alltoallv, self._comm.Ialltoallv, sendv, recvv)
-        finally:
-            unit.free()
+                arguments = (
+                    [send, (send_counts, _starts(send_counts)), row],
+                    [recv, (recv_counts, _starts(recv_counts)), row],
+                )
+                self._call("all_to_all", self._comm.Alltoallv, self._comm.Ialltoallv, *arguments)
 
     def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
-        unit = _Unit(rows, out, self._largest_count)
-        count = rows.shape[0] * unit.per_row
-        send = [as_bytes(rows), count, unit.type]
-        try:
+        send, recv = _host_bytes(rows), _host_bytes(out)
+        with self._row_type(rows) as row:
             if recv_counts is None:
-                recv = [as_bytes(out), count, unit.type]
-                self._call("all_gather", self._comm.Allgather, self._comm.Iallgather, send, recv)
+                arguments: Any = [send, rows.shape[0], row], [recv, rows.shape[0], row]
+                self._call("all_gather", self._comm.Allgather, self._comm.Iallgather, *arguments)
             else:
-                recvv = unit.vector(out, recv_counts)
-                self._call("all_gather", self._comm.Allgatherv, self._comm.Iallgatherv, send, recvv)
+                arguments = [send, rows.shape[0], row], [recv, (recv_counts, _starts(recv_counts)), row]
+                self._call("all_gather", self._comm.Allgatherv, self._comm.Iallgatherv, *arguments)
+
+    @contextmanager
+    def _row_type(self, rows: Array) -> Iterator[Any]:
+        """An MPI type of one row, so that counts are rows and stay small however many bytes move."""
+        row = _bytes_type(row_bytes(rows), self._largest_count)
+        try:
+            yield row
         finally:
-            unit.free()
+            row.Free()  # a pending call keeps it alive
 
     def _all_reduce(self, array: Array) -> Array:
         out = array.detach().clone() if is_torch(array) else array.copy()
@@ -137,24 +144,14 @@ class MpiComm(Comm):
             self._comm.Free()
 
 
-class _Unit:
-    """The MPI element in which rows are counted: a byte, or a whole row where the bytes are too many for a count."""
+def _host_bytes(rows: Array) -> Any:
+    if not on_host(rows):
+        raise TypeError(f"the MPI transport moves rows in host memory, got rows on {rows.device}")
+    return as_bytes(rows)
 
-    def __init__(self, rows: Array, out: Array, largest_count: int) -> None:
-        if not on_host(rows):
-            raise TypeError(f"the MPI transport moves rows in host memory, got rows on {rows.device}")
-        width = row_bytes(rows)
-        self.whole_rows = max(rows.shape[0], out.shape[0]) * width > largest_count
-        self.per_row = 1 if self.whole_rows else width
-        self.type = _bytes_type(width, largest_count) if self.whole_rows else MPI.BYTE
 
-    def vector(self, rows: Array, counts: Counts) -> list[Any]:
-        counts = counts * self.per_row
-        return [as_bytes(rows), (counts, counts.cumsum() - counts), self.type]
-
-    def free(self) -> None:
-        if self.whole_rows:
-            self.type.Free()  # a pending call keeps it alive
+def _starts(counts: Counts) -> Counts:
+    return counts.cumsum() - counts
 
 
 def _bytes_type(num_bytes: int, largest_count: int) -> Any:
@@ -173,13 +170,13 @@ def _bytes_type(num_bytes: int, largest_count: int) -> Any:
 def check_launch(world_size: int, environ: Any) -> None:
     """Raise CommError if mpirun started several processes and MPI sees one: they belong to different MPI libraries.
 
-    The launchers tell their processes the number through the environment; it is compared here and used for nothing else.
+    The launchers tell their processes the number through the environment. It is compared here and not used.
     """
     for launcher, variable in (("MPICH's or Intel's", "PMI_SIZE"), ("Open MPI's", "OMPI_COMM_WORLD_SIZE")):
         started = int(environ.get(variable, "1"))
         if world_size == 1 and started > 1:
             library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
             raise CommError(
-                f"{launcher} mpirun started {started} processes, but each is alone in the MPI library that Python loads "
-                f"({library}): use the mpirun that belongs to that library"
+                f"{launcher} mpirun started {started} processes, but each is alone in the MPI library that Python "
+                f"loads ({library}): use the mpirun that belongs to that library"
             )

@@ -42,7 +42,9 @@ def run(size: int, body: Callable[[Comm], R], *, limit: float | None = None) -> 
         else:
             world.leave(rank)
 
-    threads = [threading.Thread(target=rank_main, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -144,7 +146,7 @@ class ThreadComm(Comm):
         if send_counts is None or recv_counts is None:
             send_counts = recv_counts = np.full(self.size, rows.shape[0] // self.size, np.int64)
         starts = np.cumsum(send_counts) - send_counts
-        offers = self._meet("all_to_all", (rows, starts[:], send_counts))
+        offers = self._meet("all_to_all", (rows, starts, send_counts))
         self._copy(out, [(sent, begin[self.rank], count[self.rank]) for sent, begin, count in offers], recv_counts)
         self._meet("all_to_all", None)  # the rows that were offered may be overwritten from here on
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ class TorchComm(Comm):
 
     group  an initialised group that this rank belongs to; stays the caller's
     limit  seconds that a collective may take; None: as long as the group's own timeout. A collective that takes longer
-           raises CommError here, and the Comm is of no use any more.
+           raises CommError here, the Comm is of no use any more, and the process ends with status 1 when Python ends,
+           because torch cannot take back a collective.
 
     Making one is not collective. A group with NCCL alone moves CUDA tensors; host arrays (the counts among them) go
     through the current CUDA device, which must then be set to this rank's own.
@@ -57,6 +61,7 @@ class TorchComm(Comm):
             self.failure = f"{name} failed: {error}"
             raise CommError(f"{name}: {error}{self.where()}") from error
         self._pending = work, buffers  # torch may still write there
+        atexit.register(_leave)  # torch would wait for the others again before it lets Python end
         self.failure = f"{name} waited {self._limit} s for the other {self.size - 1} rank(s) to come and send"
         raise CommError(f"{self.failure}{self.where()}")
 
@@ -80,7 +85,7 @@ class TorchComm(Comm):
         recv = send.new_empty(self.size * send.numel())
 
         def start() -> Any:
-            return dist.all_gather_into_tensor(recv, send, group=self._group, async_op=True)
+            return dist.all_gather(list(recv.view(self.size, -1).unbind()), send, group=self._group, async_op=True)
 
         self._call("all_gather", start, send, recv)
         if sizes is not None:
@@ -102,7 +107,9 @@ class TorchComm(Comm):
         self._all_gather(np.array([[color, key]], np.int64), wishes, None)
         members = sorted((r for r in range(self.size) if wishes[r, 0] == color), key=lambda r: (wishes[r, 1], r))
         ranks = [dist.get_global_rank(self._group, r) for r in members]
-        order: dict[str, bool] = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # the option came in torch 2.12
+        order: dict[str, bool] = (
+            {} if ranks == sorted(ranks) else {"sort_ranks": False}
+        )  # the option came in torch 2.12
         # Entered by its members alone. Without the option every rank of the job would have to come.
         child = TorchComm(dist.new_group(ranks, use_local_synchronization=True, **order), limit=self._limit)
         child._owned = True
@@ -126,6 +133,12 @@ class TorchComm(Comm):
     def _free(self) -> None:
         if self._owned:
             dist.destroy_process_group(self._group)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _bring(out: Array, recv: Any) -> None:

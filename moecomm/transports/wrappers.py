@@ -75,7 +75,7 @@ class Checked(_Wrapper):
         mine = call
         try:
             result = self.inner.checked(call, arguments)
-            mine = f"{call} {_describe(result)}"
+            mine = f"{call}{_describe(result)}"
         except CommError:
             raise  # the Comm is of no use: nothing can be told to the others
         except (TypeError, ValueError) as error:
@@ -112,7 +112,8 @@ class Checked(_Wrapper):
             for rank, (source, sent, expected) in enumerate(every.tolist()):
                 if source >= 0:
                     raise ValueError(
-                        f"all_to_all: rank {source} sends {sent} rows to rank {rank}, which expects {expected}{self.where()}"
+                        f"all_to_all: rank {source} sends {sent} rows to rank {rank}, which expects {expected}"
+                        f"{self.where()}"
                     )
         self.inner._all_to_all(rows, out, send_counts, recv_counts)
 
@@ -132,11 +133,11 @@ class Checked(_Wrapper):
 def _describe(arguments: tuple[Any, ...]) -> str:
     """What must be the same on every rank."""
     if not arguments or not hasattr(arguments[0], "shape"):
-        return "" if not arguments else "with numbers"
+        return ""
     rows, counts = arguments[:2]
     if counts is None:
-        return f"with {dtype_name(rows)} {tuple(rows.shape)} in equal parts"
-    return f"with {dtype_name(rows)} rows of shape {tuple(rows.shape[1:])} and counts"
+        return f" with {dtype_name(rows)} {tuple(rows.shape)} in equal parts"
+    return f" with {dtype_name(rows)} rows of shape {tuple(rows.shape[1:])} and counts"
 
 
 @dataclass

@@ -1,0 +1,102 @@
+"""How the tests start ranks: as threads, as MPI processes (under mpirun), or as forked processes with gloo.
+
+One failing rank must not hang the rest: `mpi_run` and `gloo_run` give every collective a time limit and bring the error
+of one rank to all. What hangs all the same prints the stack of every thread on every rank, and then ends the job.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moecomm import Comm
+
+HANG_SECONDS = 150
+LIMIT = 40.0
+Body = Callable[[Comm], object]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--only-mpi"):
+        from mpi4py import MPI
+
+        if MPI.COMM_WORLD.rank > 0:  # every rank meets every error, so rank 0's report is the report
+            config.pluginmanager.unregister(name="terminalreporter")
+
+
+@pytest.fixture(autouse=True)
+def hang_watchdog() -> Iterator[None]:
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=False)
+    end = threading.Timer(HANG_SECONDS + 5, os._exit, (3,))  # later, so that all ranks have printed theirs
+    end.daemon = True
+    end.start()
+    yield
+    end.cancel()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def mpi_run(size: int, body: Body, limit: float | None = LIMIT) -> None:
+    """body(comm) on the first `size` ranks of the world. Called by all; raises on all if one rank raised."""
+    from mpi4py import MPI
+
+    from moecomm.transports.mpi import MpiComm
+
+    world = MPI.COMM_WORLD
+    if world.size < size:
+        raise ValueError(f"mpi_run: {size} ranks wanted, mpirun started {world.size}")
+    ranks = world.Split(0 if world.rank < size else 1)
+    problem = None
+    if world.rank < size:
+        try:
+            body(MpiComm(ranks, limit=limit))
+        except Exception:
+            problem = f"on rank {world.rank} of {size}:\n{traceback.format_exc()}"
+    problems = [text for text in world.allgather(problem) if text]
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
+    ranks.Free()
+
+
+def gloo_run(size: int, body: Body) -> None:
+    """body(comm) on `size` forked processes of a gloo group."""
+    import tempfile
+
+    import torch.multiprocessing as mp
+
+    with tempfile.TemporaryDirectory() as folder:
+        processes = mp.start_processes(_gloo_rank, (size, folder, body), size, join=False, start_method="fork")
+        while not processes.join(timeout=HANG_SECONDS):  # raises the traceback of a rank that failed
+            pass
+
+
+def _gloo_rank(rank: int, size: int, folder: str, body: Body) -> None:
+    import torch.distributed as dist
+
+    from moecomm.transports.torch import TorchComm
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    body(TorchComm(dist.group.WORLD, limit=LIMIT))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def mpirun(num_ranks: int, *command: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+    """`mpirun -n num_ranks python command...`, and what it printed."""
+    launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert launcher, "mpirun is not installed: pip install 'moecomm[mpich]'"
+    arguments = [launcher, "-n", str(num_ranks), sys.executable, *command]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+
+
+PROGRAMS = Path(__file__).parent / "programs"
+ROOT = Path(__file__).parent.parent

@@ -1,0 +1,28 @@
+"""The README's program runs as printed, over threads and under mpirun."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, mpirun
+
+THREADS, MPI = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PRINTED = {f"rank {rank}: blocks from [0 1 2 3], rows from [1 2 2 3 3 3]" for rank in range(4)}
+
+
+def test_over_threads(tmp_path: Path) -> None:
+    program = tmp_path / "first.py"
+    program.write_text(THREADS)
+    job = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
+    assert set(job.stdout.splitlines()) == PRINTED
+
+
+def test_under_mpirun(tmp_path: Path) -> None:
+    program = tmp_path / "first.py"
+    program.write_text(THREADS.replace("threads.run(4, main)\n", MPI))
+    job = mpirun(4, str(program))
+    assert job.returncode == 0, job.stderr
+    assert set(job.stdout.splitlines()) == PRINTED

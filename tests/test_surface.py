@@ -1,0 +1,67 @@
+"""What users see: the public names, their docstrings, and what an import brings along."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import moecomm
+
+MODULES = ["moecomm", *(module.name for module in pkgutil.walk_packages(moecomm.__path__, "moecomm."))]
+
+
+def test_the_public_names() -> None:
+    assert sorted(moecomm.__all__) == ["AllToAll", "Comm", "CommError", "FlatAllToAll", "HierarchicalAllToAll", "Nodes"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_has_a_docstring(name: str) -> None:
+    if name == "moecomm.transports.torch":
+        pytest.importorskip("torch")
+    module = importlib.import_module(name)
+    assert module.__doc__
+    if name == "moecomm._core":
+        return
+    for attribute, value in vars(module).items():
+        if attribute.startswith("_") or getattr(value, "__module__", None) != name:
+            continue
+        if inspect.isclass(value):
+            assert value.__doc__, f"{name}.{attribute}"
+            for method, function in vars(value).items():
+                if not method.startswith("_") and inspect.isfunction(function):
+                    assert inspect.getdoc(getattr(value, method)), f"{name}.{attribute}.{method}"
+
+
+@pytest.mark.parametrize("name", ["AllToAll", "Comm", "FlatAllToAll", "HierarchicalAllToAll", "Nodes"])
+def test_no_public_parameter_is_a_flag(name: str) -> None:
+    value = getattr(moecomm, name)
+    for method in [
+        value.__init__,
+        *(m for n, m in inspect.getmembers(value, inspect.isfunction) if not n.startswith("_")),
+    ]:
+        if method is not object.__init__:
+            for parameter in inspect.signature(method).parameters.values():
+                assert parameter.annotation not in ("bool", bool), f"{name}.{method.__name__}: {parameter}"
+
+
+def test_import_is_light() -> None:
+    heavy = ("torch", "mpi4py", "cupy", "matplotlib", "tqdm")
+    program = f"import sys, moecomm; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_no_environment_variable_steers_the_library() -> None:
+    """The MPI transport alone looks at the environment, to say that mpirun and libmpi do not fit."""
+    readers = []
+    for file in sorted((ROOT / "moecomm").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                readers.append(file.name)
+    assert readers == ["mpi.py"]

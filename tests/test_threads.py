@@ -1,0 +1,97 @@
+import time
+
+import numpy as np
+import pytest
+
+from moecomm import Comm, CommError, testing
+from moecomm.transports import threads
+
+
+def test_conformance() -> None:
+    testing.check_comm(threads.run, sizes=(1, 2, 3, 5, 8))
+
+
+def test_conformance_of_torch_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    testing.check_comm(threads.run, make=torch.from_numpy)
+
+
+def test_results_are_in_rank_order() -> None:
+    assert threads.run(5, lambda comm: comm.rank * 10) == [0, 10, 20, 30, 40]
+
+
+def test_a_failing_rank_ends_all_and_is_the_one_reported() -> None:
+    seen = []
+
+    def body(comm: Comm) -> None:
+        if comm.rank == 1:
+            raise KeyError("the first error")
+        try:
+            comm.barrier()
+        except CommError as error:
+            seen.append(str(error))
+            raise
+
+    with pytest.raises(KeyError, match="the first error") as caught:
+        threads.run(3, body)
+    if hasattr(caught.value, "__notes__"):
+        assert caught.value.__notes__ == ["raised on rank 1 of 3"]
+    assert len(seen) == 2
+    assert all("rank 1 failed: KeyError" in text for text in seen)
+
+
+def test_a_rank_that_returns_early_is_noticed_without_a_limit() -> None:
+    def body(comm: Comm) -> None:
+        if comm.rank != 2:
+            comm.all_to_all(np.zeros(comm.size))
+
+    with pytest.raises(CommError, match="all_to_all: rank 2 has returned"):
+        threads.run(4, body)
+
+
+def test_a_rank_that_stays_away_is_named() -> None:
+    def body(comm: Comm) -> None:
+        if comm.rank == 1:
+            time.sleep(1)
+        comm.barrier()
+
+    with pytest.raises(CommError, match=r"barrier: waited 0.1 s for rank\(s\) \[1\], which did not come"):
+        threads.run(3, body, limit=0.1)
+
+
+def test_different_calls_are_noticed() -> None:
+    def body(comm: Comm) -> None:
+        if comm.rank == 0:
+            comm.barrier()
+        else:
+            comm.all_reduce(np.zeros(2))
+
+    with pytest.raises(CommError, match="rank 0 called barrier while rank 1 called all_reduce"):
+        threads.run(3, body)
+
+
+@pytest.mark.parametrize(
+    "other", [np.zeros((2, 3), np.float64), np.zeros((2, 4), np.float32), np.zeros((4, 3), np.float32)]
+)
+def test_different_rows_are_noticed(other: np.ndarray) -> None:
+    rows = np.zeros((2, 3), np.float32)
+    with pytest.raises(CommError, match=r"rank . sent"):
+        threads.run(2, lambda comm: comm.all_to_all(rows if comm.rank else other))
+
+
+def test_a_failed_comm_stays_failed() -> None:
+    def body(comm: Comm) -> None:
+        if comm.rank == 0:
+            return
+        with pytest.raises(CommError):
+            comm.barrier()
+        with pytest.raises(CommError, match="cannot be used: barrier: rank 0 has returned"):
+            comm.barrier()
+
+    threads.run(2, body)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "3"])
+def test_bad_size(size: object) -> None:
+    with pytest.raises(ValueError, match="expected a whole number >= 1"):
+        threads.run(size, lambda comm: None)  # type: ignore[arg-type]

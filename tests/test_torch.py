@@ -1,0 +1,112 @@
+"""The torch transport over gloo, with forked processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PROGRAMS, gloo_run
+
+from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, Nodes, testing
+from moecomm.transports.wrappers import Checked, Timed
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_conformance(make: testing.Make) -> None:
+    testing.check_comm(gloo_run, sizes=(1, 2, 3, 4), make=make)
+
+
+def test_all_to_all_conformance() -> None:
+    def body(comm: Comm) -> None:
+        for wrapped in (comm, Checked(comm), Timed(comm)):
+            testing.check_all_to_all_on(wrapped, FlatAllToAll(wrapped), make=torch.from_numpy)
+            for ranks_per_node in (1, 2, 3, 4):
+                nodes = Nodes.of_size(ranks_per_node, comm.size)
+                testing.check_all_to_all_on(wrapped, HierarchicalAllToAll(wrapped, nodes), make=torch.from_numpy)
+
+    gloo_run(4, body)
+
+
+def test_a_process_group_may_be_passed_directly() -> None:
+    def body(comm: Comm) -> None:
+        import torch.distributed as dist
+
+        for a2a in (FlatAllToAll(dist.group.WORLD), HierarchicalAllToAll(dist.group.WORLD)):
+            x = torch.full((3, 2), comm.rank).bfloat16()
+            assert a2a(x).tolist() == [[0, 0], [1, 1], [2, 2]]
+            assert a2a(x).dtype == torch.bfloat16
+            a2a.free()
+
+    gloo_run(3, body)
+
+
+def test_all_ranks_of_one_host_are_one_node() -> None:
+    def body(comm: Comm) -> None:
+        assert Nodes.discover(comm) == Nodes([[0, 1, 2]])
+
+    gloo_run(3, body)
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    """256 + 1 is 256 in bfloat16, and 256 + 3 is 260 when rounded once."""
+
+    def body(comm: Comm) -> None:
+        mine = torch.tensor([256.0 if comm.rank == 0 else 1.0], dtype=torch.bfloat16)
+        total = comm.all_reduce(mine)
+        assert total.dtype == torch.bfloat16
+        assert total.item() == torch.tensor(259.0).bfloat16().item() != 256
+
+    gloo_run(4, body)
+
+
+def test_split_in_reverse_order() -> None:
+    def body(comm: Comm) -> None:
+        try:
+            backwards = comm.split(0, key=-comm.rank)
+        except TypeError as error:  # torch < 2.12 orders a new group by rank only
+            assert "sort_ranks" in str(error)
+        else:
+            assert backwards.rank == comm.size - 1 - comm.rank
+            assert backwards.all_gather(np.array([comm.rank])).tolist() == [2, 1, 0]
+
+    gloo_run(3, body)
+
+
+def test_a_rank_that_never_comes_ends_the_others(tmp_path: Path) -> None:
+    program = [sys.executable, str(PROGRAMS / "late_torch_rank.py")]
+    ranks = [
+        subprocess.Popen([*program, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        output, _ = ranks[0].communicate(timeout=60)
+        assert "all_to_all waited 1 s for the other 1 rank(s) to come and send  (rank 0 of 2)" in output
+        assert ranks[0].returncode == 1
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+
+
+def test_a_rank_that_dies_raises_commerror_on_the_others() -> None:
+    def body(comm: Comm) -> None:
+        import os
+
+        if comm.rank == 1:
+            os._exit(0)
+        with pytest.raises(CommError):
+            comm.all_to_all(np.zeros((2, 3)))
+        os._exit(0)
+
+    gloo_run(2, body)
+
+
+def test_what_is_no_group() -> None:
+    from moecomm.transports.torch import TorchComm
+
+    with pytest.raises(TypeError, match="expected an initialised torch ProcessGroup"):
+        TorchComm(None)
