@@ -13,11 +13,16 @@ THREADS, MPI = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text
 PRINTED = {f"rank {rank}: blocks from [0 1 2 3], rows from [1 2 2 3 3 3]" for rank in range(4)}
 
 
+def printed(text: str) -> set[str]:
+    """The lines, also where mpirun has put two ranks' on one."""
+    return set(re.findall(r"rank \d: blocks from \[.*?\], rows from \[.*?\]", text))
+
+
 def test_over_threads(tmp_path: Path) -> None:
     program = tmp_path / "first.py"
     program.write_text(THREADS)
     job = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
-    assert set(job.stdout.splitlines()) == PRINTED
+    assert printed(job.stdout) == PRINTED
 
 
 def test_under_mpirun(tmp_path: Path) -> None:
@@ -25,4 +30,4 @@ def test_under_mpirun(tmp_path: Path) -> None:
     program.write_text(THREADS.replace("threads.run(4, main)\n", MPI))
     job = mpirun(4, str(program))
     assert job.returncode == 0, job.stderr
-    assert set(job.stdout.splitlines()) == PRINTED
+    assert printed(job.stdout) == PRINTED
