@@ -10,9 +10,9 @@ from moecomm.transports.wrappers import Checked
 def check(comm: Comm) -> None:
     testing.check_comm(lambda size, body: body(comm), sizes=[comm.size])
     testing.check_all_to_all_on(comm, FlatAllToAll(comm))
-    for G in (1, 2, 3, comm.size):
-        testing.check_all_to_all_on(comm, HierarchicalAllToAll(comm, Nodes.of_size(G, comm.size)))
-        testing.check_all_to_all_on(comm, HierarchicalAllToAll(Checked(comm), Nodes.of_size(G, comm.size)))
+    for ranks_per_node in (1, 2, 3, comm.size):
+        testing.check_all_to_all_on(comm, HierarchicalAllToAll(comm, Nodes.of_size(ranks_per_node, comm.size)))
+        testing.check_all_to_all_on(comm, HierarchicalAllToAll(Checked(comm), Nodes.of_size(ranks_per_node, comm.size)))
 
 
 check(MpiComm(MPI.COMM_WORLD))
