@@ -6,7 +6,6 @@ of one rank to all. What hangs all the same prints the stack of every thread on 
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 from moecomm import Comm
 
 HANG_SECONDS = 150
+"""As faulthandler_timeout in pyproject.toml."""
 LIMIT = 40.0
 Body = Callable[[Comm], object]
 
@@ -36,13 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def hang_watchdog() -> Iterator[None]:
-    faulthandler.dump_traceback_later(HANG_SECONDS, exit=False)
-    end = threading.Timer(HANG_SECONDS + 5, os._exit, (3,))  # later, so that all ranks have printed theirs
+    """End a hanging job 5 s after pytest's faulthandler_timeout, when every rank has printed its stacks."""
+    end = threading.Timer(HANG_SECONDS + 5, os._exit, (3,))
     end.daemon = True
     end.start()
     yield
     end.cancel()
-    faulthandler.cancel_dump_traceback_later()
 
 
 def mpi_run(size: int, body: Body, limit: float | None = LIMIT) -> None:

@@ -57,6 +57,14 @@ def test_import_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.parametrize(("missing", "transport", "extra"), [("torch", "torch", "torch"), ("mpi4py", "mpi", "mpich")])
+def test_a_transport_says_which_extra_is_missing(missing: str, transport: str, extra: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; import moecomm.transports.{transport}"
+    job = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert job.returncode != 0
+    assert f"pip install 'moecomm[{extra}]'" in job.stderr
+
+
 def test_no_environment_variable_steers_the_library() -> None:
     """The MPI transport alone looks at the environment, to say that mpirun and libmpi do not fit."""
     readers = []
