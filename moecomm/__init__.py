@@ -1,7 +1,10 @@
 """moecomm moves Mixture-of-Experts tokens to their experts and back.
 
-    rows, counts -> AllToAll -> rows     which hops    all_to_all/   FlatAllToAll, HierarchicalAllToAll
-    rows, counts -> Comm     -> rows     which wires   transports/   threads, mpi, torch
+    x, Routing   -> exchange -> rows   tokens to experts and back   exchange/    RoutedExchange, TensorParallelExchange
+    rows, counts -> AllToAll -> rows   which hops                   all_to_all/  FlatAllToAll, HierarchicalAllToAll
+    rows, counts -> Comm     -> rows   which wires                  transports/  threads, mpi, torch
+
+    Topology, Nodes: who is where, as plain arithmetic; build_groups makes the Comms of a Topology
 
 A layer knows only those below it. Importing this module loads numpy and nothing heavier: mpi4py and torch are loaded
 by the transport that needs them.
@@ -10,6 +13,25 @@ by the transport that needs them.
 from moecomm.all_to_all import AllToAll, FlatAllToAll, HierarchicalAllToAll
 from moecomm.comm import Comm
 from moecomm.errors import CommError
+from moecomm.exchange import Plan, RoutedExchange, TensorParallelExchange
+from moecomm.gating import Routing
+from moecomm.groups import Groups, build_groups, reduce_expert_gradient
 from moecomm.nodes import Nodes
+from moecomm.topology import Topology
 
-__all__ = ["AllToAll", "Comm", "CommError", "FlatAllToAll", "HierarchicalAllToAll", "Nodes"]
+__all__ = [
+    "AllToAll",
+    "Comm",
+    "CommError",
+    "FlatAllToAll",
+    "Groups",
+    "HierarchicalAllToAll",
+    "Nodes",
+    "Plan",
+    "RoutedExchange",
+    "Routing",
+    "TensorParallelExchange",
+    "Topology",
+    "build_groups",
+    "reduce_expert_gradient",
+]

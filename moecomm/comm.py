@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -61,6 +62,13 @@ class Comm(ABC):
             out = empty_rows(rows.shape[0] if recv is None else int(recv.sum()), rows)
         self._all_to_all(rows, out, send, recv)
         return out
+
+    def move(
+        self, rows: Array, out: Array, send_counts: Counts | None = None, recv_counts: Counts | None = None
+    ) -> None:
+        """`all_to_all` into out without checking the arguments: for algorithms, which have checked their caller's."""
+        self.check_usable("all_to_all")
+        self._all_to_all(rows, out, send_counts, recv_counts)
 
     def all_gather(self, rows: Array, recv_counts: Sequence[int] | Counts | None = None) -> Array:
         """Return the rows of all ranks, in rank order.
@@ -137,14 +145,30 @@ class Comm(ABC):
         """`arguments()`, with the call and the rank added to what it raises. `Checked` makes this a collective.
 
         arguments  checks what one rank can check alone and returns a tuple; where it begins with an array and its
-                   counts (or None), those must fit those of the other ranks
+                   counts (or None), those must fit those of the other ranks; a function in it returns a text that must
+                   be the same on all of them, and is called by `Checked` alone
         """
-        if self.failure is not None:
-            raise CommError(f"{call}: this Comm cannot be used: {self.failure}{self.where()}")
+        self.check_usable(call)
         try:
             return arguments()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{call}: {error}{self.where()}") from None
+
+    def check_usable(self, call: str) -> None:
+        """Raise CommError if this Comm has failed or was freed."""
+        if self.failure is not None:
+            raise CommError(f"{call}: this Comm cannot be used: {self.failure}{self.where()}")
+
+    def agree(self, name: str, text: str) -> None:
+        """Raise ValueError on every rank unless all of them gave the same text. Collective.
+
+        name  what the text says, for the error
+        """
+        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+        every = self.all_gather(np.array([digest], np.int64)).tolist()
+        other = next((rank for rank, theirs in enumerate(every) if theirs != every[0]), None)
+        if other is not None:
+            raise ValueError(f"{name} of rank {other} is not that of rank 0; this rank's is {text}{self.where()}")
 
     def where(self) -> str:
         """Which rank this is, for the end of an error message."""

@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moecomm.arrays import Counts
-
 AXES = ("pipeline", "data", "tensor", "expert_data", "expert", "expert_tensor", "lane", "expert_lane")
 """Every axis that ranks can be grouped along."""
 
@@ -112,31 +110,18 @@ class Topology:
         place["expert_lane"] = self.group_of(rank, "expert_lane").index(rank)
         return {axis: place[axis] for axis in AXES}
 
-    def replicas(self, rank: int) -> Counts:
-        """For each place in an expert group, who in the tensor group of `rank` has it on its expert lane.
+    def device_mesh(self, device_type: str = "cuda") -> tuple[Any, Any]:
+        """torch DeviceMeshes of the dense grid and of the expert grid, whose dimensions have the names of the axes.
 
-        returns  [expert, num_replicas]  tensor ranks, ascending; the same on all ranks of a tensor group that hold the
-                 same slice of their experts (expert_tensor coordinate)
-
-        Tensor ranks hold the same tokens, so just one of the num_replicas must send an assignment. One replica: the
-        lanes divide the experts among them. Raises ValueError, on every rank, where the groups do not nest: there a
-        tensor group may reach some experts more often than others, or never.
+        Collective over torch.distributed's world, which must be initialised and have world_size ranks.
         """
-        rank = self._as_rank("replicas", rank)
-        block = self.expert_tensor * (self.expert if self.inner == "expert" else self.expert_data)
-        if any(max(size, self.tensor) % min(size, self.tensor) for size in (self.expert_tensor, block)):
-            raise ValueError(
-                f"Topology.replicas: tensor={self.tensor} must divide or be a multiple of both "
-                f"expert_tensor={self.expert_tensor} and {block} = expert_tensor * {self.inner}"
-            )
-        senders = np.array(self.group_of(rank, "tensor"))
-        senders = senders[senders % self.expert_tensor == rank % self.expert_tensor]
-        holders: list[list[int]] = [[] for _ in range(self.expert)]
-        for sender in senders.tolist():
-            lane = np.unravel_index(self.group_of(sender, "expert_lane"), self._shape(self._experts))
-            for expert_rank in lane[self._experts.index("expert")]:
-                holders[expert_rank].append(sender % self.tensor)
-        return np.array(holders, np.int64)
+        import torch
+        from torch.distributed.device_mesh import DeviceMesh
+
+        grids = (DENSE, self._experts)
+        ranks = [torch.arange(self.world_size, dtype=torch.int).reshape(self._shape(grid)) for grid in grids]
+        dense, experts = (DeviceMesh(device_type, r, mesh_dim_names=g) for g, r in zip(grids, ranks, strict=True))
+        return dense, experts
 
     def to_json(self) -> str:
         """The sizes and the groups along every axis, as stable text: one line for each."""

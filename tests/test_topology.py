@@ -8,7 +8,7 @@ import itertools
 import json
 import pickle
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -139,44 +139,32 @@ class TestLanes:
     def test_expert_group_over_two_lanes(self) -> None:
         topology = Topology(16, tensor=2, expert=4)
         check(topology, expert_lane=[[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11], [12, 14], [13, 15]])
-        assert topology.replicas(0).tolist() == [[0], [1], [0], [1]]
 
     def test_expert_group_on_one_lane(self) -> None:
         sliced = Topology(16, tensor=2, expert=4, expert_tensor=2)
         assert sliced.groups("expert_lane") == sliced.groups("expert")
-        assert sliced.replicas(0).tolist() == [[0]] * 4
-        assert sliced.replicas(1).tolist() == [[1]] * 4
         inner = Topology(16, tensor=2, expert=4, inner="expert_data")
         assert inner.groups("expert_lane") == inner.groups("expert")
-        assert inner.replicas(0).tolist() == inner.replicas(1).tolist() == [[0, 1]] * 4
 
     def test_expert_groups_smaller_than_tensor_groups(self) -> None:
         smallest = Topology(2, tensor=2)
         check(smallest, expert=[[0], [1]], expert_data=[[0, 1]], expert_lane=[[0], [1]])
-        assert smallest.replicas(0).tolist() == smallest.replicas(1).tolist() == [[0, 1]]
         topology = Topology(4, tensor=4, expert=2)
         check(topology, expert=[[0, 1], [2, 3]], expert_lane=[[0], [1], [2], [3]])
-        assert topology.replicas(3).tolist() == [[0, 2], [1, 3]]
 
     def test_sliced_experts_in_a_larger_tensor_group(self) -> None:
         topology = Topology(8, tensor=4, expert=2, expert_tensor=2)
         check(topology, expert=[[0, 2], [4, 6], [1, 3], [5, 7]], expert_tensor=[[0, 1], [2, 3], [4, 5], [6, 7]])
-        assert topology.replicas(4).tolist() == [[0], [2]]
-        assert topology.replicas(5).tolist() == [[1], [3]]
 
     def test_groups_that_do_not_nest(self) -> None:
         topology = Topology(12, tensor=4, expert=6)
         check(topology, expert_lane=[[0, 4], [1, 5], [2], [3], [6, 10], [7, 11], [8], [9]])
-        for rank in range(12):
-            with pytest.raises(ValueError, match=r"tensor=4 must divide or be a multiple of both .* 6 = expert_tensor"):
-                topology.replicas(rank)
 
     def test_128_ranks_8_way_tensor_128_way_expert(self) -> None:
         topology = Topology(128, tensor=8, expert=128)
         assert topology.data == 16 and topology.expert_data == 1
         assert topology.groups("expert") == [list(range(128))]
         assert topology.groups("expert_lane") == topology.groups("lane") == [[*range(t, 128, 8)] for t in range(8)]
-        assert topology.replicas(77).tolist() == [[rank % 8] for rank in range(128)]
 
     def test_two_layers_over_the_same_ranks(self) -> None:
         early, late = Topology(16, tensor=2, expert=4), Topology(16, tensor=2, expert=8)
@@ -309,37 +297,6 @@ def test_an_expert_lane_is_an_expert_group_on_one_lane() -> None:
             assert len(lanes) == topology.world_size * topology.tensor // topology.expert
 
 
-def test_replicas_name_everyone_who_reaches_an_expert() -> None:
-    nested = 0
-    for topology in TOPOLOGIES:
-        reaches = []  # for each rank, the places in its expert group that are on its lane
-        for rank in range(topology.world_size):
-            reaches.append([topology.coords(member)["expert"] for member in topology.group_of(rank, "expert_lane")])
-        for rank in range(topology.world_size):
-            try:
-                replicas = topology.replicas(rank)
-            except ValueError:
-                continue
-            nested += 1
-            same = topology.coords(rank)["expert_tensor"]
-            twins = [r for r in topology.group_of(rank, "tensor") if topology.coords(r)["expert_tensor"] == same]
-            assert rank in twins and replicas.dtype == np.int64 and replicas.shape[0] == topology.expert
-            for place, tensor_ranks in enumerate(replicas.tolist()):
-                assert tensor_ranks, "every expert is reached"
-                assert tensor_ranks == [r % topology.tensor for r in twins if place in reaches[r]]
-            mine = (replicas == topology.coords(rank)["tensor"]).any(axis=1)
-            assert np.flatnonzero(mine).tolist() == reaches[rank]
-    assert nested > 2000
-
-
-def test_replicas_exist_wherever_powers_of_two_are_used() -> None:
-    for tensor, expert, sliced in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4)):
-        for inner in ("expert", "expert_data"):
-            topology = Topology(32, tensor=tensor, expert=expert, expert_tensor=sliced, inner=inner)
-            replicas = topology.replicas(0)
-            assert len(set(Counter(replicas.ravel().tolist()).values())) == 1, "the lanes share the experts evenly"
-
-
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
@@ -418,9 +375,8 @@ def test_unknown_axis() -> None:
 def test_rank_outside_the_world() -> None:
     topology = Topology(16)
     for rank in (-1, 16):
-        for name, call in (("coords", topology.coords), ("replicas", topology.replicas)):
-            with pytest.raises(ValueError, match=rf"Topology.{name}: rank is {rank}, expected 0 .. 15"):
-                call(rank)
+        with pytest.raises(ValueError, match=rf"Topology.coords: rank is {rank}, expected 0 .. 15"):
+            topology.coords(rank)
         with pytest.raises(ValueError, match=rf"Topology.group_of: rank is {rank}, expected 0 .. 15"):
             topology.group_of(rank, "expert")
     with pytest.raises(TypeError, match=r"Topology.coords: rank is 1.0, expected an integer"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from moecomm.all_to_all.base import AllToAll
 from moecomm.arrays import Array, Counts, empty_rows
 from moecomm.transports import as_comm
@@ -19,12 +21,14 @@ class FlatAllToAll(AllToAll):
         self.comm = as_comm(comm)
 
     def _even(self, x: Array, out: Array) -> None:
-        self.comm.all_to_all(x, out=out)
+        self.comm.move(x, out)
 
     def _uneven(self, rows: Array, send_counts: Counts) -> tuple[Array, Counts]:
-        recv_counts: Counts = self.comm.all_to_all(send_counts)
+        recv_counts = np.empty_like(send_counts)
+        self.comm.move(send_counts, recv_counts)
         out = empty_rows(int(recv_counts.sum()), rows)
-        return self.comm.all_to_all(rows, send_counts, recv_counts, out=out), recv_counts
+        self.comm.move(rows, out, send_counts, recv_counts)
+        return out, recv_counts
 
     def free(self) -> None:
         """Nothing to give back: the constructor made no group."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,7 +83,8 @@ class HierarchicalAllToAll(AllToAll):
             packed = _reordered(rows, hop.order, sizes)
             del rows  # at most two buffers at a time
             sizes, send_counts, recv_counts = hop.exchange_counts(sizes, counts_are_known)
-            rows = hop.comm.all_to_all(packed, send_counts, recv_counts)
+            rows = empty_rows(int(recv_counts.sum()), packed)
+            hop.comm.move(packed, rows, send_counts, recv_counts)
             del packed
         if not self._hops:
             rows, sizes = rows.copy() if isinstance(rows, np.ndarray) else rows.clone(), sizes.copy()
@@ -115,7 +115,9 @@ class _Hop:
         send = np.zeros((self.comm.size, self.widest), np.int64)
         send[np.arange(self.widest) < self.send_blocks[:, None]] = sizes[self.order]
         arriving = np.arange(self.widest) < self.recv_blocks[:, None]
-        recv = arriving.astype(np.int64) if counts_are_known else self.comm.all_to_all(send)
+        recv = arriving.astype(np.int64)
+        if not counts_are_known:
+            self.comm.move(send, recv)
         return recv[arriving], send.sum(axis=1), recv.sum(axis=1)
 
 
@@ -184,15 +186,10 @@ def _lanes(sizes: Counts) -> list[int]:
 
 def _agree_on_nodes(comm: Comm, nodes: Nodes) -> None:
     """Collective: a rank with other nodes than rank 0 would wait in another group for ever."""
-    fits = isinstance(nodes, Nodes) and nodes.world_size == comm.size
-    digest = hashlib.blake2b(repr(nodes).encode(), digest_size=7).digest() if fits else b""
-    every = comm.all_gather(np.array([int.from_bytes(digest, "big") if fits else -1], np.int64))
-    if not fits:
+    comm.agree("HierarchicalAllToAll: nodes", repr(nodes))
+    if not isinstance(nodes, Nodes) or nodes.world_size != comm.size:
         got = f"has {nodes.world_size} ranks" if isinstance(nodes, Nodes) else f"is a {type(nodes).__name__}"
         raise ValueError(f"HierarchicalAllToAll: nodes {got}, expected Nodes of {comm.size} ranks{comm.where()}")
-    for rank, other in enumerate(every.tolist()):
-        if other != every[0]:
-            raise ValueError(f"HierarchicalAllToAll: rank {rank} was given other nodes than rank 0{comm.where()}")
 
 
 def _transform(order: Counts) -> Callable[[Array, Array], None]:
@@ -200,7 +197,7 @@ def _transform(order: Counts) -> Callable[[Array, Array], None]:
 
 
 def _exchange(comm: Comm) -> Callable[[Array, Array], None]:
-    return lambda src, dst: comm.all_to_all(src, out=dst)
+    return comm.move
 
 
 def _keep(src: Array, dst: Array) -> None:

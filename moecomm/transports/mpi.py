@@ -54,10 +54,10 @@ class MpiComm(Comm):
         self._calls = 0
         self._pending: Any = None
 
-    def checked(self, call: str, arguments: Callable[[], Any]) -> Any:
+    def check_usable(self, call: str) -> None:
         if self.failure is None and self._comm == MPI.COMM_NULL:
             self.failure = "its MPI communicator was freed"
-        return super().checked(call, arguments)
+        super().check_usable(call)
 
     def _call(self, name: str, blocking: Callable[..., None], started: Callable[..., Any], *buffers: Any) -> None:
         self._calls += 1

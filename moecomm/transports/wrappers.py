@@ -36,6 +36,9 @@ class _Wrapper(Comm):
     def failure(self, why: str | None) -> None:
         self.inner.failure = why
 
+    def check_usable(self, call: str) -> None:
+        self.inner.check_usable(call)
+
     def checked(self, call: str, arguments: Callable[[], Any]) -> Any:
         return self.inner.checked(call, arguments)
 
@@ -135,9 +138,10 @@ def _describe(arguments: tuple[Any, ...]) -> str:
     if not arguments or not hasattr(arguments[0], "shape"):
         return ""
     rows, counts = arguments[:2]
+    more = "".join(f", {argument()}" for argument in arguments[2:] if callable(argument))
     if counts is None:
-        return f" with {dtype_name(rows)} {tuple(rows.shape)} in equal parts"
-    return f" with {dtype_name(rows)} rows of shape {tuple(rows.shape[1:])} and counts"
+        return f" with {dtype_name(rows)} {tuple(rows.shape)} in equal parts{more}"
+    return f" with {dtype_name(rows)} rows of shape {tuple(rows.shape[1:])} and counts{more}"
 
 
 @dataclass

@@ -1,0 +1,374 @@
+"""Compare the all-to-all algorithms with the MPI library's own MPI_Alltoall(v), interleaved in one run.
+
+    mpirun -n 64 python bench/alltoall.py
+    mpirun -n 64 python bench/alltoall.py --skew zipf --out alltoall.jsonl
+    python bench/alltoall.py --transport threads -n 16                          needs no MPI
+    torchrun --nproc-per-node 8 bench/alltoall.py --transport torch             over gloo
+
+A sample is the slowest rank's time for one call after a barrier. The answers are checked, and the exit status is 1 if
+a row is wrong. docs/benchmarks.md says what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import harness
+import numpy as np
+from harness import Column, Record
+from numpy.typing import NDArray
+
+from moecomm import AllToAll, Comm, FlatAllToAll, HierarchicalAllToAll, Nodes
+from moecomm.transports import threads
+from moecomm.transports.wrappers import Timed
+
+Counts: TypeAlias = NDArray[np.int64]
+Rows: TypeAlias = NDArray[np.int64]
+
+ROW_BYTES = 16
+SEED = 1
+
+
+class MpiAllToAll:
+    """The MPI library's own all-to-all, called through mpi4py with nothing of moecomm between: the baseline."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self.comm = MPI.COMM_WORLD
+        self.byte = MPI.BYTE
+
+    def __call__(self, x: Rows, out: Rows) -> Rows:
+        self.comm.Alltoall(x, out)
+        return out
+
+    def rows(self, rows: Rows, send_counts: Counts) -> tuple[Rows, Counts]:
+        recv_counts = np.empty_like(send_counts)
+        self.comm.Alltoall(send_counts, recv_counts)
+        out = np.empty((int(recv_counts.sum()), *rows.shape[1:]), rows.dtype)
+        send, recv = send_counts * ROW_BYTES, recv_counts * ROW_BYTES
+        sent, received = (send, send.cumsum() - send), (recv, recv.cumsum() - recv)
+        self.comm.Alltoallv([rows, sent, self.byte], [out, received, self.byte])
+        return out, recv_counts
+
+
+Algorithm: TypeAlias = "MpiAllToAll | AllToAll"
+
+ALGORITHMS: dict[str, Callable[[Comm, Nodes], Algorithm]] = {
+    "mpi": lambda comm, nodes: MpiAllToAll(),  # left out where there is no MPI
+    "flat": lambda comm, nodes: FlatAllToAll(comm),
+    "hierarchical": HierarchicalAllToAll,
+}
+"""What is compared. The first is what the others are held against."""
+
+COLUMNS = [
+    Column("p", "p", "", 6),
+    Column("nodes", "nodes", "", 7),
+    Column("bytes_per_pair", "bytes", "(a pair)", 10),
+    Column("algorithm", "algorithm", "", 14),
+    Column("messages_intra", "messages", "(inside)", 10),
+    Column("messages_inter", "messages", "(between)", 11),
+    Column("bytes_intra", "bytes", "(inside)", 11),
+    Column("bytes_inter", "bytes", "(between)", 11),
+    Column("time_us", "time", "(us)", 11, ".1f"),
+    Column("p10_us", "p10", "(us)", 11, ".1f"),
+    Column("p90_us", "p90", "(us)", 11, ".1f"),
+    Column("algbw_GBps", "algbw", "(GB/s)", 9, ".3f"),
+    Column("busbw_GBps", "busbw", "(GB/s)", 9, ".3f"),
+    Column("wrong", "wrong", "(rows)", 8),
+]
+
+
+# ---- what is sent --------------------------------------------------------------------------------------------------
+
+
+def row_counts(p: int, bytes_per_pair: int, skew: str | None) -> Counts:
+    """[p, p] rows from each source to each destination, the same on every rank.
+
+    zipf: each source draws a destination for each of its rows. The k-th most popular rank has a share of 1 / k, and all
+    sources find the same ranks popular.
+    """
+    rows_per_pair = bytes_per_pair // ROW_BYTES
+    if skew is None:
+        return np.full((p, p), rows_per_pair, np.int64)
+    rng = np.random.default_rng(SEED)
+    share = rng.permutation(1 / np.arange(1, p + 1))
+    return rng.multinomial(p * rows_per_pair, share / share.sum(), size=p)
+
+
+class Traffic:
+    """What this rank sends in a call, and the answer that it must get.
+
+    A row holds its source and destination in the first word, the number of the call and its place among the rows of
+    that pair in the second: a row that went astray is noticed, and so is the right answer to an earlier call.
+    """
+
+    def __init__(self, rank: int, counts: Counts, even: bool) -> None:
+        ranks = np.arange(len(counts))
+        self.even = even
+        self.send_counts, self.recv_counts = counts[rank].copy(), counts[:, rank].copy()
+        self.rows = labelled_rows(rank << 32 | ranks, self.send_counts)
+        self.expected = labelled_rows(ranks << 32 | rank, self.recv_counts)
+        self.x = self.rows.reshape(len(counts), -1, 2) if even else self.rows
+        self.out = np.empty_like(self.x) if even else None
+
+    def renew(self) -> None:
+        """Number the next call, and poison the place for its answer."""
+        self.rows[:, 1] += 1 << 32
+        self.expected[:, 1] += 1 << 32
+        if self.out is not None:
+            self.out.fill(-1)
+
+    def call(self, algorithm: Algorithm) -> tuple[Rows, Counts]:
+        if self.out is None:
+            return algorithm.rows(self.rows, self.send_counts)
+        return algorithm(self.x, self.out), self.recv_counts
+
+    def num_wrong(self, rows: Rows, recv_counts: Counts) -> int:
+        if rows.size != self.expected.size or not np.array_equal(recv_counts, self.recv_counts):
+            return max(1, len(self.expected))
+        return int((rows.reshape(-1, 2) != self.expected).any(axis=1).sum())
+
+
+def labelled_rows(pairs: Counts, counts: Counts) -> Rows:
+    rows = np.empty((int(counts.sum()), 2), np.int64)
+    rows[:, 0] = np.repeat(pairs, counts)
+    rows[:, 1] = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
+    return rows
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def time_calls(
+    comm: Comm, algorithms: dict[str, Algorithm], traffic: Traffic, reps: int, tick: Callable[[], Any]
+) -> dict[str, Record]:
+    """For each algorithm the slowest rank's times, and the wrong rows of all ranks in the first and the last call."""
+    seconds = {name: np.empty(reps + 1) for name in algorithms}
+    wrong = dict.fromkeys(algorithms, 0)
+    order = list(algorithms)
+    shuffle = random.Random(SEED).shuffle  # the same order on all ranks
+    for rep in range(reps + 1):  # the first only warms up
+        shuffle(order)
+        for name in order:
+            traffic.renew()
+            comm.barrier()
+            start = time.perf_counter()
+            answer = traffic.call(algorithms[name])
+            seconds[name][rep] = time.perf_counter() - start
+            if rep in (0, reps):
+                wrong[name] += traffic.num_wrong(*answer)
+            del answer  # or the next call would have less memory at hand
+            if rep > 0:
+                tick()
+    all_wrong = {name: int(comm.all_reduce(np.array([wrong[name]]))[0]) for name in algorithms}
+    return {name: harness.time_statistics(comm, seconds[name][1:]) | {"wrong": all_wrong[name]} for name in algorithms}
+
+
+def count_sent(timed: Timed, algorithm: Algorithm, traffic: Traffic, same_node: NDArray[np.bool_]) -> Record:
+    """Messages and bytes of one call: of the rank that has most of each. `algorithm` was made on `timed`."""
+    timed.clear()
+    traffic.call(algorithm)
+    messages, num_bytes, counts = (np.zeros(timed.size, np.int64) for _ in range(3))
+    for kind, entry in timed.record.items():
+        if kind == "all_to_allv" or traffic.even:
+            messages += entry.messages
+            num_bytes += entry.bytes
+        else:
+            counts += entry.messages
+    numbers = {
+        "messages_intra": messages[same_node].sum(),
+        "messages_inter": messages[~same_node].sum(),
+        "messages_counts": counts.sum(),
+        "bytes_intra": num_bytes[same_node].sum(),
+        "bytes_inter": num_bytes[~same_node].sum(),
+    }
+    most = harness.largest(timed.inner, list(numbers.values()))
+    return dict(zip(numbers, most.tolist(), strict=True))
+
+
+def extra_bytes(comm: Comm, algorithm: Algorithm, traffic: Traffic) -> int | None:
+    """The most that a call has allocated beside input and output, on the rank that allocates most."""
+    if isinstance(comm, threads.ThreadComm):
+        return None  # tracemalloc sees all threads as one
+    tracemalloc.start()
+    answer = traffic.call(algorithm)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    returned = 0 if traffic.even else sum(array.nbytes for array in answer)
+    return int(harness.largest(comm, [peak - returned])[0])
+
+
+def measure(comm: Comm, nodes: Nodes, names: list[str], options: argparse.Namespace, progress: Any) -> Iterator[Record]:
+    """One record for each size and algorithm, as soon as it is measured."""
+    timed = Timed(comm)
+    plain = {name: ALGORITHMS[name](comm, nodes) for name in names}
+    # MPI_Alltoall is handed what the flat algorithm hands on to it.
+    counted = {name: ALGORITHMS["flat" if name == "mpi" else name](timed, nodes) for name in names}
+    for size in options.sizes:
+        traffic = Traffic(comm.rank, row_counts(comm.size, size, options.skew), even=options.skew is None)
+        times = time_calls(comm, plain, traffic, options.reps, progress.update if progress else int)
+        if progress:
+            progress.clear()  # some time before the rows: the two go different ways to the terminal
+        for name in names:
+            yield {
+                "bench": "alltoall",
+                "algorithm": name,
+                "transport": options.transport,
+                "p": comm.size,
+                "ranks_per_node": int(nodes.sizes().max()),
+                "nodes": len(nodes),
+                "bytes_per_pair": size,
+                "skew": options.skew,
+                "reps": options.reps,
+                **times[name],
+                **harness.bandwidths(comm.size * size, comm.size, times[name]["time_us"]),
+                **count_sent(timed, counted[name], traffic, nodes.same_node(comm.rank)),
+                "extra_bytes": extra_bytes(comm, plain[name], traffic),
+                "date": harness.utc_now(),
+            }
+
+
+# ---- reporting -----------------------------------------------------------------------------------------------------
+
+ONE_HOST = [
+    "",
+    " All ranks are on one host: the nodes are mere groups of ranks, and no message crosses a network. What the",
+    " hierarchical all-to-all saves, messages between nodes, costs little here, while it copies everything once more:",
+    " without a network expect it to be slower from about 1 KiB a pair up (at 64 KiB it depends on the MPI library).",
+    " docs/benchmarks.md, section Across nodes, says how to measure over a network, real or emulated (Linux network",
+    " namespaces shaped with tc).",
+]
+
+
+def benchmark(comm: Comm, options: argparse.Namespace) -> int:
+    """Measure and report. The exit status: 1 if a row was wrong, 2 if --out cannot be written."""
+    if options.out and not harness.can_append(options.out, comm):
+        return 2
+    found = Nodes.discover(comm)
+    nodes = found
+    if options.ranks_per_node or len(found) == 1:
+        nodes = Nodes.of_size(options.ranks_per_node or 8, comm.size)
+    names = [name for name in ALGORITHMS if name != "mpi" or options.transport == "mpi"]
+    if comm.rank == 0:
+        records = report(comm, nodes, names, options, num_hosts=len(found))
+    else:
+        records = list(measure(comm, nodes, names, options, None))
+    return int(any(record["wrong"] for record in records))
+
+
+def report(comm: Comm, nodes: Nodes, names: list[str], options: argparse.Namespace, num_hosts: int) -> list[Record]:
+    """Measure; print each record, and append it to --out, as soon as it comes."""
+    from tqdm import tqdm  # here, because one rank of many needs it
+
+    environment = harness.environment()
+    about = [*setting(options, nodes, num_hosts), *harness.environment_lines(environment)]
+    harness.print_header(about, COLUMNS)
+    records = []
+    num_calls = len(options.sizes) * len(names) * options.reps
+    with tqdm(total=num_calls, unit=" calls", leave=False, file=sys.stderr) as progress:
+        for record in measure(comm, nodes, names, options, progress):
+            harness.print_row(record, COLUMNS)
+            if options.out:
+                harness.append(options.out, record | environment)
+            records.append(record)
+    harness.print_comment(speeds(records))
+    if num_hosts == 1 and len(nodes) > 1:
+        harness.print_comment(ONE_HOST)
+    return records
+
+
+def setting(options: argparse.Namespace, nodes: Nodes, num_hosts: int) -> list[str]:
+    form = "equal blocks"
+    if options.skew:
+        form = "uneven counts, Zipf(1) over the destinations; the counts are exchanged inside the timing"
+    per_node = " or ".join(str(size) for size in sorted({*nodes.sizes().tolist()}))
+    lines = [
+        f" alltoall: {form}",
+        f"  transport: {options.transport}   ranks: {nodes.world_size}   nodes: {len(nodes)}   "
+        f"ranks per node: {per_node}   hosts: {num_hosts}   reps: {options.reps}",
+        "  messages and bytes: what a rank sends in a call, inside its node and between nodes; the most of any rank",
+        "  time, p10, p90: median and percentiles of the slowest rank's time",
+    ]
+    if options.transport == "mpi" and nodes.world_size == 1:
+        lines.append("  one rank moves nothing; start more: mpirun -n 64 python bench/alltoall.py")
+    return lines
+
+
+def speeds(records: list[Record]) -> list[str]:
+    """How fast each algorithm was against the first of them, and which was the fastest, size by size."""
+    times: dict[int, dict[str, float]] = {}
+    for record in records:
+        times.setdefault(record["bytes_per_pair"], {})[record["algorithm"]] = record["time_us"]
+    names = list(times[records[0]["bytes_per_pair"]])
+    owner = "MPI library" if names[0] == "mpi" else "transport"
+    lines = ["", f" Speed against {names[0]}, the {owner}'s own all-to-all (its median time / theirs); * the fastest"]
+    lines.append(f"{'bytes a pair':>17}" + " ".join(f"{size:>10}" for size in times))
+    for name in names:
+        stars = ["*" if name == min(row, key=row.__getitem__) else " " for row in times.values()]
+        ratios = [row[names[0]] / row[name] for row in times.values()]
+        cells = [f"{ratio:>10.2f}{star}" for ratio, star in zip(ratios, stars, strict=True)]
+        lines.append(f"{name:>17}{''.join(cells)}".rstrip())
+    return lines
+
+
+# ---- starting ------------------------------------------------------------------------------------------------------
+
+
+def parse_options() -> argparse.Namespace:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=rest, formatter_class=raw)
+    add = parser.add_argument
+    add("--transport", choices=("mpi", "threads", "torch"), default="mpi", help="what carries the rows (default: mpi)")
+    add("-n", type=harness.positive, metavar="RANKS", help="number of ranks, with --transport threads")
+    add(
+        "--sizes",
+        type=harness.byte_sizes,
+        metavar="BYTES,...",
+        default="16,64,256,1KiB,4KiB,16KiB,64KiB",
+        help="bytes a pair of ranks, multiples of 16 (default: %(default)s)",
+    )
+    add(
+        "--ranks-per-node",
+        type=harness.positive,
+        metavar="G",
+        help="call each G consecutive ranks a node (default: the hosts that the ranks are on; 8 on one host)",
+    )
+    add(
+        "--skew",
+        choices=("zipf",),
+        help="uneven counts, Zipf(1) over the destinations, bytes a pair on average; the exchange of the counts is "
+        "timed as well (mpi: MPI_Alltoall of the counts, then MPI_Alltoallv)",
+    )
+    add("--reps", type=harness.positive, default=15, help="timed calls behind each row (default: %(default)s)")
+    add("--out", metavar="FILE.jsonl", help="append the rows as JSON Lines, with all samples")
+    options = parser.parse_args()
+    if any(size % ROW_BYTES or not size for size in options.sizes):
+        parser.error(f"argument --sizes: a row has {ROW_BYTES} bytes, so give multiples of {ROW_BYTES}")
+    if options.transport == "threads" and not options.n:
+        parser.error("--transport threads needs -n, the number of ranks")
+    if options.transport != "threads" and options.n:
+        parser.error("-n is for --transport threads; elsewhere mpirun or torchrun says how many ranks there are")
+    return options
+
+
+def main() -> int:
+    options = harness.said_once(parse_options)
+
+    def body(comm: Comm) -> int:
+        return benchmark(comm, options)
+
+    if options.transport == "threads":
+        return harness.run_threads(options.n, body)
+    return harness.run_mpi(body) if options.transport == "mpi" else harness.run_torch(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Exchanges: tokens to the ranks of their experts, and the answers home."""
+
+from moecomm.exchange.plan import Plan
+from moecomm.exchange.routed import RoutedExchange
+from moecomm.exchange.tensor_parallel import LanePlan, TensorParallelExchange
+
+__all__ = ["LanePlan", "Plan", "RoutedExchange", "TensorParallelExchange"]

@@ -1,0 +1,71 @@
+"""Copying rows to where they are needed inside a rank, and summing the answers back: never communication.
+
+Everything an exchange does beside communicating is one of two functions, and each is the other's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moecomm.arrays import Array, Counts, is_torch
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """N copies of T rows: copy i is of row row[i], as that row's choice[i]; no row has a choice twice."""
+
+    row: Counts
+    choice: Counts
+    num_rows: int
+    num_choices: int
+
+    def by_choice(self) -> Iterator[tuple[int, Counts, Counts]]:
+        """For each choice in turn: the copies that are that choice, and the rows that they are of."""
+        for choice in range(self.num_choices):
+            copies = np.flatnonzero(self.choice == choice)
+            yield choice, copies, self.row[copies]
+
+
+def copy_out(x: Array, copies: Copies) -> Array:
+    """x [T, H] -> [N, H], the copies in their order. Differentiable."""
+    if is_torch(x):
+        return _torch_functions().CopyOut.apply(x, copies)
+    return x[copies.row]
+
+
+def sum_back(rows: Array, copies: Copies, weight: Array | None = None, dtype: Any = None) -> Array:
+    """rows [N, H] -> [T, H]: for each of T rows the sum of its copies, first choice first.
+
+    weight  [T, num_choices] the factor of each copy; None: 1
+    dtype   of the result; None: that of rows
+
+    Summed in float32 (float64 for float64 rows) in a fixed order, and rounded once. Differentiable in rows and weight.
+    """
+    if is_torch(rows):
+        return _torch_functions().SumBack.apply(rows, weight, copies, dtype)
+    total = np.zeros((copies.num_rows, *rows.shape[1:]), sum_dtype(rows))
+    for choice, these, of in copies.by_choice():
+        part = rows[these].astype(total.dtype)
+        total[of] += part if weight is None else part * _as_column(weight[of, choice], part)
+    return total.astype(rows.dtype if dtype is None else dtype, copy=False)
+
+
+def sum_dtype(rows: Array) -> Any:
+    """The dtype in which rows are summed: float32, or float64 if they are that."""
+    if is_torch(rows):
+        return _torch_functions().sum_dtype(rows.dtype)
+    return np.float64 if rows.dtype == np.float64 else np.float32
+
+
+def _as_column(weight: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return weight.astype(rows.dtype).reshape(-1, *(1,) * (rows.ndim - 1))
+
+
+def _torch_functions() -> Any:
+    from moecomm.exchange import autograd
+
+    return autograd

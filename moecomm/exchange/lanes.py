@@ -1,0 +1,89 @@
+"""What tensor ranks do among themselves: the same input to all of them, and one answer made of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moecomm.arrays import Array, Counts, empty_rows, is_torch
+from moecomm.comm import Comm
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """Who has which answers: known to all tensor ranks from the routing alone.
+
+    tokens      for each lane, the tokens that it has an answer for, ascending
+    num_tokens  T
+    output      "replicated" or "sequence", as in TensorParallelExchange
+    """
+
+    tokens: list[Counts]
+    num_tokens: int
+    output: Literal["replicated", "sequence"]
+
+    def one_lane_each(self) -> bool:
+        """Whether no token has answers on two lanes: then nothing is left to add."""
+        tokens = np.concatenate(self.tokens)
+        return len(np.unique(tokens)) == len(tokens)
+
+    def gather_is_shorter(self) -> bool:
+        """An all-gather moves (L - 1) / L of all answered rows to each rank, an all-reduce 2 (L - 1) / L of T rows."""
+        return sum(map(len, self.tokens)) <= 2 * self.num_tokens
+
+    def part_sizes(self) -> Counts:
+        """[L] tokens of each tensor rank's part of the sequence, as np.array_split cuts them."""
+        L = len(self.tokens)  # noqa: N806
+        return np.array([self.num_tokens // L + (i < self.num_tokens % L) for i in range(L)], np.int64)
+
+    def within(self, part: int) -> Iterator[Counts]:
+        """For each lane, its tokens in one part of the sequence, counted from that part's start."""
+        ends = np.cumsum(self.part_sizes())
+        start = ends[part] - self.part_sizes()[part]
+        for tokens in self.tokens:
+            yield tokens[np.searchsorted(tokens, start) : np.searchsorted(tokens, ends[part])] - start
+
+
+def replicated(x: Array, tensor: Comm) -> Array:
+    """x, which all tensor ranks have. For torch: its gradient is summed over them, a collective."""
+    if not is_torch(x) or not x.requires_grad:
+        return x
+    from moecomm.exchange.autograd import Replicated
+
+    return Replicated.apply(x, tensor)
+
+
+def share(answers: Array, plan: Share, tensor: Comm) -> Array:
+    """answers [T, ...], of this lane -> the sum over all lanes, whole or this rank's part of it. Collective.
+
+    Differentiable: each lane's gradient is the whole one, gathered first if it comes in parts.
+    """
+    if not is_torch(answers):
+        return sum_over_lanes(answers, plan, tensor)
+    from moecomm.exchange.autograd import ShareAnswers
+
+    return ShareAnswers.apply(answers, plan, tensor)
+
+
+def sum_over_lanes(answers: Array, plan: Share, tensor: Comm) -> Array:
+    """`share` without a gradient."""
+    mine = plan.tokens[tensor.rank]
+    if plan.output == "replicated" and not plan.gather_is_shorter():
+        return tensor.all_reduce(answers)
+    if plan.output == "replicated":
+        num_rows, tokens = plan.num_tokens, plan.tokens
+        rows = tensor.all_gather(answers[mine], [len(t) for t in tokens])
+    else:
+        num_rows, tokens = int(plan.part_sizes()[tensor.rank]), list(plan.within(tensor.rank))
+        send_counts = [len(list(plan.within(part))[tensor.rank]) for part in range(tensor.size)]
+        rows = tensor.all_to_all(answers[mine], send_counts, [len(t) for t in tokens])
+    total = empty_rows(num_rows, answers)
+    total[...] = 0
+    start = 0
+    for lane in tokens:  # in lane order
+        total[lane] += rows[start : start + len(lane)]
+        start += len(lane)
+    return total

@@ -1,0 +1,199 @@
+"""RoutedExchange: tokens to the ranks of their experts, and the answers home."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecomm.all_to_all import AllToAll
+from moecomm.arrays import Array, Counts, as_rows, is_torch
+from moecomm.exchange.copies import Copies, copy_out, sum_back
+from moecomm.exchange.plan import Plan
+from moecomm.gating import Routing
+
+
+class RoutedExchange:
+    """Dispatch and combine over any AllToAll.
+
+    all_to_all        among the ranks that share the experts
+    experts_per_rank  how many experts each rank holds, 0 too: one number for all, or one for each rank; expert ids then
+                      count up rank by rank. Or for each rank the list of the global ids that it holds
+    send              "assignments": a row for each assignment; the weights stay at home.
+                      "tokens": one row for each token and rank, however many of the rank's experts it goes to, and one
+                      row back, weighted and summed there (fp32). Saves bytes where top-k is large beside p.
+
+    Making one is not collective. Equal on all ranks: all arguments.
+    Raises ValueError for experts that are held twice or lists that are not one per rank.
+    """
+
+    def __init__(
+        self,
+        all_to_all: AllToAll,
+        experts_per_rank: int | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        send: Literal["assignments", "tokens"] = "assignments",
+    ) -> None:
+        if send not in ("assignments", "tokens"):
+            raise ValueError(f"RoutedExchange: send is {send!r}, expected 'assignments' or 'tokens'")
+        self.all_to_all = all_to_all
+        self.comm = all_to_all.comm
+        self.send = send
+        experts = _expert_lists(experts_per_rank, self.comm.size)
+        self.num_local_experts = len(experts[self.comm.rank])
+        """Experts of this rank."""
+        held = [expert for group in experts for expert in group]
+        if len(set(held)) < len(held) or min(held, default=0) < 0:
+            raise ValueError(f"RoutedExchange: experts_per_rank is {experts}, expected every expert on one rank only")
+        self.num_experts = max(held, default=-1) + 1
+        """E, one more than the highest id."""
+        nobody = self.comm.size
+        self._holder = np.full(self.num_experts + 1, nobody)  # [E + 1]: the last one is for -1, dropped
+        self._local_id = np.full(self.num_experts + 1, -1)
+        for rank, group in enumerate(experts):
+            self._holder[group] = rank
+            self._local_id[group] = np.arange(len(group))
+
+    def holds(self) -> NDArray[np.bool_]:
+        """[E] whether any rank of this exchange holds the expert."""
+        return self._holder[:-1] < self.comm.size
+
+    def dispatch(self, x: Array, routing: Routing) -> tuple[Array, Plan]:
+        """Send every token to its experts.
+
+        x        [T, H]  numpy or torch; a rank may have no tokens
+        returns  ([N, H], plan)  the rows for this rank's experts, grouped by expert, then source rank, then token;
+                 plan.rows_per_expert says how many each has
+
+        Collective over the all-to-all's ranks. Differentiable in x. Raises ValueError or TypeError before anything is
+        sent if the routing does not fit x or names an expert that no rank holds.
+        Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 1; DeepSpeed-MoE (arXiv 2201.05596), section 5.
+        """
+        x, _, expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))
+        at_home, send_counts, labels = self._rows_to_send(expert)
+        labels, recv_counts = self.all_to_all.rows(labels, send_counts)
+        home_weight, away_weight = routing.weight, None
+        if self.send == "tokens":
+            home_weight, away_weight = None, move(self.all_to_all, copy_out(routing.weight, at_home), send_counts)
+        rows = move(self.all_to_all, copy_out(x, at_home), send_counts)
+        away, rows_per_expert = self._rows_for_experts(labels)
+        plan = Plan(rows_per_expert, at_home, away, recv_counts, home_weight, away_weight)
+        return copy_out(rows, away), plan
+
+    def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
+        """Bring the experts' answers home: for each token, their weighted sum.
+
+        rows     [N, ...]  answers, in the order of what dispatch returned
+        dtype    of the result; None: that of rows
+        returns  [T, ...]  summed in float32 in a fixed order; a token without experts gets zeros
+
+        Collective over the all-to-all's ranks. Differentiable in rows and in the weights given to dispatch.
+        Raises ValueError if rows does not fit the plan.
+        """
+        self.comm.checked("combine", lambda: _combine_arguments(rows, plan))
+        rows = sum_back(rows, plan.away, plan.away_weight)
+        rows = move(self.all_to_all, rows, plan.recv_counts)
+        return sum_back(rows, plan.at_home, plan.home_weight, dtype)
+
+    # ---- who goes where --------------------------------------------------------------------------------------------
+
+    def _rows_to_send(self, expert: Counts) -> tuple[Copies, Counts, Counts]:
+        """expert [T, K] -> the N rows to send, by destination and then token; how many to each rank; and for each row
+        the local ids of the experts that it is for: [N, 1], or [N, K] with -1 where a choice is not that rank's."""
+        T, K = expert.shape  # noqa: N806
+        rank = self._holder[expert]  # [T, K]; comm.size: dropped
+        if self.send == "assignments":
+            assignment = np.argsort(rank, axis=None, kind="stable")[: np.count_nonzero(expert >= 0)]
+            row, choice = np.divmod(assignment, max(K, 1))
+            labels = self._local_id[expert.reshape(-1)[assignment]].reshape(-1, 1)
+        else:
+            first = rank < self.comm.size  # [T, K] the first choice of a token on that rank
+            for k in range(1, K):
+                first[:, k] &= (rank[:, :k] != rank[:, k : k + 1]).all(axis=1)
+            firsts = np.flatnonzero(first)
+            firsts = firsts[np.argsort(rank.reshape(-1)[firsts], kind="stable")]
+            row, destination = firsts // max(K, 1), rank.reshape(-1)[firsts]
+            here = rank[row] == destination[:, None]  # [N, K]
+            labels = np.where(here, self._local_id[expert[row]], -1)
+            choice = _places(row, destination, T)
+        to = rank[row, choice] if self.send == "assignments" else destination
+        return Copies(row, choice, T, K), np.bincount(to, minlength=self.comm.size), labels
+
+    def _rows_for_experts(self, labels: Counts) -> tuple[Copies, Counts]:
+        """labels [M, S], of the rows that came -> the copies that the experts see, by expert, source and token."""
+        M, S = labels.shape  # noqa: N806
+        order = np.argsort(labels, axis=None, kind="stable")[np.count_nonzero(labels < 0) :]
+        row, choice = np.divmod(order, max(S, 1))
+        return Copies(row, choice, M, S), np.bincount(labels.reshape(-1)[order], minlength=self.num_local_experts)
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, tuple[()], Counts]:
+        if not is_torch(x):
+            as_rows(x, "x")
+        if is_torch(x) != is_torch(routing.weight):
+            raise TypeError(f"routing.weight is a {type(routing.weight).__name__}, expected a {type(x).__name__}, as x")
+        expert = on_host_as_int64(routing.expert)
+        if expert.ndim != 2 or expert.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"routing.expert has shape {expert.shape}, expected (T, K) with T = {x.shape[0]}, as x {tuple(x.shape)}"
+            )
+        if tuple(routing.weight.shape) != expert.shape:
+            raise ValueError(f"routing.weight has shape {tuple(routing.weight.shape)}, expected {expert.shape}")
+        if expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
+            raise ValueError(f"routing.expert has {expert.min()}..{expert.max()}, expected -1..{self.num_experts - 1}")
+        lost = expert[(expert >= 0) & (self._holder[expert] == self.comm.size)]
+        if lost.size:
+            raise ValueError(f"routing.expert names expert {lost[0]}, which no rank holds")
+        return x, (), expert
+
+
+def move(all_to_all: AllToAll, rows: Array, send_counts: Counts) -> Array:
+    """The rows of `all_to_all.rows`, differentiable for torch tensors. Collective, and so is its gradient."""
+    if not is_torch(rows):
+        return all_to_all.rows(rows, send_counts)[0]
+    from moecomm.exchange.autograd import Move
+
+    return Move.apply(rows, all_to_all, send_counts)
+
+
+def on_host_as_int64(expert: Array) -> Counts:
+    """Expert ids as numpy, wherever they are."""
+    array = expert.detach().cpu().numpy() if is_torch(expert) else np.asarray(expert)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"routing.expert has dtype {array.dtype}, expected integers")
+    return array.astype(np.int64)
+
+
+def _places(row: Counts, destination: Counts, num_rows: int) -> Counts:
+    """For each pair (row, destination), sorted by destination: how many of that row's destinations come before."""
+    order = np.argsort(row, kind="stable")
+    counts = np.bincount(row, minlength=num_rows)
+    places = np.empty_like(row)
+    places[order] = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return places
+
+
+def _expert_lists(experts_per_rank: Any, size: int) -> list[list[int]]:
+    if isinstance(experts_per_rank, int | np.integer):
+        experts_per_rank = [int(experts_per_rank)] * size
+    groups = list(experts_per_rank)
+    if len(groups) != size:
+        raise ValueError(f"RoutedExchange: experts_per_rank has {len(groups)} entries, expected {size}, one per rank")
+    if all(isinstance(count, int | np.integer) for count in groups):
+        if min(groups) < 0:
+            raise ValueError(f"RoutedExchange: experts_per_rank is {groups}, expected counts >= 0")
+        ends = np.cumsum(groups).tolist()
+        groups = [range(end - count, end) for count, end in zip(groups, ends, strict=True)]
+    return [[int(expert) for expert in group] for group in groups]
+
+
+def _combine_arguments(rows: Array, plan: Plan) -> tuple[Array, tuple[()]]:
+    wanted = len(plan.away.row)
+    if rows.ndim < 1 or rows.shape[0] != wanted:
+        raise ValueError(
+            f"rows has shape {tuple(rows.shape)}, expected ({wanted}, ...): the rows that dispatch returned"
+        )
+    return rows, ()

@@ -1,0 +1,148 @@
+"""TensorParallelExchange: ranks that hold the same tokens share the work of sending them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecomm.arrays import Array, Counts, is_torch
+from moecomm.comm import Comm
+from moecomm.exchange.copies import sum_dtype
+from moecomm.exchange.lanes import Share, replicated, share
+from moecomm.exchange.plan import Plan
+from moecomm.exchange.routed import RoutedExchange, on_host_as_int64
+from moecomm.gating import Routing
+
+
+@dataclass(frozen=True, eq=False)
+class LanePlan:
+    """Made by `TensorParallelExchange.dispatch`, taken by its `combine`.
+
+    rows_per_expert  [local experts] int64: the rows that dispatch returned for each expert of this rank, in their order
+    """
+
+    rows_per_expert: Counts
+    inner: Plan
+    share: Share
+
+
+class TensorParallelExchange:
+    """Tensor-parallel ranks hold the same tokens, so each sends only what the experts of its own lane need.
+
+    inner   among the ranks of this rank's expert group that are on its lane, groups("expert_lane"): p/L peers, not p
+    tensor  the L ranks that hold the same tokens
+    output  "replicated": every tensor rank gets all tokens back. "sequence": tensor rank i gets its part of them,
+            np.array_split(tokens, L)[i]
+    part    which slice of its experts this rank holds, coords(rank)["expert_tensor"]; 0 where experts are whole
+
+    Each assignment is processed once in a tensor group (once for each slice of a sliced expert). Where R of its lanes
+    reach an expert, assignment t * K + k goes through lane number (t * K + k) mod R of them. Afterwards the lanes share
+    their answers: an all-gather of the answered rows or an all-reduce, whichever moves fewer bytes. If every token is
+    answered by one lane alone, as for K = 1, the bits are those of the exchange without lanes; else float32 sums are
+    added, lane by lane after the all-gather, in the library's order by the all-reduce.
+
+    x and the routing must be the same on all tensor ranks: give a `Checked` tensor Comm to have the routing compared.
+    The gradients of x and of the weights come out summed over the lanes, the same on all of them.
+
+    Making one is collective over tensor. Raises ValueError, on all of them, if no lane reaches some expert.
+    Source: DeepSpeed-MoE (arXiv 2201.05596), section 5.3: O(p) becomes O(p/L) + O(L).
+    """
+
+    def __init__(
+        self,
+        inner: RoutedExchange,
+        tensor: Comm,
+        *,
+        output: Literal["replicated", "sequence"] = "replicated",
+        part: int = 0,
+    ) -> None:
+        if output not in ("replicated", "sequence"):
+            raise ValueError(f"TensorParallelExchange: output is {output!r}, expected 'replicated' or 'sequence'")
+        self.inner = inner
+        self.tensor = tensor
+        self.output = output
+        self.num_local_experts = inner.num_local_experts
+        """Experts of this rank."""
+        parts, reach = _gather_reach(inner, tensor, part)
+        self.num_experts = reach.shape[1]
+        """E, one more than the highest id that some lane reaches."""
+        self._turn, self._num_replicas = _turns(parts, reach)
+
+    def dispatch(self, x: Array, routing: Routing) -> tuple[Array, LanePlan]:
+        """Send every token to its experts. Collective over tensor and over inner's ranks.
+
+        x        [T, H]  the same on all tensor ranks, as is the routing
+        returns  ([N, H], plan)  the rows for this rank's experts, grouped by expert, then source rank, then token
+
+        Differentiable in x. Raises like RoutedExchange.dispatch.
+        """
+        expert = self.tensor.checked("dispatch", lambda: self._dispatch_arguments(x, routing))[-1]
+        lanes = range(self.tensor.size)
+        goes_by = [
+            self._turn[lane][expert] == _assignments(expert) % self._num_replicas[lane][expert] for lane in lanes
+        ]
+        tokens = [np.flatnonzero(mine.any(axis=1)) for mine in goes_by]
+        x, weight = replicated(x, self.tensor), replicated(routing.weight, self.tensor)
+        on_my_lane = np.where(goes_by[self.tensor.rank], expert, -1)
+        rows, plan = self.inner.dispatch(x, replace(routing, expert=on_my_lane, weight=weight))
+        return rows, LanePlan(plan.rows_per_expert, plan, Share(tokens, len(expert), self.output))
+
+    def combine(self, rows: Array, plan: LanePlan) -> Array:
+        """Bring the experts' answers home: for each token, their weighted sum. Collective as dispatch is.
+
+        rows     [N, ...]  answers, in the order of what dispatch returned
+        returns  [T, ...] the same on all tensor ranks, or this rank's part of it where output is "sequence"
+
+        Differentiable in rows and in the weights given to dispatch.
+        """
+        dtype = rows.dtype if plan.share.one_lane_each() else sum_dtype(rows)
+        y = share(self.inner.combine(rows, plan.inner, dtype), plan.share, self.tensor)
+        return y.to(rows.dtype) if is_torch(y) else y.astype(rows.dtype, copy=False)
+
+    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, None, object, Counts]:
+        expert = on_host_as_int64(routing.expert)
+        if expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
+            raise ValueError(f"routing.expert has {expert.min()}..{expert.max()}, expected -1..{self.num_experts - 1}")
+
+        def must_be_the_same() -> str:
+            return f"routing {hashlib.blake2b(expert.tobytes(), digest_size=6).hexdigest()}"
+
+        return x, None, must_be_the_same, expert
+
+
+def _assignments(expert: Counts) -> Counts:
+    """[T, K] the flat index t * K + k."""
+    return np.arange(expert.size).reshape(expert.shape)
+
+
+def _gather_reach(inner: RoutedExchange, tensor: Comm, part: int) -> tuple[Counts, NDArray[np.bool_]]:
+    """[L] the part of each lane, and [L, E] which experts it reaches."""
+    every = tensor.all_gather(np.array([[part, inner.num_experts]], np.int64))
+    reach = np.zeros((1, int(every[:, 1].max())), np.int64)
+    reach[0, : inner.num_experts] = inner.holds()
+    reach = tensor.all_gather(reach).astype(bool)
+    for number in set(every[:, 0].tolist()):
+        lost = np.flatnonzero(~reach[every[:, 0] == number].any(axis=0))
+        if lost.size:
+            raise ValueError(
+                f"TensorParallelExchange: no tensor rank reaches part {number} of expert {lost[0]}{tensor.where()}"
+            )
+    return every[:, 0], reach
+
+
+def _turns(parts: Counts, reach: NDArray[np.bool_]) -> tuple[Counts, Counts]:
+    """For each lane and expert, [L, E + 1]: which of the lanes that reach the same part it is, and how many they are.
+
+    -1: it does not reach it. The last column is for the assignments that were dropped.
+    """
+    L, E = reach.shape  # noqa: N806
+    turn, num_replicas = np.full((L, E + 1), -1), np.ones((L, E + 1), np.int64)
+    for lane in range(L):
+        peers = reach & (parts == parts[lane])[:, None]
+        turn[lane, :E] = np.where(reach[lane], peers[:lane].sum(axis=0), -1)
+        num_replicas[lane, :E] = peers.sum(axis=0)
+    return turn, num_replicas
