@@ -55,9 +55,10 @@ def build_groups(comm: Comm, topology: Topology, nodes: Nodes | None = None) -> 
     nodes = Nodes.discover(comm) if nodes is None else nodes
     spanning = [group for group in topology.groups("tensor") if len(set(nodes.node_of[group].tolist())) > 1]
     if spanning and comm.rank == 0:
+        num_groups = comm.size // topology.tensor
         warnings.warn(
-            f"build_groups: {len(spanning)} of {comm.size // topology.tensor} tensor groups span nodes, {spanning[0]} is "
-            f"the first; put tensor={topology.tensor} ranks on one node",
+            f"build_groups: {len(spanning)} of {num_groups} tensor groups span nodes, {spanning[0]} is the first; put "
+            f"tensor={topology.tensor} ranks on one node",
             stacklevel=2,
         )
     return Groups(topology, comm, *(comm.split(_color(topology, axis, comm.rank)) for axis in AXES))

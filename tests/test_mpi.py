@@ -40,6 +40,7 @@ def test_rows_of_more_bytes_than_a_count_can_say(largest_count: int) -> None:
 
     def body(comm: Comm) -> None:
         comm._largest_count = largest_count  # type: ignore[attr-defined]
+        comm._free_row_types()  # type: ignore[attr-defined]
         for counts in testing.count_matrices(comm.size):
             rows = testing.sent_rows(counts, comm.rank)
             got = comm.all_to_all(rows, counts[comm.rank], counts[:, comm.rank])
