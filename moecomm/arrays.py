@@ -21,6 +21,8 @@ Counts: TypeAlias = NDArray[np.int64]
 
 
 def is_torch(array: object) -> bool:
+    if type(array) is np.ndarray:
+        return False
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 
@@ -31,30 +33,30 @@ def on_host(array: Array) -> bool:
 
 def as_rows(array: Array, name: str) -> Array:
     """The array itself, or a contiguous copy of it. TypeError or ValueError if it has no rows that can be moved."""
-    if is_torch(array):
-        import torch
-
-        if array.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires grad, which a collective would lose; pass {name}.detach()")
-        if array.layout != torch.strided:
-            raise TypeError(f"{name} is a {array.layout} tensor, expected a dense one")
-    elif not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} is a {type(array).__name__}, expected a numpy array or a torch tensor")
-    elif array.dtype.hasobject:
-        raise TypeError(
-            f"{name} has dtype {array.dtype}, whose elements are Python objects and cannot be moved as bytes"
-        )
-    if array.ndim == 0:
+    if num_axes(array, name) == 0:
         raise ValueError(f"{name} has no rows: its shape is ()")
-    return array if is_contiguous(array) else contiguous(array)
+    if isinstance(array, np.ndarray):
+        if array.dtype.hasobject:
+            raise TypeError(f"{name} has dtype {array.dtype}: Python objects, not bytes that could be moved")
+        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    import torch
+
+    if array.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, which a collective would lose; pass {name}.detach()")
+    if array.layout != torch.strided:
+        raise TypeError(f"{name} is a {array.layout} tensor, expected a dense one")
+    return array.contiguous()
+
+
+def num_axes(array: Array, name: str) -> int:
+    """TypeError if it is no array of a kind that we know."""
+    if not isinstance(array, np.ndarray) and not is_torch(array):
+        raise TypeError(f"{name} is a {type(array).__name__}, expected a numpy array or a torch tensor")
+    return int(array.ndim)
 
 
 def is_contiguous(array: Array) -> bool:
-    return bool(array.is_contiguous()) if is_torch(array) else bool(array.flags.c_contiguous)
-
-
-def contiguous(array: Array) -> Array:
-    return array.contiguous() if is_torch(array) else np.ascontiguousarray(array)
+    return bool(array.is_contiguous() if is_torch(array) else array.flags.c_contiguous)
 
 
 def empty_rows(num_rows: int, like: Array) -> Array:
@@ -85,11 +87,9 @@ def as_bytes(rows: Array) -> Array:
 
 
 def overlap(a: Array, b: Array) -> bool:
-    """Whether two contiguous arrays share memory."""
-    if on_host(a) != on_host(b):
-        return False
-    if on_host(a):
-        return bool(np.may_share_memory(as_bytes(a), as_bytes(b)))
+    """Whether two contiguous arrays of one kind and device share memory."""
+    if not is_torch(a):
+        return bool(np.may_share_memory(a, b))
     start_a, start_b = a.data_ptr(), b.data_ptr()
     return bool(start_a < start_b + b.nbytes and start_b < start_a + a.nbytes)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moecomm.arrays import Array, Counts, as_rows, dtype_name, empty_rows, is_contiguous, is_torch, overlap
+from moecomm.arrays import Array, Counts, as_rows, dtype_name, empty_rows, is_contiguous, is_torch, num_axes, overlap
 from moecomm.errors import CommError
 
 T = TypeVar("T", bound="tuple[Any, ...]")
@@ -198,7 +198,7 @@ class Comm(ABC):
         return rows, recv
 
     def _all_reduce_arguments(self, array: Array) -> tuple[Array, None]:
-        if getattr(array, "ndim", None) == 0:
+        if num_axes(array, "array") == 0:
             return self._all_reduce_arguments(array.reshape(1))[0].reshape(()), None
         array = as_rows(array, "array")
         if dtype_name(array) == "bool":

@@ -1,0 +1,16 @@
+"""Pictures of who talks to whom, as SVG text: `docs/` is drawn with them.
+
+    from moecomm import Nodes, draw
+
+    Path("two_hops.svg").write_text(draw.two_hops_svg(Nodes.of_size(4, 16)))
+
+The same arguments give the same bytes, on every machine.
+"""
+
+from moecomm.draw.hops import two_hops_svg
+from moecomm.draw.lanes import lanes_svg
+from moecomm.draw.routes import hop_traffic
+from moecomm.draw.topology import topology_svg
+from moecomm.draw.traffic import traffic_svg
+
+__all__ = ["hop_traffic", "lanes_svg", "topology_svg", "traffic_svg", "two_hops_svg"]
