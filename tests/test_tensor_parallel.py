@@ -134,7 +134,7 @@ def test_top_1_has_the_bits_of_the_exchange_without_lanes(topology: Topology, dt
 
 @pytest.mark.parametrize("K", [1, 2, 4, 8])
 def test_numpy_and_both_ways_to_share(K: int) -> None:  # noqa: N803
-    """K = 1 is gathered; from K = 4 on most tokens have answers on three or four lanes, and an all-reduce is shorter."""
+    """K = 1 is gathered; from K = 4 on most tokens have answers on three lanes, and an all-reduce is shorter."""
     case = Case(Topology(4, tensor=4, expert=4), K)
 
     def body(comm: Comm) -> None:
