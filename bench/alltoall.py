@@ -12,11 +12,11 @@ a row is wrong. docs/benchmarks.md says what the columns mean.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import harness
@@ -32,7 +32,6 @@ Counts: TypeAlias = NDArray[np.int64]
 Rows: TypeAlias = NDArray[np.int64]
 
 ROW_BYTES = 16
-SEED = 1
 
 
 class MpiAllToAll:
@@ -97,7 +96,7 @@ def row_counts(p: int, bytes_per_pair: int, skew: str | None) -> Counts:
     rows_per_pair = bytes_per_pair // ROW_BYTES
     if skew is None:
         return np.full((p, p), rows_per_pair, np.int64)
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(harness.SEED)
     share = rng.permutation(1 / np.arange(1, p + 1))
     return rng.multinomial(p * rows_per_pair, share / share.sum(), size=p)
 
@@ -146,51 +145,21 @@ def labelled_rows(pairs: Counts, counts: Counts) -> Rows:
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-def time_calls(
-    comm: Comm, algorithms: dict[str, Algorithm], traffic: Traffic, reps: int, tick: Callable[[], Any]
-) -> dict[str, Record]:
-    """For each algorithm the slowest rank's times, and the wrong rows of all ranks in the first and the last call."""
-    seconds = {name: np.empty(reps + 1) for name in algorithms}
-    wrong = dict.fromkeys(algorithms, 0)
-    order = list(algorithms)
-    shuffle = random.Random(SEED).shuffle  # the same order on all ranks
-    for rep in range(reps + 1):  # the first only warms up
-        shuffle(order)
-        for name in order:
-            traffic.renew()
-            comm.barrier()
-            start = time.perf_counter()
-            answer = traffic.call(algorithms[name])
-            seconds[name][rep] = time.perf_counter() - start
-            if rep in (0, reps):
-                wrong[name] += traffic.num_wrong(*answer)
-            del answer  # or the next call would have less memory at hand
-            if rep > 0:
-                tick()
-    all_wrong = {name: int(comm.all_reduce(np.array([wrong[name]]))[0]) for name in algorithms}
-    return {name: harness.time_statistics(comm, seconds[name][1:]) | {"wrong": all_wrong[name]} for name in algorithms}
+def timed_call(comm: Comm, traffic: Traffic, algorithm: Algorithm, check: bool) -> tuple[tuple[float], int]:
+    """The seconds that this rank took and, if asked to check, how many of its rows were wrong."""
+    traffic.renew()
+    comm.barrier()
+    start = time.perf_counter()
+    answer = traffic.call(algorithm)
+    seconds = time.perf_counter() - start
+    return (seconds,), traffic.num_wrong(*answer) if check else 0
 
 
 def count_sent(timed: Timed, algorithm: Algorithm, traffic: Traffic, same_node: NDArray[np.bool_]) -> Record:
     """Messages and bytes of one call: of the rank that has most of each. `algorithm` was made on `timed`."""
     timed.clear()
     traffic.call(algorithm)
-    messages, num_bytes, counts = (np.zeros(timed.size, np.int64) for _ in range(3))
-    for kind, entry in timed.record.items():
-        if kind == "all_to_allv" or traffic.even:
-            messages += entry.messages
-            num_bytes += entry.bytes
-        else:
-            counts += entry.messages
-    numbers = {
-        "messages_intra": messages[same_node].sum(),
-        "messages_inter": messages[~same_node].sum(),
-        "messages_counts": counts.sum(),
-        "bytes_intra": num_bytes[same_node].sum(),
-        "bytes_inter": num_bytes[~same_node].sum(),
-    }
-    most = harness.largest(timed.inner, list(numbers.values()))
-    return dict(zip(numbers, most.tolist(), strict=True))
+    return harness.most_sent(timed, same_node, {"all_to_all", "all_to_allv"} if traffic.even else {"all_to_allv"})
 
 
 def extra_bytes(comm: Comm, algorithm: Algorithm, traffic: Traffic) -> int | None:
@@ -213,7 +182,8 @@ def measure(comm: Comm, nodes: Nodes, names: list[str], options: argparse.Namesp
     counted = {name: ALGORITHMS["flat" if name == "mpi" else name](timed, nodes) for name in names}
     for size in options.sizes:
         traffic = Traffic(comm.rank, row_counts(comm.size, size, options.skew), even=options.skew is None)
-        times = time_calls(comm, plain, traffic, options.reps, progress.update if progress else int)
+        calls = {name: partial(timed_call, comm, traffic, plain[name]) for name in names}
+        timings = harness.interleaved(comm, calls, options.reps, progress.update if progress else int)
         if progress:
             progress.clear()  # some time before the rows: the two go different ways to the terminal
         for name in names:
@@ -227,8 +197,8 @@ def measure(comm: Comm, nodes: Nodes, names: list[str], options: argparse.Namesp
                 "bytes_per_pair": size,
                 "skew": options.skew,
                 "reps": options.reps,
-                **times[name],
-                **harness.bandwidths(comm.size * size, comm.size, times[name]["time_us"]),
+                **(times := timings[name].record()),
+                **harness.bandwidths(comm.size * size, comm.size, times["time_us"]),
                 **count_sent(timed, counted[name], traffic, nodes.same_node(comm.rank)),
                 "extra_bytes": extra_bytes(comm, plain[name], traffic),
                 "date": harness.utc_now(),
@@ -251,37 +221,21 @@ def benchmark(comm: Comm, options: argparse.Namespace) -> int:
     """Measure and report. The exit status: 1 if a row was wrong, 2 if --out cannot be written."""
     if options.out and not harness.can_append(options.out, comm):
         return 2
-    found = Nodes.discover(comm)
-    nodes = found
-    if options.ranks_per_node or len(found) == 1:
-        nodes = Nodes.of_size(options.ranks_per_node or 8, comm.size)
+    nodes, num_hosts = harness.choose_nodes(comm, options.ranks_per_node)
     names = [name for name in ALGORITHMS if name != "mpi" or options.transport == "mpi"]
-    if comm.rank == 0:
-        records = report(comm, nodes, names, options, num_hosts=len(found))
-    else:
-        records = list(measure(comm, nodes, names, options, None))
-    return int(any(record["wrong"] for record in records))
-
-
-def report(comm: Comm, nodes: Nodes, names: list[str], options: argparse.Namespace, num_hosts: int) -> list[Record]:
-    """Measure; print each record, and append it to --out, as soon as it comes."""
-    from tqdm import tqdm  # here, because one rank of many needs it
-
-    environment = harness.environment()
-    about = [*setting(options, nodes, num_hosts), *harness.environment_lines(environment)]
-    harness.print_header(about, COLUMNS)
-    records = []
-    num_calls = len(options.sizes) * len(names) * options.reps
-    with tqdm(total=num_calls, unit=" calls", leave=False, file=sys.stderr) as progress:
-        for record in measure(comm, nodes, names, options, progress):
-            harness.print_row(record, COLUMNS)
-            if options.out:
-                harness.append(options.out, record | environment)
-            records.append(record)
+    if comm.rank > 0:
+        return int(any(record["wrong"] for record in measure(comm, nodes, names, options, None)))
+    records = harness.report(
+        lambda progress: measure(comm, nodes, names, options, progress),
+        COLUMNS,
+        setting(options, nodes, num_hosts),
+        options.out,
+        num_calls=len(options.sizes) * len(names) * options.reps,
+    )
     harness.print_comment(speeds(records))
     if num_hosts == 1 and len(nodes) > 1:
         harness.print_comment(ONE_HOST)
-    return records
+    return int(any(record["wrong"] for record in records))
 
 
 def setting(options: argparse.Namespace, nodes: Nodes, num_hosts: int) -> list[str]:
@@ -322,53 +276,25 @@ def speeds(records: list[Record]) -> list[str]:
 
 
 def parse_options() -> argparse.Namespace:
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=rest, formatter_class=raw)
-    add = parser.add_argument
-    add("--transport", choices=("mpi", "threads", "torch"), default="mpi", help="what carries the rows (default: mpi)")
-    add("-n", type=harness.positive, metavar="RANKS", help="number of ranks, with --transport threads")
-    add(
+    parser = harness.parser(__doc__)
+    parser.add_argument(
         "--sizes",
         type=harness.byte_sizes,
         metavar="BYTES,...",
         default="16,64,256,1KiB,4KiB,16KiB,64KiB",
         help="bytes a pair of ranks, multiples of 16 (default: %(default)s)",
     )
-    add(
-        "--ranks-per-node",
-        type=harness.positive,
-        metavar="G",
-        help="call each G consecutive ranks a node (default: the hosts that the ranks are on; 8 on one host)",
-    )
-    add(
+    parser.add_argument(
         "--skew",
         choices=("zipf",),
         help="uneven counts, Zipf(1) over the destinations, bytes a pair on average; the exchange of the counts is "
         "timed as well (mpi: MPI_Alltoall of the counts, then MPI_Alltoallv)",
     )
-    add("--reps", type=harness.positive, default=15, help="timed calls behind each row (default: %(default)s)")
-    add("--out", metavar="FILE.jsonl", help="append the rows as JSON Lines, with all samples")
-    options = parser.parse_args()
+    options = harness.parse(parser)
     if any(size % ROW_BYTES or not size for size in options.sizes):
         parser.error(f"argument --sizes: a row has {ROW_BYTES} bytes, so give multiples of {ROW_BYTES}")
-    if options.transport == "threads" and not options.n:
-        parser.error("--transport threads needs -n, the number of ranks")
-    if options.transport != "threads" and options.n:
-        parser.error("-n is for --transport threads; elsewhere mpirun or torchrun says how many ranks there are")
     return options
 
 
-def main() -> int:
-    options = harness.said_once(parse_options)
-
-    def body(comm: Comm) -> int:
-        return benchmark(comm, options)
-
-    if options.transport == "threads":
-        return harness.run_threads(options.n, body)
-    return harness.run_mpi(body) if options.transport == "mpi" else harness.run_torch(body)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(harness.said_once(parse_options), benchmark))

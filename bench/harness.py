@@ -5,29 +5,60 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import platform
+import random
 import re
-import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from environment import environment, environment_lines
 from numpy.typing import ArrayLike, NDArray
 
-from moecomm import Comm
+from moecomm import Comm, Nodes
 from moecomm.transports import threads
+from moecomm.transports.wrappers import Timed
 
 Record = dict[str, Any]
 """One measured row, as it is written: where a key has a unit, the unit ends the key."""
 
+Key = TypeVar("Key", bound=Hashable)
+
+SEED = 1
+
 
 # ---- options and ranks ---------------------------------------------------------------------------------------------
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """With what a module's docstring says, and the options that every benchmark has."""
+    description, _, rest = (doc or "").partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=rest, formatter_class=raw)
+    add = parser.add_argument
+    add("--transport", choices=("mpi", "threads", "torch"), default="mpi", help="what carries the rows (default: mpi)")
+    add("-n", type=positive, metavar="RANKS", help="number of ranks, with --transport threads")
+    add(
+        "--ranks-per-node",
+        type=positive,
+        metavar="G",
+        help="call each G consecutive ranks a node (default: the hosts that the ranks are on; 8 on one host)",
+    )
+    add("--reps", type=positive, default=15, help="timed calls behind each row (default: %(default)s)")
+    add("--out", metavar="FILE.jsonl", help="append the rows as JSON Lines, with all samples")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    options = parser.parse_args()
+    if options.transport == "threads" and not options.n:
+        parser.error("--transport threads needs -n, the number of ranks")
+    if options.transport != "threads" and options.n:
+        parser.error("-n is for --transport threads; elsewhere mpirun or torchrun says how many ranks there are")
+    return options
 
 
 def said_once(parse: Callable[[], argparse.Namespace]) -> argparse.Namespace:
@@ -70,8 +101,15 @@ def byte_sizes(text: str) -> list[int]:
     return [int(match[1]) * units[match[2]] for match in matches if match]
 
 
-def run_threads(size: int, body: Callable[[Comm], int]) -> int:
-    return max(threads.run(size, body))
+def run(options: argparse.Namespace, benchmark: Callable[[Comm, argparse.Namespace], int]) -> int:
+    """Call benchmark(comm, options) on every rank. The exit status."""
+
+    def body(comm: Comm) -> int:
+        return benchmark(comm, options)
+
+    if options.transport == "threads":
+        return max(threads.run(options.n, body))
+    return run_mpi(body) if options.transport == "mpi" else run_torch(body)
 
 
 def run_mpi(body: Callable[[Comm], int]) -> int:
@@ -99,19 +137,83 @@ def run_torch(body: Callable[[Comm], int]) -> int:
     return status
 
 
-# ---- statistics ----------------------------------------------------------------------------------------------------
+def choose_nodes(comm: Comm, ranks_per_node: int | None) -> tuple[Nodes, int]:
+    """The nodes to measure with, and on how many hosts the ranks are. Collective."""
+    found = Nodes.discover(comm)
+    if ranks_per_node or len(found) == 1:
+        return Nodes.of_size(ranks_per_node or 8, comm.size), len(found)
+    return found, len(found)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+class Timing(NamedTuple):
+    samples_us: NDArray[np.float64]  # [reps, parts of the call] the slowest rank's
+    wrong: int  # rows of all ranks, in the first and the last call
+
+    def record(self) -> Record:
+        samples = self.samples_us.sum(axis=1)
+        p10, median, p90 = np.percentile(samples, (10, 50, 90)).round(3).tolist()
+        spread = {"time_us": median, "p10_us": p10, "p90_us": p90}
+        return {**spread, "samples_us": samples.round(3).tolist(), "wrong": self.wrong}
+
+
+def interleaved(
+    comm: Comm,
+    calls: dict[Key, Callable[[bool], tuple[tuple[float, ...], int]]],
+    reps: int,
+    tick: Callable[[], Any],
+) -> dict[Key, Timing]:
+    """Each repetition makes every call once, in an order drawn anew. Collective.
+
+    calls  call(check) returns the seconds of its parts on this rank and, if asked to check, how many rows were wrong
+    """
+    seconds: dict[Key, list[tuple[float, ...]]] = {key: [] for key in calls}
+    wrong = dict.fromkeys(calls, 0)
+    order = list(calls)
+    shuffle = random.Random(SEED).shuffle  # the same order on all ranks
+    for rep in range(reps + 1):  # the first only warms up
+        shuffle(order)
+        for key in order:
+            parts, num_wrong = calls[key](rep in (0, reps))
+            seconds[key].append(parts)
+            wrong[key] += num_wrong
+            if rep > 0:
+                tick()
+    return {
+        key: Timing(largest(comm, seconds[key][1:]) * 1e6, int(comm.all_reduce(np.array([wrong[key]]))[0]))
+        for key in calls
+    }
+
+
+def most_sent(timed: Timed, same_node: NDArray[np.bool_], row_kinds: set[str]) -> Record:
+    """Messages and bytes since `timed` was cleared: of the rank that has most of each. Collective.
+
+    row_kinds  the kinds of all-to-all that carry rows; the others carry counts
+    """
+    messages, num_bytes, counts = (np.zeros(timed.size, np.int64) for _ in range(3))
+    for kind in {"all_to_all", "all_to_allv"} & timed.record.keys():
+        entry = timed.record[kind]
+        if kind in row_kinds:
+            messages += entry.messages
+            num_bytes += entry.bytes
+        else:
+            counts += entry.messages
+    numbers = {
+        "messages_intra": messages[same_node].sum(),
+        "messages_inter": messages[~same_node].sum(),
+        "messages_counts": counts.sum(),
+        "bytes_intra": num_bytes[same_node].sum(),
+        "bytes_inter": num_bytes[~same_node].sum(),
+    }
+    most = largest(timed.inner, list(numbers.values()))
+    return dict(zip(numbers, most.tolist(), strict=True))
 
 
 def largest(comm: Comm, values: ArrayLike) -> NDArray[Any]:
     """Element by element, the largest value that any rank has. Collective."""
     return np.asarray(comm.all_gather(np.asarray(values)[None])).max(axis=0)
-
-
-def time_statistics(comm: Comm, seconds: NDArray[np.float64]) -> Record:
-    """seconds [reps]: this rank's; the slowest rank's count. Collective."""
-    samples = largest(comm, seconds) * 1e6
-    p10, median, p90 = np.percentile(samples, (10, 50, 90)).round(3).tolist()
-    return {"time_us": median, "p10_us": p10, "p90_us": p90, "samples_us": samples.round(3).tolist()}
 
 
 def bandwidths(num_bytes: int, num_ranks: int, time_us: float) -> Record:
@@ -121,6 +223,24 @@ def bandwidths(num_bytes: int, num_ranks: int, time_us: float) -> Record:
 
 
 # ---- table and JSON Lines ------------------------------------------------------------------------------------------
+
+
+def report(
+    measure: Callable[[Any], Iterator[Record]], columns: list[Column], about: list[str], out: str | None, num_calls: int
+) -> list[Record]:
+    """Print each record that measure(progress) yields, and append it to `out`, as soon as it comes. For rank 0."""
+    from tqdm import tqdm  # here, because one rank of many needs it
+
+    ran_on = environment()
+    print_header([*about, *environment_lines(ran_on)], columns)
+    records = []
+    with tqdm(total=num_calls, unit=" calls", leave=False, file=sys.stderr) as progress:
+        for record in measure(progress):
+            print_row(record, columns)
+            if out:
+                append(out, record | ran_on)
+            records.append(record)
+    return records
 
 
 class Column(NamedTuple):
@@ -161,59 +281,6 @@ def can_append(path: str, comm: Comm) -> bool:
             problem = f"{path}: {error.strerror}"
             print(f"error: argument --out: {problem}", file=sys.stderr, flush=True)
     return not comm.all_reduce(np.array([len(problem)]))[0]
-
-
-# ---- environment ---------------------------------------------------------------------------------------------------
-
-
-def environment() -> Record:
-    """Commit, versions and machine, as this process sees them. Starts git: for one rank alone."""
-    return {"commit": commit(), "versions": versions(), "machine": machine()}
-
-
-def environment_lines(environment: Record) -> list[str]:
-    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)
-    cpu, cores, memory, kernel = environment["machine"].values()
-    return [
-        f"  commit: {environment['commit']}   versions: {versions}",
-        f"  machine: {cpu}, {cores} cores, {memory} GiB, {kernel}",
-    ]
-
-
-def commit() -> str:
-    """The commit of this file's repository, with -dirty behind it if tracked files have changed since."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def versions() -> Record:
-    """Of what this process has loaded; None: not loaded."""
-    packages = ("moecomm", "numpy", "mpi4py", "torch")
-    found = {name: version(name) if name in sys.modules else None for name in packages}
-    return {"python": platform.python_version(), **found, "MPI library": mpi_library()}
-
-
-def mpi_library() -> str | None:
-    if "mpi4py.MPI" not in sys.modules:
-        return None
-    name, numbers = sys.modules["mpi4py.MPI"].get_vendor()
-    return f"{name} {'.'.join(map(str, numbers))}"
-
-
-def machine() -> Record:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    kernel = f"{platform.system()} {platform.release()}"
-    return {"cpu": cpu_model(), "cores": os.cpu_count(), "memory_GiB": round(memory, 1), "kernel": kernel}
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    return model[1] if model else platform.processor() or platform.machine()
 
 
 def utc_now() -> str:

@@ -145,11 +145,10 @@ def test_one_failing_rank_is_reported_and_hangs_nobody() -> None:
 def test_a_rank_that_never_comes_raises_on_the_others_and_ends_the_job() -> None:
     job = mpirun(4, str(PROGRAMS / "late_rank.py"), "stays")
     assert job.returncode != 0
-    lines = job.stdout.splitlines()
     for rank in (0, 2, 3):
         first = "first: all_to_all, call 2 on this Comm, waited 2 s for the other 3 rank(s) to come and send"
-        assert f"{first}  (rank {rank} of 4)" in lines
-    assert sum(line.startswith("then: barrier: this Comm cannot be used") for line in lines) == 3
+        assert f"{first}  (rank {rank} of 4)" in job.stdout
+    assert job.stdout.count("then: barrier: this Comm cannot be used") == 3
 
 
 def test_a_killed_rank_ends_the_job() -> None:

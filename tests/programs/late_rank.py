@@ -25,4 +25,4 @@ try:
     comm.barrier()
 except CommError as error:
     print("then:", error, flush=True)
-time.sleep(1)  # let every rank print before the first one aborts the job
+time.sleep(3)  # let every rank print before the first one aborts the job
