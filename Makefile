@@ -8,7 +8,7 @@ BUILD_FROM := pyproject.toml $(wildcard csrc/CMakeLists.txt csrc/*/*)
 # With `activate` in effect mpirun is the one of this environment, whatever else is installed.
 ACTIVATE := . $(BIN)/activate &&
 
-.PHONY: alltoall test test-threads test-mpi lint figures clean
+.PHONY: alltoall test test-threads test-mpi test-gpu lint figures clean
 
 alltoall: $(VENV)/.run
 	$(ACTIVATE) mpirun -n $(RANKS) python bench/alltoall.py $(ARGS)
@@ -21,6 +21,10 @@ test-threads: $(VENV)/.test
 test-mpi: $(VENV)/.test
 	$(ACTIVATE) mpirun -n 4 python -m pytest -m mpi --only-mpi
 	$(ACTIVATE) mpirun -n 8 python -m pytest -m mpi --only-mpi
+
+# For a machine with GPUs, in an environment that has torch with CUDA and moecomm installed.
+test-gpu:
+	torchrun --nproc-per-node gpu tests/programs/nccl.py
 
 lint: $(VENV)/.test
 	$(ACTIVATE) ruff check . && ruff format --check . && mypy && lint-imports
