@@ -8,6 +8,10 @@ BUILD_FROM := pyproject.toml $(wildcard csrc/CMakeLists.txt csrc/*/*)
 # With `activate` in effect mpirun is the one of this environment, whatever else is installed.
 ACTIVATE := . $(BIN)/activate &&
 
+# Debian keeps what venv needs to install pip in a package of its own.
+WITHOUT_VENV_PACKAGE = { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	$(PYTHON) -m pip --python $(BIN)/python install pip; }
+
 .PHONY: alltoall test test-threads test-mpi test-gpu lint figures clean
 
 alltoall: $(VENV)/.run
@@ -33,7 +37,7 @@ figures: $(VENV)/.test
 	$(ACTIVATE) python docs/make_figures.py
 
 $(VENV)/.run: $(BUILD_FROM)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || $(WITHOUT_VENV_PACKAGE)
 	$(BIN)/python -m pip install -e '.[mpich,bench]'
 	touch $@
 

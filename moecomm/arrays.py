@@ -38,14 +38,16 @@ def as_rows(array: Array, name: str) -> Array:
     if isinstance(array, np.ndarray):
         if array.dtype.hasobject:
             raise TypeError(f"{name} has dtype {array.dtype}: Python objects, not bytes that could be moved")
-        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data or {name}.filled()")
+        return np.ascontiguousarray(array)  # also turns a subclass, such as np.memmap, into a plain array
     import torch
 
     if array.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, which a collective would lose; pass {name}.detach()")
     if array.layout != torch.strided:
         raise TypeError(f"{name} is a {array.layout} tensor, expected a dense one")
-    return array.contiguous()
+    return array.resolve_conj().resolve_neg().contiguous()
 
 
 def num_axes(array: Array, name: str) -> int:
@@ -86,6 +88,22 @@ def as_bytes(rows: Array) -> Array:
     return flat.numpy() if rows.device.type == "cpu" else flat
 
 
+def sum_dtype(rows: Array) -> Any:
+    """The dtype in which numbers like these are summed: float32, or float64 if they are that."""
+    float64, float32 = (np.float64, np.float32) if not is_torch(rows) else _torch_floats()
+    return float64 if rows.dtype == float64 else float32
+
+
+def as_dtype(array: Array, dtype: Any) -> Array:
+    return array.to(dtype) if is_torch(array) else array.astype(dtype, copy=False)
+
+
+def _torch_floats() -> tuple[Any, Any]:
+    import torch
+
+    return torch.float64, torch.float32
+
+
 def overlap(a: Array, b: Array) -> bool:
     """Whether two contiguous arrays of one kind and device share memory."""
     if not is_torch(a):
@@ -109,7 +127,8 @@ def copy_blocks(dst: Array, src: Array, order: Counts, sizes: Counts | None = No
     import torch
 
     index = torch.from_numpy(order if sizes is None else _row_index(order, sizes)).to(src.device)
-    torch.index_select(_words(src), 0, index, out=_words(dst))
+    word = _widest_word(src, dst)
+    torch.index_select(_as_words(src, word), 0, index, out=_as_words(dst, word))
 
 
 def _row_index(order: Counts, sizes: Counts) -> Counts:
@@ -119,10 +138,15 @@ def _row_index(order: Counts, sizes: Counts) -> Counts:
     return shift + np.arange(counts.sum(), dtype=np.int64)
 
 
-def _words(rows: Array) -> Array:
-    """Device rows as [n, words] of the widest integer that divides a row: one fast kernel for every dtype."""
+def _widest_word(src: Array, dst: Array) -> Any:
+    """The widest integer type that divides a row and both addresses: one fast kernel for every dtype."""
     import torch
 
-    width = row_bytes(rows)
-    word = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if width % t.itemsize == 0)
-    return rows.detach().reshape(-1).view(word).reshape(rows.shape[0], width // word.itemsize)
+    ends = row_bytes(src) | src.data_ptr() | dst.data_ptr()
+    return next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if ends % t.itemsize == 0)
+
+
+def _as_words(rows: Array, word: Any) -> Array:
+    words = row_bytes(rows) // word.itemsize
+    flat = rows.detach().reshape(-1)
+    return flat.view(word).reshape(rows.shape[0], words) if flat.dtype != word else flat.reshape(rows.shape[0], words)

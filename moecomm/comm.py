@@ -9,10 +9,28 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moecomm.arrays import Array, Counts, as_rows, dtype_name, empty_rows, is_contiguous, is_torch, num_axes, overlap
+from moecomm.arrays import (
+    Array,
+    Counts,
+    as_dtype,
+    as_rows,
+    dtype_name,
+    empty_rows,
+    is_contiguous,
+    is_torch,
+    num_axes,
+    overlap,
+    sum_dtype,
+)
 from moecomm.errors import CommError
 
 T = TypeVar("T", bound="tuple[Any, ...]")
+
+SUMMABLE = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int8", "uint8")
+"""What every transport can add."""
+
+LARGEST_INT = 2**31 - 1
+"""MPI takes colors and keys up to this."""
 
 
 class Comm(ABC):
@@ -87,9 +105,7 @@ class Comm(ABC):
         array, _ = self.checked("all_reduce", lambda: self._all_reduce_arguments(array))
         if dtype_name(array) not in ("float16", "bfloat16"):
             return self._all_reduce(array)
-        if is_torch(array):
-            return self._all_reduce(array.float()).to(array.dtype)
-        return self._all_reduce(array.astype(np.float32)).astype(array.dtype)
+        return as_dtype(self._all_reduce(as_dtype(array, sum_dtype(array))), array.dtype)
 
     def barrier(self) -> None:
         """Return when every rank has come."""
@@ -97,9 +113,10 @@ class Comm(ABC):
         self._barrier()
 
     def split(self, color: int, key: int | None = None) -> Comm:
-        """Return the Comm of the ranks that gave the same `color` (>= 0), ordered by `key`, ties by rank.
+        """Return the Comm of the ranks that gave the same `color`, ordered by `key`, ties by rank.
 
-        key  None: this Comm's own rank order
+        color  0 .. 2**31 - 1
+        key    None: this Comm's own rank order
         """
         color, key = self.checked("split", lambda: self._split_arguments(color, key))
         return self._split(color, key)
@@ -201,16 +218,18 @@ class Comm(ABC):
         if num_axes(array, "array") == 0:
             return self._all_reduce_arguments(array.reshape(1))[0].reshape(()), None
         array = as_rows(array, "array")
-        if dtype_name(array) == "bool":
-            raise TypeError("array has dtype bool, which has no sum")
+        if dtype_name(array) not in SUMMABLE:
+            raise TypeError(f"array has dtype {dtype_name(array)}, expected one that is summed: {', '.join(SUMMABLE)}")
         return array, None
 
     def _split_arguments(self, color: int, key: int | None) -> tuple[Any, Any]:
         for name, value in (("color", color), ("key", key)):
             if value is not None and not isinstance(value, int | np.integer):
                 raise TypeError(f"{name} is {value!r}, expected an int")
-        if color < 0:
-            raise ValueError(f"color is {color}, expected >= 0")
+        if not 0 <= color <= LARGEST_INT:
+            raise ValueError(f"color is {color}, expected 0 .. {LARGEST_INT}")
+        if key is not None and not -LARGEST_INT <= key <= LARGEST_INT:
+            raise ValueError(f"key is {key}, expected -{LARGEST_INT} .. {LARGEST_INT}")
         return int(color), self.rank if key is None else int(key)
 
     def counts(self, name: str, counts: Any, num_rows: int | None = None) -> Counts:
@@ -231,7 +250,7 @@ class Comm(ABC):
 def check_out(out: Array, rows: Array, num_rows: int) -> None:
     """Raise unless `out` can take num_rows rows like `rows` while `rows` is read."""
     shape = (num_rows, *rows.shape[1:])
-    if type(out) is not type(rows):
+    if not (is_torch(out) if is_torch(rows) else isinstance(out, np.ndarray)):
         raise TypeError(f"out is a {type(out).__name__}, expected a {type(rows).__name__} like the rows given")
     if out.dtype != rows.dtype or (is_torch(out) and out.device != rows.device):
         raise TypeError(f"out has dtype {dtype_name(out)}, expected {dtype_name(rows)} on the same device as the rows")
@@ -243,3 +262,9 @@ def check_out(out: Array, rows: Array, num_rows: int) -> None:
         raise ValueError("out is read-only")
     if overlap(out, rows):
         raise ValueError("out shares memory with the rows given")
+    if is_torch(out):
+        import torch
+
+        if out.requires_grad and torch.is_grad_enabled():
+            raise ValueError("out requires grad, which a collective would lose")
+        torch.autograd.graph.increment_version(out)  # what was saved for a backward pass is overwritten

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from moecomm.arrays import Array
+from moecomm.arrays import Array, as_dtype, sum_dtype
 from moecomm.comm import Comm
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
@@ -78,4 +78,5 @@ def reduce_expert_gradient(gradient: Array, groups: Groups) -> Array:
     expert sees the tokens of all data-parallel ranks, whatever the expert-parallel size is, so its gradient must not
     depend on it. (DeepSpeed's were `expert` times too large until its v0.14.1 and v0.15.4.)
     """
-    return groups.expert_data.all_reduce(gradient) / groups.topology.data
+    mean = as_dtype(gradient, sum_dtype(gradient)) / groups.topology.data  # first: the sum may be too large for 16 bits
+    return as_dtype(groups.expert_data.all_reduce(mean), gradient.dtype)

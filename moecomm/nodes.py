@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from operator import index
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ class Nodes:
     """
 
     def __init__(self, ranks: Iterable[Sequence[int]]) -> None:
-        members = sorted(tuple(sorted(int(r) for r in node)) for node in ranks)
+        members = sorted(tuple(sorted(index(r) for r in node)) for node in ranks)
         flat = [rank for node in members for rank in node]
         if not flat or not all(members):
             raise ValueError(f"Nodes: ranks is {[list(m) for m in members]}, expected at least one rank on every node")

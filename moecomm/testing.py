@@ -187,7 +187,7 @@ def _refuses(comm: Comm, make: Make) -> None:
         (ValueError, "contiguous", lambda: comm.all_to_all(rows, out=make(np.zeros((p, 4), np.float32))[:, ::2])),
         (ValueError, "shares memory", lambda: comm.all_to_all(rows, out=rows)),
         (ValueError, "recv_counts", lambda: comm.all_gather(rows, [p + 1] * p)),
-        (TypeError, "no sum", lambda: comm.all_reduce(make(np.zeros(2, bool)))),
+        (TypeError, "one that is summed", lambda: comm.all_reduce(make(np.zeros(2, bool)))),
         (ValueError, "color", lambda: comm.split(-1)),
     ):
         _raises(error, match, call, comm)
@@ -197,10 +197,12 @@ def _refuses(comm: Comm, make: Make) -> None:
 
 
 def _is_freed(comm: Comm, make: Make) -> None:
-    part = comm.split(0)
-    part.free()
-    part.free()
-    _raises(CommError, "freed", part.barrier, comm)
+    for _ in range(4):  # the same ranks again and again
+        part = comm.split(0)
+        part.barrier()
+        part.free()
+        part.free()
+        _raises(CommError, "freed", part.barrier, comm)
 
 
 # ---- checks of an AllToAll -----------------------------------------------------------------------------------------

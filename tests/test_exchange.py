@@ -213,13 +213,80 @@ def test_gradcheck(send: str) -> None:
     threads.run(2, body)
 
 
+@pytest.mark.parametrize("frozen", ["x on all", "x on rank 1", "weight on rank 1", "everything on rank 1"])
+@pytest.mark.parametrize("send", ["assignments", "tokens"])
+def test_backward_is_collective_whatever_needs_a_gradient(send: str, frozen: str) -> None:
+    """Rank 1 has no experts, and some inputs need no gradient: nobody may wait for a rank that goes no further."""
+
+    def body(comm: Comm) -> None:
+        exchange = RoutedExchange(FlatAllToAll(comm), [2, 0, 1], send=send)
+        x, weight = torch.ones(4, 2, dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64)
+        x.requires_grad_(frozen != "x on all" and (comm.rank != 1 or frozen == "weight on rank 1"))
+        weight.requires_grad_(comm.rank != 1 or frozen.startswith("x"))
+        rows, plan = exchange.dispatch(x, Routing(torch.tensor([[0, 2], [2, 1], [1, 0], [-1, 2]]), weight))
+        answers = 3 * rows if comm.rank != 1 else torch.zeros(0, 2, dtype=torch.float64)  # cut off from its rows
+        exchange.combine(answers, plan).sum().backward()
+        if x.requires_grad:
+            assert x.grad.tolist() == [[6, 6], [6, 6], [6, 6], [3, 3]]
+        if weight.requires_grad:
+            assert weight.grad.tolist() == [[6, 6], [6, 6], [6, 6], [0, 6]]
+
+    threads.run(3, body)
+
+
+@pytest.mark.parametrize("send", ["assignments", "tokens"])
+def test_transposed_inputs(send: str) -> None:
+    def body(comm: Comm) -> None:
+        exchange = RoutedExchange(FlatAllToAll(comm), 2, send=send)
+        x, weight = torch.ones(3, 4).T.requires_grad_(), torch.ones(2, 4).T.requires_grad_()
+        rows, plan = exchange.dispatch(x, Routing(torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]).T, weight))
+        exchange.combine(rows, plan).sum().backward()
+        assert (x.grad == 2).all()
+        assert (weight.grad == 3).all()
+
+    threads.run(2, body)
+
+
+def test_no_gradients_are_recorded_where_none_are_wanted() -> None:
+    def body(comm: Comm) -> None:
+        exchange = RoutedExchange(FlatAllToAll(comm), 2)
+        with torch.no_grad():
+            rows, plan = exchange.dispatch(torch.ones(2, 2), Routing(torch.tensor([[0], [1]]), torch.ones(2, 1)))
+            assert not exchange.combine(rows, plan).requires_grad
+
+    threads.run(1, body)  # grad mode belongs to a thread, so each rank sets its own
+
+
+def test_second_derivatives_are_refused() -> None:
+    def body(comm: Comm) -> None:
+        x = torch.ones(2, 2, requires_grad=True)
+        exchange = RoutedExchange(FlatAllToAll(comm), 2)
+        rows, plan = exchange.dispatch(x, Routing(torch.tensor([[0], [1]]), torch.ones(2, 1)))
+        (grad,) = torch.autograd.grad((exchange.combine(rows, plan) ** 2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    threads.run(2, body)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "complex64"])
+def test_rows_that_cannot_be_weighted(dtype: str) -> None:
+    def body(comm: Comm) -> None:
+        exchange = RoutedExchange(FlatAllToAll(comm), 2)
+        rows, plan = exchange.dispatch(np.ones((2, 4), dtype), GOOD)
+        with pytest.raises(TypeError, match=f"combine: rows has dtype {dtype}, expected floats"):
+            exchange.combine(rows, plan)
+
+    threads.run(2, body)
+
+
 @pytest.mark.parametrize("send", ["assignments", "tokens"])
 def test_bfloat16_is_summed_in_float32(send: str) -> None:
     """256 + 1 + 1 + 1 is 256 if each sum is rounded to bfloat16, and 260 if only the last one is."""
 
     def body(comm: Comm) -> None:
         exchange = RoutedExchange(FlatAllToAll(comm), 4, send=send)
-        routing = Routing(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[256.0, 1, 1, 1]]))
+        routing = Routing(torch.tensor([[0, 6, 2, 7]]), torch.tensor([[256.0, 1, 1, 1]]))
         rows, plan = exchange.dispatch(torch.ones(1, 6).bfloat16(), routing)
         y = exchange.combine(rows, plan)
         assert y.dtype == torch.bfloat16
@@ -241,6 +308,8 @@ def test_sending_tokens_gives_the_same_within_rounding(dtype: torch.dtype) -> No
             exchange.combine(*exchange.dispatch(x, routing))
             for exchange in (RoutedExchange(FlatAllToAll(comm), 4, send=send) for send in ("assignments", "tokens"))
         )
+        # float32 sums in another order, rounded once: nearly all 16-bit results are the same
+        assert dtype == torch.float32 or (plain != dedup).sum() <= 0.02 * plain.numel()
         torch.testing.assert_close(plain, dedup)
 
     threads.run(3, body)
@@ -298,7 +367,7 @@ def test_rows_that_do_not_fit_the_plan() -> None:
     def body(comm: Comm) -> None:
         exchange = RoutedExchange(FlatAllToAll(comm), 2)
         rows, plan = exchange.dispatch(np.zeros((2, 4)), GOOD)
-        with pytest.raises(ValueError, match=rf"combine: rows has shape .*, expected \({len(rows)}, \.\.\.\)"):
+        with pytest.raises(ValueError, match=rf"combine: rows has shape .*, expected \({len(rows)}, H\)"):
             exchange.combine(np.zeros((len(rows) + 1, 4)), plan)
 
     threads.run(2, body)

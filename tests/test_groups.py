@@ -130,6 +130,17 @@ def test_expert_gradients_over_gloo() -> None:
     gloo_run(4, body)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gradients_that_are_large_for_16_bits(dtype: torch.dtype) -> None:
+    def body(comm: Comm) -> None:
+        groups = build_groups(comm, Topology(2))
+        mean = reduce_expert_gradient(torch.full((2,), 60000.0, dtype=dtype), groups)
+        assert mean.dtype == dtype
+        assert (mean == 60000).all()
+
+    threads.run(2, body)
+
+
 def test_device_mesh_over_gloo() -> None:
     def body(comm: Comm) -> None:
         topology = Topology(8, tensor=2, expert=4)

@@ -52,11 +52,11 @@ def test_a_rank_that_returns_early_is_noticed_without_a_limit() -> None:
 def test_a_rank_that_stays_away_is_named() -> None:
     def body(comm: Comm) -> None:
         if comm.rank == 1:
-            time.sleep(1)
+            time.sleep(4)
         comm.barrier()
 
-    with pytest.raises(CommError, match=r"barrier: waited 0.1 s for rank\(s\) \[1\], which did not come"):
-        threads.run(3, body, limit=0.1)
+    with pytest.raises(CommError, match=r"barrier: waited 2 s for rank\(s\) \[1\], which did not come"):
+        threads.run(3, body, limit=2)
 
 
 def test_different_calls_are_noticed() -> None:
@@ -87,6 +87,19 @@ def test_a_failed_comm_stays_failed() -> None:
             comm.barrier()
         with pytest.raises(CommError, match="cannot be used: barrier: rank 0 has returned"):
             comm.barrier()
+
+    threads.run(2, body)
+
+
+def test_after_a_mismatch_no_call_works_any_more() -> None:
+    """Otherwise the ranks would be one call apart, and rows of two calls would be taken for each other's."""
+
+    def body(comm: Comm) -> None:
+        recv_counts = [2, 1] if comm.rank == 1 else [1, 1]
+        with pytest.raises(CommError, match=r"rank 0 sent 1 rows .* rank 1 expected 2 rows"):
+            comm.all_to_all(np.zeros((2, 1)), [1, 1], recv_counts)
+        with pytest.raises(CommError, match="cannot be used"):
+            comm.all_to_all(np.zeros((2, 1)))
 
     threads.run(2, body)
 

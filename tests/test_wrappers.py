@@ -73,6 +73,20 @@ def test_a_refusal_on_one_rank_is_raised_on_all() -> None:
     refused_by_all(3, r"send_counts\[1\] is -1, expected >= 0", call)
 
 
+def test_any_error_on_one_rank_is_raised_on_all() -> None:
+    class Odd:
+        def __array__(self, *args: object, **kwargs: object) -> np.ndarray:
+            raise RuntimeError("no counts today")
+
+    def body(comm: Comm) -> None:
+        counts = Odd() if comm.rank == 1 else [1, 1]
+        with pytest.raises(RuntimeError if comm.rank == 1 else ValueError, match="no counts today"):
+            Checked(comm).all_to_all(np.zeros((2, 1)), counts, [1, 1])  # type: ignore[arg-type]
+        comm.barrier()
+
+    threads.run(2, body)
+
+
 def test_all_gather_counts_that_differ() -> None:
     def call(comm: Comm) -> None:
         counts = [1, 1, 1] if comm.rank != 2 else [1, 2, 1]

@@ -16,6 +16,7 @@ void copy_equal_blocks(const CopyBlocks& a) {
     const auto N = static_cast<std::int64_t>(a.N);
     require(a.N * a.row_bytes == a.src_bytes && a.src_bytes == a.dst_bytes, "copy_blocks: the blocks do not fill src and dst");
     for (std::size_t i = 0; i < a.N; ++i) require(a.order[i] >= 0 && a.order[i] < N, "copy_blocks: order is out of range");
+    if (a.dst_bytes == 0) return;
     std::byte* dst = a.dst;
     for (std::size_t i = 0; i < a.N; ++i, dst += a.row_bytes)
         std::memcpy(dst, a.src + static_cast<std::size_t>(a.order[i]) * a.row_bytes, a.row_bytes);

@@ -29,6 +29,3 @@ class FlatAllToAll(AllToAll):
         out = empty_rows(int(recv_counts.sum()), rows)
         self.comm.move(rows, out, send_counts, recv_counts)
         return out, recv_counts
-
-    def free(self) -> None:
-        """Nothing to give back: the constructor made no group."""

@@ -64,8 +64,7 @@ class HierarchicalAllToAll(AllToAll):
 
     def _even(self, x: Array, out: Array) -> None:
         if not self._blocks_are_equal:
-            rows, _ = self._two_hops(x, np.ones(self.comm.size, np.int64), counts_are_known=True)
-            copy_rows(out, rows)
+            self._two_hops(x, np.ones(self.comm.size, np.int64), out)
             return
         scratch = empty_rows(x.shape[0], x) if len(self._steps) > 1 else out
         src = x
@@ -75,23 +74,26 @@ class HierarchicalAllToAll(AllToAll):
             src = dst
 
     def _uneven(self, rows: Array, send_counts: Counts) -> tuple[Array, Counts]:
-        return self._two_hops(rows, send_counts, counts_are_known=False)
+        return self._two_hops(rows, send_counts, None)
 
-    def _two_hops(self, rows: Array, sizes: Counts, counts_are_known: bool) -> tuple[Array, Counts]:
-        """sizes [number of blocks]: the rows of each block of `rows`, as they lie before the next hop."""
+    def _two_hops(self, rows: Array, sizes: Counts, out: Array | None) -> tuple[Array, Counts]:
+        """sizes [number of blocks]: the rows of each block of `rows`, as they lie before the next hop.
+
+        out  given where each block is one row: then nobody needs to be told the counts
+        """
         for hop in self._hops:
             packed = _reordered(rows, hop.order, sizes)
             del rows  # at most two buffers at a time
-            sizes, send_counts, recv_counts = hop.exchange_counts(sizes, counts_are_known)
-            rows = empty_rows(int(recv_counts.sum()), packed)
+            sizes, send_counts, recv_counts = hop.exchange_counts(sizes, counts_are_known=out is not None)
+            is_last = hop is self._hops[-1] and _is_sorted(self._last_order)
+            rows = out if is_last and out is not None else empty_rows(int(recv_counts.sum()), packed)
             hop.comm.move(packed, rows, send_counts, recv_counts)
             del packed
-        if not self._hops:
-            rows, sizes = rows.copy() if isinstance(rows, np.ndarray) else rows.clone(), sizes.copy()
-        return _reordered(rows, self._last_order, sizes), sizes[self._last_order]
+        if not self._hops or not _is_sorted(self._last_order):
+            rows = _copied(rows, self._last_order, sizes, out)
+        return rows, sizes[self._last_order]
 
-    def free(self) -> None:
-        """Give back the two groups that the constructor made. Collective. comm stays."""
+    def _free(self) -> None:
         self.local.free()
         self.cross.free()
 
@@ -213,8 +215,10 @@ def _is_sorted(order: Counts) -> bool:
 
 
 def _reordered(rows: Array, order: Counts, sizes: Counts) -> Array:
-    if _is_sorted(order):
-        return rows
-    packed = empty_rows(rows.shape[0], rows)
-    copy_blocks(packed, rows, order, sizes)
-    return packed
+    return rows if _is_sorted(order) else _copied(rows, order, sizes, None)
+
+
+def _copied(rows: Array, order: Counts, sizes: Counts, out: Array | None) -> Array:
+    out = empty_rows(rows.shape[0], rows) if out is None else out
+    copy_blocks(out, rows, order, sizes)
+    return out

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from moecomm.all_to_all import AllToAll
-from moecomm.arrays import Counts
+from moecomm.arrays import Counts, sum_dtype
 from moecomm.comm import Comm
 from moecomm.exchange.copies import Copies
 from moecomm.exchange.lanes import Share, sum_over_lanes
@@ -23,6 +24,7 @@ class CopyOut(torch.autograd.Function):
         return x.index_select(0, _index(copies.row, x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
         """grad [N, H] -> [T, H]."""
         return sum_copies(grad, ctx.copies, None).to(grad.dtype), None
@@ -36,38 +38,55 @@ class SumBack(torch.autograd.Function):
         """weight may be None: 1."""
         ctx.copies = copies
         ctx.rows_dtype = rows.dtype
-        ctx.save_for_backward(None if weight is None else rows, weight)  # rows: for the gradient of weight
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)  # rows: for the gradient of weight
         return sum_copies(rows, copies, weight).to(rows.dtype if dtype is None else dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
         """grad [T, H] -> [N, H] and [T, K]."""
         rows, weight = ctx.saved_tensors
-        wide = sum_dtype(ctx.rows_dtype)
-        grad_rows = grad.index_select(0, _index(ctx.copies.row, grad)).to(wide)
+        grad_rows = grad.index_select(0, _index(ctx.copies.row, grad))
         if weight is None:
             return grad_rows.to(ctx.rows_dtype), None, None, None
-        grad_weight = torch.zeros_like(weight)
-        flat = torch.from_numpy(ctx.copies.row * ctx.copies.num_choices + ctx.copies.choice).to(grad.device)
-        grad_weight.view(-1)[flat] = (grad_rows * rows.to(wide)).flatten(1).sum(1).to(weight.dtype)
+        flat = _index(ctx.copies.row * ctx.copies.num_choices + ctx.copies.choice, grad)
+        grad_weight = None
+        wide = sum_dtype(weight if rows is None else rows)
+        grad_rows = grad_rows.to(wide)
+        if rows is not None:
+            products = (grad_rows * rows.to(wide)).flatten(1).sum(1)
+            grad_weight = products.new_zeros(weight.numel()).index_copy_(0, flat, products).to(weight.dtype)
+            grad_weight = grad_weight.reshape(weight.shape)
         factor = weight.reshape(-1)[flat].to(wide)
         return (grad_rows * _as_column(factor, grad_rows)).to(ctx.rows_dtype), grad_weight, None, None
 
 
 class Move(torch.autograd.Function):
-    """rows [N, H] -> [M, H] through an all-to-all. Backward: the same all-to-all, the other way."""
+    """rows [N, H] -> [M, H] through an all-to-all. Backward: the same all-to-all, the other way.
+
+    A collective must run on all ranks or on none, and in one order, whatever each rank's own graph looks like: a rank
+    may have no experts, or an input that needs no gradient. So each Move also takes and returns a `thread`, an empty
+    tensor that needs a gradient: it ties the moves of a dispatch and its combine together, and the last one to the
+    result, so that whoever goes backward goes through all of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Any, all_to_all: AllToAll, send_counts: Counts) -> Any:
+    def forward(ctx: Any, rows: Any, thread: Any, all_to_all: AllToAll, send_counts: Counts) -> Any:
         """Collective."""
         moved, ctx.recv_counts = all_to_all.rows(rows, send_counts)
         ctx.all_to_all = all_to_all
-        return moved
+        return moved, thread.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, grad: Any, thread: Any) -> Any:
         """grad [M, H] -> [N, H]. Collective."""
-        return ctx.all_to_all.rows(grad.contiguous(), ctx.recv_counts)[0], None, None
+        return ctx.all_to_all.rows(grad.contiguous(), ctx.recv_counts)[0], thread, None, None
+
+
+def new_thread(like: Any) -> Any:
+    """The start of a `thread` for Move, or None where torch records no gradients."""
+    return torch.zeros(0, device=like.device, requires_grad=True) if torch.is_grad_enabled() else None
 
 
 class Replicated(torch.autograd.Function):
@@ -80,6 +99,7 @@ class Replicated(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
         """Collective over tensor."""
         return ctx.tensor.all_reduce(grad.contiguous()), None
@@ -95,6 +115,7 @@ class ShareAnswers(torch.autograd.Function):
         return sum_over_lanes(answers, plan, tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
         """Collective over tensor where the gradient comes in parts."""
         if ctx.plan.output == "sequence":
@@ -104,7 +125,10 @@ class ShareAnswers(torch.autograd.Function):
 
 def sum_copies(rows: Any, copies: Copies, weight: Any) -> Any:
     """`sum_back` without rounding and without a gradient."""
-    total = rows.new_zeros((copies.num_rows, *rows.shape[1:]), dtype=sum_dtype(rows.dtype))
+    places = copies.places()
+    if weight is None and places is not None:
+        return rows.index_select(0, _index(places, rows))
+    total = rows.new_zeros((copies.num_rows, *rows.shape[1:]), dtype=sum_dtype(rows))
     for choice, these, of in copies.by_choice():
         target = _index(of, rows)
         part = rows.index_select(0, _index(these, rows)).to(total.dtype)
@@ -116,11 +140,6 @@ def sum_copies(rows: Any, copies: Copies, weight: Any) -> Any:
 
 def _index(index: Counts, like: Any) -> Any:
     return torch.from_numpy(index).to(like.device)
-
-
-def sum_dtype(dtype: Any) -> Any:
-    """float32, or float64 if dtype is that."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _as_column(weight: Any, rows: Any) -> Any:

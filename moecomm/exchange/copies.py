@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moecomm.arrays import Array, Counts, is_torch
+from moecomm.arrays import Array, Counts, as_dtype, is_torch, sum_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,12 @@ class Copies:
         for choice in range(self.num_choices):
             copies = np.flatnonzero(self.choice == choice)
             yield choice, copies, self.row[copies]
+
+    def places(self) -> Counts | None:
+        """[T] where the one copy of each row is, or None if some row has none or several."""
+        if self.num_choices != 1 or len(self.row) != self.num_rows:
+            return None
+        return np.argsort(self.row)
 
 
 def copy_out(x: Array, copies: Copies) -> Array:
@@ -47,18 +53,15 @@ def sum_back(rows: Array, copies: Copies, weight: Array | None = None, dtype: An
     """
     if is_torch(rows):
         return _torch_functions().SumBack.apply(rows, weight, copies, dtype)
+    dtype = rows.dtype if dtype is None else dtype
+    places = copies.places()
+    if weight is None and places is not None:
+        return as_dtype(rows[places], dtype)
     total = np.zeros((copies.num_rows, *rows.shape[1:]), sum_dtype(rows))
     for choice, these, of in copies.by_choice():
         part = rows[these].astype(total.dtype)
         total[of] += part if weight is None else part * _as_column(weight[of, choice], part)
-    return total.astype(rows.dtype if dtype is None else dtype, copy=False)
-
-
-def sum_dtype(rows: Array) -> Any:
-    """The dtype in which rows are summed: float32, or float64 if they are that."""
-    if is_torch(rows):
-        return _torch_functions().sum_dtype(rows.dtype)
-    return np.float64 if rows.dtype == np.float64 else np.float32
+    return as_dtype(total, dtype)
 
 
 def _as_column(weight: np.ndarray, rows: np.ndarray) -> np.ndarray:

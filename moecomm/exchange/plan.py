@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moecomm.arrays import Array, Counts
 from moecomm.exchange.copies import Copies
@@ -26,3 +27,7 @@ class Plan:
     """[T, K] applied where the tokens are, or None."""
     away_weight: Array | None
     """[rows that came, K] applied where the experts are, or None."""
+    thread: Any
+    """What ties combine's backward pass to dispatch's (torch), or None."""
+    partial_dtype: Any
+    """The dtype in which answers travel home; None: their own."""

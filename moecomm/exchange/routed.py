@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm.all_to_all import AllToAll
-from moecomm.arrays import Array, Counts, as_rows, is_torch
+from moecomm.arrays import Array, Counts, dtype_name, is_torch, num_axes, sum_dtype
 from moecomm.exchange.copies import Copies, copy_out, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.gating import Routing
@@ -23,7 +23,7 @@ class RoutedExchange:
                       count up rank by rank. Or for each rank the list of the global ids that it holds
     send              "assignments": a row for each assignment; the weights stay at home.
                       "tokens": one row for each token and rank, however many of the rank's experts it goes to, and one
-                      row back, weighted and summed there (fp32). Saves bytes where top-k is large beside p.
+                      row back, weighted and summed there, as float32. Saves bytes where top-k is large beside p.
 
     Making one is not collective. Equal on all ranks: all arguments.
     Raises ValueError for experts that are held twice or lists that are not one per rank.
@@ -36,6 +36,8 @@ class RoutedExchange:
         *,
         send: Literal["assignments", "tokens"] = "assignments",
     ) -> None:
+        if not isinstance(all_to_all, AllToAll):
+            raise TypeError(f"RoutedExchange: all_to_all is a {type(all_to_all).__name__}, expected an AllToAll")
         if send not in ("assignments", "tokens"):
             raise ValueError(f"RoutedExchange: send is {send!r}, expected 'assignments' or 'tokens'")
         self.all_to_all = all_to_all
@@ -44,6 +46,7 @@ class RoutedExchange:
         experts = _expert_lists(experts_per_rank, self.comm.size)
         self.num_local_experts = len(experts[self.comm.rank])
         """Experts of this rank."""
+        self._experts_text = str(experts)
         held = [expert for group in experts for expert in group]
         if len(set(held)) < len(held) or min(held, default=0) < 0:
             raise ValueError(f"RoutedExchange: experts_per_rank is {experts}, expected every expert on one rank only")
@@ -67,19 +70,22 @@ class RoutedExchange:
         returns  ([N, H], plan)  the rows for this rank's experts, grouped by expert, then source rank, then token;
                  plan.rows_per_expert says how many each has
 
-        Collective over the all-to-all's ranks. Differentiable in x. Raises ValueError or TypeError before anything is
-        sent if the routing does not fit x or names an expert that no rank holds.
+        x's row shape and dtype and K are the same on all ranks. Collective over the all-to-all's ranks. Differentiable
+        in x; the backward pass is collective too: all ranks go through it or none. Raises ValueError or TypeError
+        before anything is sent if the routing does not fit x or names an expert that no rank holds.
         Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 1; DeepSpeed-MoE (arXiv 2201.05596), section 5.
         """
-        x, _, expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))
+        expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))[-1]
         at_home, send_counts, labels = self._rows_to_send(expert)
         labels, recv_counts = self.all_to_all.rows(labels, send_counts)
-        home_weight, away_weight = routing.weight, None
-        if self.send == "tokens":
-            home_weight, away_weight = None, move(self.all_to_all, copy_out(routing.weight, at_home), send_counts)
-        rows = move(self.all_to_all, copy_out(x, at_home), send_counts)
         away, rows_per_expert = self._rows_for_experts(labels)
-        plan = Plan(rows_per_expert, at_home, away, recv_counts, home_weight, away_weight)
+        home_weight, away_weight, partial_dtype = routing.weight, None, None
+        thread = _new_thread(x)
+        if self.send == "tokens":
+            home_weight, partial_dtype = None, sum_dtype(x)
+            away_weight, thread = self._move(copy_out(routing.weight, at_home), thread, send_counts)
+        rows, thread = self._move(copy_out(x, at_home), thread, send_counts)
+        plan = Plan(rows_per_expert, at_home, away, recv_counts, home_weight, away_weight, thread, partial_dtype)
         return copy_out(rows, away), plan
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
@@ -93,9 +99,19 @@ class RoutedExchange:
         Raises ValueError if rows does not fit the plan.
         """
         self.comm.checked("combine", lambda: _combine_arguments(rows, plan))
-        rows = sum_back(rows, plan.away, plan.away_weight)
-        rows = move(self.all_to_all, rows, plan.recv_counts)
-        return sum_back(rows, plan.at_home, plan.home_weight, dtype)
+        dtype = rows.dtype if dtype is None else dtype
+        partial = sum_back(rows, plan.away, plan.away_weight, plan.partial_dtype)
+        returned, thread = self._move(partial, plan.thread, plan.recv_counts)
+        y = sum_back(returned, plan.at_home, plan.home_weight, dtype)
+        return y if thread is None else y + thread.sum().to(dtype)
+
+    def _move(self, rows: Array, thread: Any, send_counts: Counts) -> tuple[Array, Any]:
+        """The rows that all_to_all.rows returns, differentiable where there is a thread. Collective, also backward."""
+        if thread is None:
+            return self.all_to_all.rows(rows, send_counts)[0], None
+        from moecomm.exchange.autograd import Move
+
+        return Move.apply(rows, thread, self.all_to_all, send_counts)
 
     # ---- who goes where --------------------------------------------------------------------------------------------
 
@@ -130,9 +146,10 @@ class RoutedExchange:
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, tuple[()], Counts]:
-        if not is_torch(x):
-            as_rows(x, "x")
+    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, tuple[()], object, Counts]:
+        if num_axes(x, "x") < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (T, H)")
+        num_axes(routing.weight, "routing.weight")
         if is_torch(x) != is_torch(routing.weight):
             raise TypeError(f"routing.weight is a {type(routing.weight).__name__}, expected a {type(x).__name__}, as x")
         expert = on_host_as_int64(routing.expert)
@@ -147,24 +164,33 @@ class RoutedExchange:
         lost = expert[(expert >= 0) & (self._holder[expert] == self.comm.size)]
         if lost.size:
             raise ValueError(f"routing.expert names expert {lost[0]}, which no rank holds")
-        return x, (), expert
+
+        def must_be_the_same() -> str:
+            return f"K = {expert.shape[1]}, experts on each rank {self._experts_text}"
+
+        return x, (), must_be_the_same, expert
 
 
-def move(all_to_all: AllToAll, rows: Array, send_counts: Counts) -> Array:
-    """The rows of `all_to_all.rows`, differentiable for torch tensors. Collective, and so is its gradient."""
-    if not is_torch(rows):
-        return all_to_all.rows(rows, send_counts)[0]
-    from moecomm.exchange.autograd import Move
+def _new_thread(x: Array) -> Any:
+    """Decided by torch's grad mode alone, which is the same on all ranks, as x.requires_grad may not be."""
+    if not is_torch(x):
+        return None
+    from moecomm.exchange.autograd import new_thread
 
-    return Move.apply(rows, all_to_all, send_counts)
+    return new_thread(x)
+
+
+def on_host(array: Array) -> np.ndarray:
+    """As numpy, wherever it is."""
+    return array.detach().cpu().numpy() if is_torch(array) else np.asarray(array)
 
 
 def on_host_as_int64(expert: Array) -> Counts:
     """Expert ids as numpy, wherever they are."""
-    array = expert.detach().cpu().numpy() if is_torch(expert) else np.asarray(expert)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"routing.expert has dtype {array.dtype}, expected integers")
-    return array.astype(np.int64)
+    ids = on_host(expert)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"routing.expert has dtype {ids.dtype}, expected integers")
+    return ids.astype(np.int64)
 
 
 def _places(row: Counts, destination: Counts, num_rows: int) -> Counts:
@@ -192,8 +218,8 @@ def _expert_lists(experts_per_rank: Any, size: int) -> list[list[int]]:
 
 def _combine_arguments(rows: Array, plan: Plan) -> tuple[Array, tuple[()]]:
     wanted = len(plan.away.row)
-    if rows.ndim < 1 or rows.shape[0] != wanted:
-        raise ValueError(
-            f"rows has shape {tuple(rows.shape)}, expected ({wanted}, ...): the rows that dispatch returned"
-        )
+    if num_axes(rows, "rows") < 2 or rows.shape[0] != wanted:
+        raise ValueError(f"rows has shape {tuple(rows.shape)}, expected ({wanted}, H): the rows that dispatch returned")
+    if "float" not in dtype_name(rows):
+        raise TypeError(f"rows has dtype {dtype_name(rows)}, expected floats, which can be weighted and summed")
     return rows, ()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.arrays import Array, Counts, is_torch
+from moecomm.arrays import Array, Counts, as_dtype, sum_dtype
 from moecomm.comm import Comm
-from moecomm.exchange.copies import sum_dtype
 from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
-from moecomm.exchange.routed import RoutedExchange, on_host_as_int64
+from moecomm.exchange.routed import RoutedExchange, on_host, on_host_as_int64
 from moecomm.gating import Routing
 
 
@@ -45,7 +44,8 @@ class TensorParallelExchange:
     answered by one lane alone, as for K = 1, the bits are those of the exchange without lanes; else float32 sums are
     added, lane by lane after the all-gather, in the library's order by the all-reduce.
 
-    x and the routing must be the same on all tensor ranks: give a `Checked` tensor Comm to have the routing compared.
+    x and the routing must be the same on all tensor ranks: give a `Checked` tensor Comm to have the routing and the
+    shape of x compared.
     The gradients of x and of the weights come out summed over the lanes, the same on all of them.
 
     Making one is collective over tensor. Raises ValueError, on all of them, if no lane reaches some expert.
@@ -91,25 +91,29 @@ class TensorParallelExchange:
         rows, plan = self.inner.dispatch(x, replace(routing, expert=on_my_lane, weight=weight))
         return rows, LanePlan(plan.rows_per_expert, plan, Share(tokens, len(expert), self.output))
 
-    def combine(self, rows: Array, plan: LanePlan) -> Array:
+    def combine(self, rows: Array, plan: LanePlan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum. Collective as dispatch is.
 
         rows     [N, ...]  answers, in the order of what dispatch returned
+        dtype    of the result; None: that of rows
         returns  [T, ...] the same on all tensor ranks, or this rank's part of it where output is "sequence"
 
         Differentiable in rows and in the weights given to dispatch.
         """
-        dtype = rows.dtype if plan.share.one_lane_each() else sum_dtype(rows)
-        y = share(self.inner.combine(rows, plan.inner, dtype), plan.share, self.tensor)
-        return y.to(rows.dtype) if is_torch(y) else y.astype(rows.dtype, copy=False)
+        dtype = rows.dtype if dtype is None else dtype
+        partial = self.inner.combine(rows, plan.inner, dtype if plan.share.one_lane_each() else sum_dtype(rows))
+        return as_dtype(share(partial, plan.share, self.tensor), dtype)
 
     def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, None, object, Counts]:
         expert = on_host_as_int64(routing.expert)
+        if expert.ndim != 2:
+            raise ValueError(f"routing.expert has shape {expert.shape}, expected (T, K)")
         if expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
             raise ValueError(f"routing.expert has {expert.min()}..{expert.max()}, expected -1..{self.num_experts - 1}")
 
         def must_be_the_same() -> str:
-            return f"routing {hashlib.blake2b(expert.tobytes(), digest_size=6).hexdigest()}"
+            weight = on_host(routing.weight).tobytes()
+            return f"routing {hashlib.blake2b(expert.tobytes() + weight, digest_size=6).hexdigest()}"
 
         return x, None, must_be_the_same, expert
 

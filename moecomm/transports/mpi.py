@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
@@ -36,7 +38,8 @@ class MpiComm(Comm):
     comm   stays the caller's; not duplicated, so moecomm's collectives are ordered with the caller's own on it
     limit  seconds that a collective may take. None: the library's blocking calls. Otherwise nonblocking calls, tested
            with pauses; one that takes longer raises CommError here, the Comm is of no use any more, and the process
-           ends through MPI.Abort when Python ends, because MPI cannot take back a collective.
+           ends through MPI.Abort when Python ends, because MPI cannot take back a collective. MPI has no nonblocking
+           split: there the limit covers a barrier before it.
 
     Making one is not collective. Errors of the MPI library are raised as CommError.
     """
@@ -54,6 +57,7 @@ class MpiComm(Comm):
         self._owned = False
         self._largest_count = LARGEST_COUNT
         self._row_types: dict[int, Any] = {}  # by bytes
+        weakref.finalize(self, _free_types, self._row_types).atexit = False  # MPI is gone by then
         self._calls = 0
         self._pending: Any = None
 
@@ -64,16 +68,13 @@ class MpiComm(Comm):
 
     def _call(self, name: str, blocking: Callable[..., None], started: Callable[..., Any], *buffers: Any) -> None:
         self._calls += 1
-        try:
+        with self._errors(name):
             if self._limit is None:
                 blocking(*buffers)
                 return
             request = started(*buffers)
             if wait(request.Test, self._limit):
                 return
-        except MPI.Exception as error:
-            self.failure = f"{name} failed: {error}"
-            raise CommError(f"{name}: {error}{self.where()}") from error
         self._pending = request, buffers  # MPI may still write there
         self.failure = (
             f"{name}, call {self._calls} on this Comm, waited {self._limit} s for the other {self.size - 1} rank(s) to "
@@ -81,6 +82,15 @@ class MpiComm(Comm):
         )
         atexit.register(MPI.COMM_WORLD.Abort, 1)  # MPI_Finalize would wait for them again
         raise CommError(f"{self.failure}{self.where()}")
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Errors of the MPI library as CommError."""
+        try:
+            yield
+        except MPI.Exception as error:
+            self.failure = f"{name} failed: {error}"
+            raise CommError(f"{name}: {error}{self.where()}") from error
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
         send, recv, row = _host_bytes(rows), _host_bytes(out), self._row_type(row_bytes(rows))
@@ -113,9 +123,7 @@ class MpiComm(Comm):
         return self._row_types[num_bytes]
 
     def _free_row_types(self) -> None:
-        for row in self._row_types.values():
-            row.Free()  # a call that is under way keeps it alive
-        self._row_types.clear()
+        _free_types(self._row_types)
 
     def _all_reduce(self, array: Array) -> Array:
         out = array.detach().clone() if is_torch(array) else array.copy()
@@ -130,8 +138,9 @@ class MpiComm(Comm):
 
     def _split(self, color: int, key: int) -> Comm:
         if self._limit is not None:
-            self._barrier()  # MPI has no nonblocking split: make sure that all have come before it
-        child = MpiComm(self._comm.Split(color, key), limit=self._limit)
+            self._barrier()
+        with self._errors("split"):
+            child = MpiComm(self._comm.Split(color, key), limit=self._limit)
         child._owned = True
         child._largest_count = self._largest_count
         return child
@@ -139,21 +148,29 @@ class MpiComm(Comm):
     def _node_key(self) -> int:
         if self._limit is not None:
             self._barrier()
-        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
-        first = node.bcast(self.rank)
-        node.Free()
+        with self._errors("node_key"):
+            node = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
+            first = node.bcast(self.rank)
+            node.Free()
         return int(first)
 
     def _free(self) -> None:
         self._free_row_types()
-        if self._owned:
-            self._comm.Free()
+        if self._owned and self._comm != MPI.COMM_NULL:
+            with self._errors("free"):
+                self._comm.Free()
 
 
 def _host_bytes(rows: Array) -> Any:
     if not on_host(rows):
         raise TypeError(f"the MPI transport moves rows in host memory, got rows on {rows.device}")
     return as_bytes(rows)
+
+
+def _free_types(types: dict[int, Any]) -> None:
+    for row in types.values():
+        row.Free()  # a call that is under way keeps it alive
+    types.clear()
 
 
 def _starts(counts: Counts) -> Counts:

@@ -7,6 +7,7 @@ when all have copied. A rank that fails, or returns while others wait for it, en
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -64,7 +65,7 @@ class _World:
         self.size = size
         self.first_failure: tuple[int, BaseException] | None = None
         self.gone: dict[int, str] = {}
-        self.groups: list[_Group] = []
+        self.groups: weakref.WeakSet[_Group] = weakref.WeakSet()
 
     def fail(self, rank: int, error: BaseException) -> None:
         if self.first_failure is None:
@@ -95,7 +96,8 @@ class _Group:
         self.members = members  # world ranks
         self.condition = threading.Condition()
         self.meeting = _Meeting(len(members))
-        world.groups.append(self)
+        self.failure: str | None = None
+        world.groups.add(self)
 
     def meet(self, rank: int, call: str, value: Any, limit: float | None) -> list[Any]:
         """What each rank brought, once all have come."""
@@ -107,14 +109,20 @@ class _Group:
                 self.meeting = _Meeting(len(self.members))
                 self.condition.notify_all()
             else:
-                self.condition.wait_for(lambda: not meeting.missing or self._gone(meeting), limit)
-            if meeting.missing:
-                raise CommError(f"{call}: {self._who_is_missing(meeting, limit)}")
+                self.condition.wait_for(lambda: not meeting.missing or self.failure or self._gone(meeting), limit)
+            if self.failure or meeting.missing:
+                raise CommError(self.failure or f"{call}: {self._who_is_missing(meeting, limit)}")
         calls = [brought[0] for brought in meeting.brought]
         if len(set(calls)) > 1:
             other = next(r for r, name in enumerate(calls) if name != calls[0])
             raise CommError(f"rank 0 called {calls[0]} while rank {other} called {calls[other]}")
         return [brought[1] for brought in meeting.brought]
+
+    def fail(self, why: str) -> None:
+        """End this meeting and all later ones of the group."""
+        with self.condition:
+            self.failure = self.failure or why
+            self.condition.notify_all()
 
     def _gone(self, meeting: _Meeting) -> list[int]:
         return sorted(r for r in meeting.missing if self.members[r] in self.world.gone)
@@ -135,59 +143,70 @@ class ThreadComm(Comm):
         self._group = group
         self._limit = limit
 
-    def _meet(self, call: str, value: Any) -> list[Any]:
+    def _meet(self, call: str, value: Any, use: Callable[[list[Any]], R]) -> R:
+        """use(what all ranks brought). What they brought may be changed by its owner only afterwards."""
         try:
-            return self._group.meet(self.rank, call, value, self._limit)
-        except CommError as error:
+            offers = self._group.meet(self.rank, call, value, self._limit)
+            result = use(offers)
+            self._group.meet(self.rank, call, None, self._limit)
+        except Exception as error:
+            self._group.fail(f"{call}: rank {self.rank}: {error}")
             self.failure = str(error)
-            raise CommError(f"{error}{self.where()}") from None
+            raise CommError(f"{error}{self.where()}") from (None if isinstance(error, CommError) else error)
+        return result
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
         if send_counts is None or recv_counts is None:
             send_counts = recv_counts = np.full(self.size, rows.shape[0] // self.size, np.int64)
         starts = np.cumsum(send_counts) - send_counts
-        offers = self._meet("all_to_all", (rows, starts, send_counts))
-        self._copy(out, [(sent, begin[self.rank], count[self.rank]) for sent, begin, count in offers], recv_counts)
-        self._meet("all_to_all", None)  # the rows that were offered may be overwritten from here on
+
+        def copy(offers: list[Any]) -> None:
+            mine = [(sent, begin[self.rank], count[self.rank]) for sent, begin, count in offers]
+            self._copy(out, mine, recv_counts)
+
+        self._meet("all_to_all", (rows, starts, send_counts), copy)
 
     def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
         if recv_counts is None:
             recv_counts = np.full(self.size, rows.shape[0], np.int64)
-        offers = self._meet("all_gather", rows)
-        self._copy(out, [(sent, 0, sent.shape[0]) for sent in offers], recv_counts)
-        self._meet("all_gather", None)
+
+        def copy(offers: list[Array]) -> None:
+            self._copy(out, [(sent, 0, sent.shape[0]) for sent in offers], recv_counts)
+
+        self._meet("all_gather", rows, copy)
 
     def _copy(self, out: Array, offers: list[tuple[Array, int, int]], recv_counts: Counts) -> None:
         target, width, place = as_bytes(out), row_bytes(out), 0
         for source, (sent, start, count) in enumerate(offers):
             if dtype_name(sent) != dtype_name(out) or sent.shape[1:] != out.shape[1:] or count != recv_counts[source]:
                 raise CommError(
-                    f"rank {source} sent {count} rows {dtype_name(sent)}{list(sent.shape[1:])}, expected "
-                    f"{recv_counts[source]} rows {dtype_name(out)}{list(out.shape[1:])}{self.where()}"
+                    f"rank {source} sent {count} rows {dtype_name(sent)}{list(sent.shape[1:])}, rank {self.rank} "
+                    f"expected {recv_counts[source]} rows {dtype_name(out)}{list(out.shape[1:])}"
                 )
             if count:
                 target[place : place + count * width] = as_bytes(sent)[start * width : (start + count) * width]
             place += count * width
 
     def _all_reduce(self, array: Array) -> Array:
-        offers = self._meet("all_reduce", array)
-        total = array.detach().clone() if is_torch(array) else array.copy()
-        total[...] = offers[0]
-        for other in offers[1:]:
-            total += other  # the same order on every rank: the same bits
-        self._meet("all_reduce", None)
-        return total
+        def add(offers: list[Array]) -> Array:
+            total = array.detach().clone() if is_torch(array) else array.copy()
+            total[...] = offers[0]
+            for other in offers[1:]:
+                total += other  # the same order on every rank: the same bits
+            return total
+
+        return self._meet("all_reduce", array, add)
 
     def _barrier(self) -> None:
-        self._meet("barrier", None)
+        self._meet("barrier", None, list)
 
     def _split(self, color: int, key: int) -> Comm:
-        wishes = self._meet("split", (color, key))
+        wishes = self._meet("split", (color, key), list)
         members = sorted((r for r in range(self.size) if wishes[r][0] == color), key=lambda r: (wishes[r][1], r))
         mine = None
         if members[0] == self.rank:
             mine = _Group(self._group.world, tuple(self._group.members[r] for r in members))
-        group = self._meet("split", mine)[members[0]]
+        group = self._meet("split", mine, lambda offers: offers[members[0]])
         return ThreadComm(group, members.index(self.rank), self._limit)
 
     def _node_key(self) -> int:

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,15 @@ class TorchComm(Comm):
         self.size = dist.get_world_size(group)
         self._group = group
         self._limit = check_limit(limit)
-        self._owned = False
         self._pending: Any = None
-        backends = dist.get_backend_config(group).split(",")  # such as cpu:gloo,cuda:nccl
-        self._moves_host_memory = any(backend.startswith("cpu:") for backend in backends)
+        self._backends = dist.get_backend_config(group)  # such as cpu:gloo,cuda:nccl
+        self._moves_host_memory = any(backend.startswith("cpu:") for backend in self._backends.split(","))
+        self._groups_made: dict[tuple[int, ...], Any] = {}
+
+    def check_usable(self, call: str) -> None:
+        if self.failure is None and not _is_alive(self._group):
+            self.failure = "its process group was destroyed"
+        super().check_usable(call)
 
     def _call(self, name: str, start: Callable[[], Any], *buffers: Any) -> None:
         try:
@@ -107,13 +113,23 @@ class TorchComm(Comm):
         self._all_gather(np.array([[color, key]], np.int64), wishes, None)
         members = sorted((r for r in range(self.size) if wishes[r, 0] == color), key=lambda r: (wishes[r, 1], r))
         ranks = [dist.get_global_rank(self._group, r) for r in members]
-        order: dict[str, bool] = (
-            {} if ranks == sorted(ranks) else {"sort_ranks": False}
-        )  # the option came in torch 2.12
-        # Entered by its members alone. Without the option every rank of the job would have to come.
-        child = TorchComm(dist.new_group(ranks, use_local_synchronization=True, **order), limit=self._limit)
-        child._owned = True
+        child = TorchComm(self._group_of(tuple(ranks)), limit=self._limit)
+        child._groups_made = self._groups_made
         return child
+
+    def _group_of(self, ranks: tuple[int, ...]) -> Any:
+        """A group of these ranks. It is kept and used again: torch hangs where one is destroyed and made anew."""
+        if ranks not in self._groups_made:
+            options: dict[str, Any] = {
+                "backend": self._backends,
+                "use_local_synchronization": True,
+            }  # members alone come
+            if list(ranks) != sorted(ranks):
+                options["sort_ranks"] = False  # came in torch 2.12
+            if self._limit is not None:
+                options["timeout"] = timedelta(seconds=self._limit)
+            self._groups_made[ranks] = dist.new_group(list(ranks), **options)
+        return self._groups_made[ranks]
 
     def _node_key(self) -> int:
         # Two hosts may have one name, and two containers of one host one boot id: a node has both in common.
@@ -128,11 +144,19 @@ class TorchComm(Comm):
     def _movable(self, rows: Array) -> Any:
         """The bytes of rows as a tensor that the group can move."""
         flat = as_bytes(rows)
-        return flat if is_torch(flat) else torch.from_numpy(flat).to(self._device())
+        if is_torch(flat):
+            return flat
+        return torch.from_numpy(flat if flat.flags.writeable else flat.copy()).to(
+            self._device()
+        )  # torch knows no other
 
-    def _free(self) -> None:
-        if self._owned:
-            dist.destroy_process_group(self._group)
+
+def _is_alive(group: Any) -> bool:
+    try:
+        dist.get_backend(group)
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _leave() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ class Checked(_Wrapper):
             mine = f"{call}{_describe(result)}"
         except CommError:
             raise  # the Comm is of no use: nothing can be told to the others
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             problem, mine = error, f"!{error}"
         every = self._gather_texts(mine)
         if problem is not None:
@@ -96,7 +97,9 @@ class Checked(_Wrapper):
 
     def _gather_texts(self, text: str) -> list[str]:
         row = np.zeros((1, TEXT_BYTES), np.uint8)
-        encoded = text.encode()[:TEXT_BYTES]
+        encoded = text.encode()
+        if len(encoded) > TEXT_BYTES:  # what does not fit still counts
+            encoded = encoded[: TEXT_BYTES - 16] + hashlib.blake2b(encoded, digest_size=8).hexdigest().encode()
         row[0, : len(encoded)] = np.frombuffer(encoded, np.uint8)
         out = np.empty((self.size, TEXT_BYTES), np.uint8)
         self.inner._all_gather(row, out, None)
@@ -192,7 +195,7 @@ class Timed(_Wrapper):
     def _count(self, entry: Record, counts: Any, width: int) -> None:
         others = np.broadcast_to(np.asarray(counts, np.int64), self.size).copy()
         others[self.rank] = 0
-        entry.messages[self._outermost] += others > 0
+        entry.messages[self._outermost] += others * width > 0
         entry.bytes[self._outermost] += others * width
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
