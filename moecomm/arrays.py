@@ -104,6 +104,16 @@ def _torch_floats() -> tuple[Any, Any]:
     return torch.float64, torch.float32
 
 
+def mark_written(out: Array) -> None:
+    """Let torch know that out is about to be overwritten: it may have saved it for a backward pass."""
+    if is_torch(out):
+        import torch
+
+        if out.requires_grad and torch.is_grad_enabled():
+            raise ValueError("out requires grad, which a collective would lose")
+        torch.autograd.graph.increment_version(out)
+
+
 def overlap(a: Array, b: Array) -> bool:
     """Whether two contiguous arrays of one kind and device share memory."""
     if not is_torch(a):

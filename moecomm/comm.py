@@ -18,6 +18,7 @@ from moecomm.arrays import (
     empty_rows,
     is_contiguous,
     is_torch,
+    mark_written,
     num_axes,
     overlap,
     sum_dtype,
@@ -262,9 +263,4 @@ def check_out(out: Array, rows: Array, num_rows: int) -> None:
         raise ValueError("out is read-only")
     if overlap(out, rows):
         raise ValueError("out shares memory with the rows given")
-    if is_torch(out):
-        import torch
-
-        if out.requires_grad and torch.is_grad_enabled():
-            raise ValueError("out requires grad, which a collective would lose")
-        torch.autograd.graph.increment_version(out)  # what was saved for a backward pass is overwritten
+    mark_written(out)

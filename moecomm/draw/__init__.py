@@ -7,8 +7,7 @@
 The same arguments give the same bytes, on every machine.
 """
 
-from moecomm.draw.hops import two_hops_svg
-from moecomm.draw.lanes import lanes_svg
+from moecomm.draw.hops import lanes_svg, two_hops_svg
 from moecomm.draw.routes import hop_traffic
 from moecomm.draw.topology import topology_svg
 from moecomm.draw.traffic import traffic_svg

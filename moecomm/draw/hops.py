@@ -1,97 +1,173 @@
-"""The two hops of the hierarchical all-to-all, seen from one rank."""
+"""Who sends to whom, seen from one rank: the two hops of the hierarchical all-to-all, the lane-restricted exchange."""
 
 from __future__ import annotations
 
-from moecomm.draw.colors import FRAME, INK, PALETTE, color_of
-from moecomm.draw.columns import Columns
-from moecomm.draw.legend import Bar, Key, bars, heading, legend
-from moecomm.draw.routes import forwarders, hop_arrows, num_messages
-from moecomm.draw.svg import MARGIN, Canvas, Line, text_width
-from moecomm.nodes import Nodes
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-HOP_ONE = "5 3"
-"""The dashes of a message of hop one."""
+from moecomm.draw.routes import Arrow, hop_arrows, num_messages
+from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PALE, Box, Canvas, Key, color_of, counted, mixed, text_width
+from moecomm.draw.topology import in_words
+from moecomm.nodes import Nodes
+from moecomm.topology import Topology
+
+WIDTH, HEIGHT, GAP = 54, 34, 10
+"""px of the box of a rank, and between two in a row."""
+HEADER, PAD, STEP = 24, 14, 6
+"""px of a frame above its ranks, of a frame around them, and between arrows side by side."""
+
+
+class View(NamedTuple):
+    """Frames side by side that have the same rows, and arrows from the source's frame, where a row is one rank.
+
+    frames  name -> the ranks in each row
+    rows    their names; the colour is the row's
+    steps   what arrows mean -> the arrows: along a row, or from the source to other rows of its frame
+    grey    ranks that take no part
+    """
+
+    source: int
+    frames: Mapping[str, Sequence[Sequence[int]]]
+    rows: Sequence[str]
+    steps: Mapping[str, Sequence[Arrow]]
+    grey: frozenset[int] = frozenset()
 
 
 def two_hops_svg(nodes: Nodes, source: int = 0) -> str:
     """Draw where the rows of `source` go in the hierarchical all-to-all, as SVG text.
 
     Boxes are ranks, frames are nodes. Hop one goes from the source to the forwarders on its node, hop two from each
-    forwarder to its destinations on the others; the colour is the forwarder's local rank. Below, the messages that the
+    forwarder to its destinations on the others, which are in its row and have its colour. Below, the messages that the
     source sends, flat and hierarchical.
 
     Raises ValueError if source is no rank of nodes.
     """
     if not 0 <= source < nodes.world_size:
         raise ValueError(f"two_hops_svg: source is {source}, expected a rank in 0 .. {nodes.world_size - 1}")
-    canvas = Canvas(f"Hierarchical all-to-all of {nodes_in_words(nodes)}, seen from rank {source}")
-    subtitle = f"{nodes_in_words(nodes)}; colour: {_lane_in_words(nodes, source)}; every rank does the same at once"
-    y = heading(canvas, f"Hierarchical all-to-all, seen from rank {source}", subtitle)
-    columns = _draw_ranks(canvas, nodes, source, y + 6)
-    y = legend(canvas, _keys(nodes, source), columns.bottom + 14)
-    title = f"Messages that rank {source} sends: grey inside the node, black between nodes"
-    bars(canvas, title, _message_bars(nodes, source), y + 8)
+    size, largest = len(nodes.ranks[nodes.node_of[source]]), int(nodes.sizes().max())
+    frames = {f"node {i}": [node[row::size] for row in range(size)[: len(node)]] for i, node in enumerate(nodes.ranks)}
+    rows = [f"local rank {', '.join(map(str, range(row, largest, size)))}" for row in range(size)]
+    hop_one, hop_two = hop_arrows(nodes, source)
+    steps = {
+        "hop 1: inside the node, to the rank in the row of the destination": hop_one,
+        "hop 2: between nodes, to the destination, with the rows of the whole node": hop_two,
+    }
+    title = f"Hierarchical all-to-all, seen from rank {source}"
+    canvas = Canvas(title, f"{nodes_in_words(nodes)}; every rank does the same at once")
+    _draw(canvas, View(source, frames, rows, steps))
+    inside, between, one, two = num_messages(nodes, source)
+    bars = {"flat": (inside, between), "hierarchical": (one, two)}
+    _draw_bars(canvas, f"Messages that rank {source} sends", ("inside the node", "between nodes"), bars)
     return canvas.svg()
 
 
-def _draw_ranks(canvas: Canvas, nodes: Nodes, source: int, top: float) -> Columns:
-    hop_one, hop_two = hop_arrows(nodes, source)
-    rows = [f"local rank {l}" for l in range(int(nodes.sizes().max()))]  # noqa: E741
-    left = MARGIN + max(text_width(row, 13) for row in rows)
-    columns = Columns(nodes.ranks, (left + 14, top), across=hop_two, inside=hop_one)
-    for node in range(len(nodes)):
-        columns.draw_frame(canvas, node, f"node {node}")
-    columns.label_rows(canvas, rows, left)
-    lane = nodes.local_rank[forwarders(nodes)[source]]  # [p] local rank of the forwarder to each rank
-    for rank in range(nodes.world_size):
-        columns.draw_rank(canvas, rank, color_of(int(lane[rank])), share=1 if rank == source else 0.16)
-    for arrow in hop_one:
-        line = Line(color_of(int(lane[arrow[1]])), 2, HOP_ONE)
-        columns.draw_inside(canvas, arrow, line, f"hop 1: rank {arrow[0]} to rank {arrow[1]}")
-    for arrow in hop_two:
-        line = Line(color_of(int(lane[arrow[1]])), 1.8)
-        columns.draw_across(canvas, arrow, line, f"hop 2: rank {arrow[0]} to rank {arrow[1]}")
-    return columns
+def lanes_svg(topology: Topology, source: int = 0) -> str:
+    """Draw the lane-restricted exchange seen from the tensor group of `source`, as SVG text.
 
+    Boxes are ranks, frames are tensor groups, rows and colours are lanes. Each rank of the source's tensor group sends
+    to the ranks of its expert group that are on its own lane; afterwards each shares its results with the tensor group,
+    which is drawn for the source. Ranks of other expert groups are grey. Only the source's pipeline stage is drawn.
+    Below, with how many ranks the source talks, restricted and not.
 
-def _keys(nodes: Nodes, source: int) -> list[Key]:
-    hop_one, hop_two = hop_arrows(nodes, source)
-    others = len(nodes.ranks[nodes.node_of[source]]) - 1
-    keys = []
-    if hop_one:
-        lane = "colour" if others < len(PALETTE) else _lane_in_words(nodes, source)
-        words = f"hop 1, inside the node: rows go to the rank that has the {lane} of their destination"
-        keys.append(Key(words, line=Line(INK, 2, HOP_ONE)))
-    if hop_two:
-        companions = f"the node's other {others} ranks" if others > 1 else "the node's other rank"
-        carried = f"on to their destination, with those of {companions}" if others else "straight to their destination"
-        keys.append(Key(f"hop 2, between nodes: {carried}", line=Line(INK, 1.8)))
-    return keys
-
-
-def _lane_in_words(nodes: Nodes, source: int) -> str:
-    """Which ranks have the same forwarder on the source's node."""
-    size = len(nodes.ranks[nodes.node_of[source]])
-    return "local rank" if size in (1, int(nodes.sizes().max())) else f"local rank mod {size}"
-
-
-def _message_bars(nodes: Nodes, source: int) -> list[Bar]:
-    inside, between, hop_one, hop_two = num_messages(nodes, source)
-    return [
-        Bar("flat", [(inside, FRAME), (between, INK)], _count_in_words(inside, between)),
-        Bar("hierarchical", [(hop_one, FRAME), (hop_two, INK)], _count_in_words(hop_one, hop_two)),
-    ]
-
-
-def _count_in_words(inside: int, between: int) -> str:
-    return f"{inside + between} = {inside} inside the node + {between} between nodes"
+    Raises ValueError if source is no rank of the topology.
+    """
+    sharing, stage = topology.group_of(source, "tensor"), topology.group_of(source, "data", "tensor")
+    groups = [group for group in topology.groups("tensor") if group[0] in stage]
+    frames = {f"group {i}": [[rank] for rank in group] for i, group in enumerate(groups)}
+    reached = {rank for sender in sharing for rank in topology.group_of(sender, "expert")}
+    rows = [(s, r) for s in sharing for r in topology.group_of(s, "expert_lane") if r != s]
+    steps = {
+        "rows: to the experts on the sender's own lane; they come back the same way": rows,
+        "results: afterwards, to the others of the tensor group": [(source, r) for r in sharing if r != source],
+    }
+    title = f"Lane-restricted exchange, seen from rank {source}"
+    canvas = Canvas(title, f"{in_words(topology)}; a frame is a tensor group: its ranks hold the same tokens")
+    lanes = [f"lane {lane}" for lane in range(topology.tensor)]
+    _draw(canvas, View(source, frames, lanes, steps, frozenset(stage) - reached))
+    everyone, lane = (len(topology.group_of(source, axis)) - 1 for axis in ("expert", "expert_lane"))
+    bars = {"unrestricted": (0, everyone), "lane-restricted": (topology.tensor - 1, lane)}
+    _draw_bars(canvas, f"Ranks that rank {source} talks to", ("for results", "for rows"), bars)
+    return canvas.svg()
 
 
 def nodes_in_words(nodes: Nodes) -> str:
     """For a heading: how many ranks in nodes of which sizes."""
-    sizes = nodes.sizes().tolist()
-    if len(sizes) == 1:
-        return f"{sizes[0]} {'rank' if sizes == [1] else 'ranks'} on one node"
-    if len(set(sizes)) == 1:
-        return f"{nodes.world_size} ranks on {len(sizes)} nodes of {sizes[0]}"
-    return f"{nodes.world_size} ranks on nodes of {', '.join(map(str, sizes))}"
+    sizes = " and ".join(str(size) for size in sorted(set(nodes.sizes().tolist()), reverse=True))
+    return f"{counted(nodes.world_size, 'rank')} on {counted(len(nodes), 'node')} of {sizes}"
+
+
+def _draw(canvas: Canvas, view: View) -> None:
+    """Frames, ranks, arrows that run around the boxes, and a legend."""
+    row_of = {rank: row for frame in view.frames.values() for row, ranks in enumerate(frame) for rank in ranks}
+    arrows = [arrow for step in view.steps.values() for arrow in step]
+    along = _places([(s, r) for s, r in arrows if row_of[s] == row_of[r]], list(row_of))
+    down = _places([(s, r) for s, r in arrows if row_of[s] != row_of[r]], list(row_of))
+    beside, above = (14 + STEP * max((level for _, level in each.values()), default=0) for each in (down, along))
+    boxes = _draw_ranks(canvas, view, beside, above)
+    for words, step in view.steps.items():
+        for sender, receiver in step:
+            start, end, dashed = boxes[sender], boxes[receiver], (sender, receiver) in down
+            share, level = down[sender, receiver] if dashed else along[sender, receiver]
+            if dashed:  # out to the left, then along the frame
+                x, y = start.x - 8 - STEP * level, start.y + share * HEIGHT
+                points = [(start.x, y), (x, y), (x, end.center[1]), (end.x, end.center[1])]
+            else:  # up, then along above the row
+                x, y = start.x + share * WIDTH, start.y - 8 - STEP * level
+                points = [(x, start.y), (x, y), (end.center[0], y), (end.center[0], end.y)]
+            about = f"{words.split(':')[0]}: rank {sender} to rank {receiver}"
+            canvas.arrow(points, color_of(row_of[receiver]), dashed, about)
+    keys = [Key(words, INK, dashed=step[0] in down) for words, step in view.steps.items() if step]
+    if view.grey:
+        keys.append(Key("in other expert groups, which do the same", FRAME, mixed(FRAME, PALE)))
+    canvas.legend(keys)
+
+
+def _draw_ranks(canvas: Canvas, view: View, beside: float, above: float) -> dict[int, Box]:
+    """The box of each rank. beside, above: px that arrows take beside the source's frame's ranks and above a row."""
+    boxes: dict[int, Box] = {}
+    left, top, pitch = MARGIN + max(map(text_width, view.rows)), canvas.bottom + 14, above + HEIGHT
+    for row, label in enumerate(view.rows):
+        canvas.text((left, top + HEADER + (row + 1) * pitch - HEIGHT / 2 + 5), label, anchor="end")
+    x = left + GAP
+    for name, frame in view.frames.items():
+        inset = PAD + beside * any(view.source in ranks for ranks in frame)
+        width = inset + len(frame[0]) * (WIDTH + GAP) - GAP + PAD
+        canvas.frame(Box(x, top, width, HEADER + len(frame) * pitch + PAD), name)
+        for row, ranks in enumerate(frame):
+            for i, rank in enumerate(ranks):
+                at = x + inset + i * (WIDTH + GAP), top + HEADER + row * pitch + above
+                boxes[rank] = Box(*at, WIDTH, HEIGHT)
+                color = FRAME if rank in view.grey else color_of(row)
+                canvas.rank(boxes[rank], rank, color, 1 if rank == view.source else PALE)
+        x += width + min(80.0, max(16.0, 640 / len(view.frames) - 80))
+    return boxes
+
+
+def _places(arrows: Sequence[Arrow], order: list[int]) -> dict[Arrow, tuple[float, int]]:
+    """Where along its sender's side each arrow leaves, 0 .. 1, and how far out it runs, 1 2 3 ...
+
+    The nearest receivers' arrows leave outermost and run nearest, so that no two cross. order: as the ranks are drawn.
+    """
+    places = {}
+    for sender in dict.fromkeys(sender for sender, _ in arrows):
+        at = order.index(sender)
+        before, after = ([r for r in side if (sender, r) in arrows] for side in (order[:at][::-1], order[at:]))
+        leaving = [*before, *reversed(after)]
+        for side in (before, after):
+            for level, receiver in enumerate(side, start=1):
+                places[sender, receiver] = (leaving.index(receiver) + 1) / (len(leaving) + 1), level
+    return places
+
+
+def _draw_bars(canvas: Canvas, title: str, kinds: tuple[str, str], bars: Mapping[str, tuple[int, int]]) -> None:
+    """For each name so many grey squares, of the first kind, and so many black ones, of the second."""
+    y = canvas.bottom + 28
+    canvas.text((MARGIN, y), f"{title}: grey {kinds[0]}, black {kinds[1]}", color=MUTED)
+    cell, x = min(16.0, 420 / max(1, *map(sum, bars.values()))), MARGIN + 10 + max(map(text_width, bars))
+    for name, (grey, black) in bars.items():
+        y += 24
+        canvas.text((MARGIN, y), name, bold=True)
+        for i in range(grey + black):
+            canvas.rect(Box(x + i * cell, y - 11, cell * 0.85, 13), FRAME if i < grey else INK)
+        words = f"{grey + black} = {grey} {kinds[0]} + {black} {kinds[1]}"
+        canvas.text((x + (grey + black) * cell + 8, y), words)

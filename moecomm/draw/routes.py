@@ -65,8 +65,5 @@ def row_counts(nodes: Nodes, counts: Any = None) -> Counts:
         return np.ones((p, p), np.int64)
     array = np.asarray(counts)
     if array.shape != (p, p) or array.dtype.kind not in "iu" or (array < 0).any():
-        raise ValueError(
-            f"counts has shape {array.shape} and dtype {array.dtype}, expected ({p}, {p}) whole numbers >= 0, as nodes "
-            f"has {p} ranks"
-        )
+        raise ValueError(f"counts is {array.dtype} {array.shape}, expected ({p}, {p}) whole numbers >= 0 for {p} ranks")
     return array.astype(np.int64)

@@ -36,7 +36,8 @@ class TensorParallelExchange:
     tensor  the L ranks that hold the same tokens
     output  "replicated": every tensor rank gets all tokens back. "sequence": tensor rank i gets its part of them,
             np.array_split(tokens, L)[i]
-    part    which slice of its experts this rank holds, coords(rank)["expert_tensor"]; 0 where experts are whole
+    part    (i, n): this rank holds slice i of n of each of its experts, so (coords(rank)["expert_tensor"],
+            expert_tensor); the tensor ranks together must hold all slices. (0, 1): experts are whole
 
     Each assignment is processed once in a tensor group (once for each slice of a sliced expert). Where R of its lanes
     reach an expert, assignment t * K + k goes through lane number (t * K + k) mod R of them. Afterwards the lanes share
@@ -48,7 +49,7 @@ class TensorParallelExchange:
     shape of x compared.
     The gradients of x and of the weights come out summed over the lanes, the same on all of them.
 
-    Making one is collective over tensor. Raises ValueError, on all of them, if no lane reaches some expert.
+    Making one is collective over tensor. Raises ValueError, on all of them, if no lane reaches some slice of an expert.
     Source: DeepSpeed-MoE (arXiv 2201.05596), section 5.3: O(p) becomes O(p/L) + O(L).
     """
 
@@ -58,7 +59,7 @@ class TensorParallelExchange:
         tensor: Comm,
         *,
         output: Literal["replicated", "sequence"] = "replicated",
-        part: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if output not in ("replicated", "sequence"):
             raise ValueError(f"TensorParallelExchange: output is {output!r}, expected 'replicated' or 'sequence'")
@@ -123,13 +124,13 @@ def _assignments(expert: Counts) -> Counts:
     return np.arange(expert.size).reshape(expert.shape)
 
 
-def _gather_reach(inner: RoutedExchange, tensor: Comm, part: int) -> tuple[Counts, NDArray[np.bool_]]:
+def _gather_reach(inner: RoutedExchange, tensor: Comm, part: tuple[int, int]) -> tuple[Counts, NDArray[np.bool_]]:
     """[L] the part of each lane, and [L, E] which experts it reaches."""
-    every = tensor.all_gather(np.array([[part, inner.num_experts]], np.int64))
-    reach = np.zeros((1, int(every[:, 1].max())), np.int64)
+    every = tensor.all_gather(np.array([[*part, inner.num_experts]], np.int64))
+    reach = np.zeros((1, int(every[:, 2].max())), np.int64)
     reach[0, : inner.num_experts] = inner.holds()
     reach = tensor.all_gather(reach).astype(bool)
-    for number in set(every[:, 0].tolist()):
+    for number in range(int(every[:, 1].max())):
         lost = np.flatnonzero(~reach[every[:, 0] == number].any(axis=0))
         if lost.size:
             raise ValueError(

