@@ -266,7 +266,7 @@ def test_a_tensor_parallel_exchange_sends_what_is_counted(topology: Topology, no
         exchange = TensorParallelExchange(
             RoutedExchange(FlatAllToAll(groups.expert_lane), place),
             groups.tensor,
-            part=topology.coords(comm.rank)["expert_tensor"],
+            part=(topology.coords(comm.rank)["expert_tensor"], topology.expert_tensor),
         )
         timed.clear()
         rows, plan = exchange.dispatch(np.ones((T, H), np.float32), Routing(expert, np.ones((T, 1), np.float32)))

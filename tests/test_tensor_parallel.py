@@ -200,7 +200,7 @@ def test_sliced_experts(topology: Topology) -> None:
         lane = comm.split(topology.group_of(comm.rank, "expert_lane")[0])
         tensor = comm.split(topology.group_of(comm.rank, "tensor")[0])
         experts = [case.experts_of(rank) for rank in topology.group_of(comm.rank, "expert_lane")]
-        exchange = TensorParallelExchange(RoutedExchange(FlatAllToAll(lane), experts), tensor, part=part)
+        exchange = TensorParallelExchange(RoutedExchange(FlatAllToAll(lane), experts), tensor, part=(part, 2))
         x, expert, weight, _ = case.batch(comm.rank)
         rows, plan = exchange.dispatch(x, Routing(expert, weight))
         share = (0.25, 0.75)[part] * case.scale(comm.rank, plan.rows_per_expert)
@@ -210,6 +210,20 @@ def test_sliced_experts(topology: Topology) -> None:
         assert plain is None or plain.num_experts == exchange.num_experts
 
     threads.run(4, body)
+
+
+def test_a_slice_that_no_tensor_rank_holds() -> None:
+    topology = Topology(8, tensor=2, expert=2, expert_tensor=4)
+
+    def body(comm: Comm) -> None:
+        lane = comm.split(topology.group_of(comm.rank, "expert_lane")[0])
+        tensor = comm.split(topology.group_of(comm.rank, "tensor")[0])
+        part = topology.coords(comm.rank)["expert_tensor"], 4
+        with pytest.raises(ValueError, match=r"no tensor rank reaches part \d of expert 0"):
+            TensorParallelExchange(RoutedExchange(FlatAllToAll(lane), 1), tensor, part=part)
+        comm.barrier()
+
+    threads.run(8, body)
 
 
 def test_different_routing_on_the_tensor_ranks_is_found_by_checked() -> None:
@@ -243,6 +257,9 @@ def test_bad_arguments() -> None:
         inner = RoutedExchange(FlatAllToAll(comm), 1)
         with pytest.raises(ValueError, match="output is 'scatter', expected 'replicated' or 'sequence'"):
             TensorParallelExchange(inner, comm, output="scatter")  # type: ignore[arg-type]
+        for part in (0, (2, 2), (0,)):
+            with pytest.raises(ValueError, match=r"part is .*, expected \(i, n\), slice i of n"):
+                TensorParallelExchange(inner, comm, part=part)  # type: ignore[arg-type]
         exchange = TensorParallelExchange(inner, comm)
         with pytest.raises(ValueError, match=r"routing.expert has 0\.\.2, expected -1\.\.1"):
             exchange.dispatch(np.zeros((2, 3)), Routing(np.array([[0], [2]]), np.ones((2, 1))))

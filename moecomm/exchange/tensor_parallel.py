@@ -63,6 +63,8 @@ class TensorParallelExchange:
     ) -> None:
         if output not in ("replicated", "sequence"):
             raise ValueError(f"TensorParallelExchange: output is {output!r}, expected 'replicated' or 'sequence'")
+        if not (isinstance(part, tuple) and len(part) == 2 and 0 <= part[0] < part[1]):
+            raise ValueError(f"TensorParallelExchange: part is {part!r}, expected (i, n), slice i of n")
         self.inner = inner
         self.tensor = tensor
         self.output = output
