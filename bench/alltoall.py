@@ -223,18 +223,18 @@ def benchmark(comm: Comm, options: argparse.Namespace) -> int:
         return 2
     nodes, num_hosts = harness.choose_nodes(comm, options.ranks_per_node)
     names = [name for name in ALGORITHMS if name != "mpi" or options.transport == "mpi"]
-    if comm.rank > 0:
-        return int(any(record["wrong"] for record in measure(comm, nodes, names, options, None)))
     records = harness.report(
+        comm,
         lambda progress: measure(comm, nodes, names, options, progress),
         COLUMNS,
         setting(options, nodes, num_hosts),
         options.out,
         num_calls=len(options.sizes) * len(names) * options.reps,
     )
-    harness.print_comment(speeds(records))
-    if num_hosts == 1 and len(nodes) > 1:
-        harness.print_comment(ONE_HOST)
+    if comm.rank == 0:
+        harness.print_comment(speeds(records))
+        if num_hosts == 1 and len(nodes) > 1:
+            harness.print_comment(ONE_HOST)
     return int(any(record["wrong"] for record in records))
 
 

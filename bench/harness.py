@@ -8,7 +8,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import datetime, timezone
 from pathlib import Path
@@ -161,7 +161,7 @@ class Timing(NamedTuple):
 
 def interleaved(
     comm: Comm,
-    calls: dict[Key, Callable[[bool], tuple[tuple[float, ...], int]]],
+    calls: Mapping[Key, Callable[[bool], tuple[tuple[float, ...], int]]],
     reps: int,
     tick: Callable[[], Any],
 ) -> dict[Key, Timing]:
@@ -226,9 +226,16 @@ def bandwidths(num_bytes: int, num_ranks: int, time_us: float) -> Record:
 
 
 def report(
-    measure: Callable[[Any], Iterator[Record]], columns: list[Column], about: list[str], out: str | None, num_calls: int
+    comm: Comm,
+    measure: Callable[[Any], Iterator[Record]],
+    columns: list[Column],
+    about: list[str],
+    out: str | None,
+    num_calls: int,
 ) -> list[Record]:
-    """Print each record that measure(progress) yields, and append it to `out`, as soon as it comes. For rank 0."""
+    """The records of measure(progress). Rank 0 prints each and appends it to `out` as soon as it comes. Collective."""
+    if comm.rank > 0:
+        return list(measure(None))
     from tqdm import tqdm  # here, because one rank of many needs it
 
     ran_on = environment()
