@@ -22,11 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="command")
-    topology.add_command(commands)
-    machine.add_command(commands)
+    for name, command in (("topology", topology), ("info", machine)):
+        of_command = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=f"{name}: {command.SUMMARY}.",
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_options(of_command)
+        of_command.set_defaults(run=command.run, parser=of_command)
     options = parser.parse_args(arguments)
-    if not hasattr(options, "run"):
+    if hasattr(options, "run"):
+        options.run(options)
+    else:
         parser.print_help()
-        return 0
-    status: int = options.run(options)
-    return status
+    return 0

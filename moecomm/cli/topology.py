@@ -4,71 +4,65 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from moecomm.arrays import Counts
-from moecomm.cli.sent import Lanes, Rows, Sent, differ, flat, hierarchical, sharing
-from moecomm.cli.words import counted, in_bytes, nodes_in_words, ranks_in_words, text_table
+from moecomm.draw import topology_svg
+from moecomm.draw.words import counted, nodes_in_words, ranks_in_words, topology_in_words
 from moecomm.nodes import Nodes
 from moecomm.topology import AXES, Topology
+from moecomm.traffic import Lanes, Rows, Sent, flat, hierarchical
 
+SUMMARY = "print the groups of a topology, and the messages and bytes that each exchange would need in it"
 EXAMPLES = """examples:
   python -m moecomm topology --world-size 128 --tensor 8 --expert 128 --ranks-per-node 8
   python -m moecomm topology --world-size 16 --tensor 2 --expert 4 --axis expert_lane
   python -m moecomm topology --world-size 16 --tensor 2 --expert 4 --axis expert,expert_data --svg groups.svg
 """
-MOST_GROUPS = 32
-"""Groups that are listed line by line; --json has all."""
 SIZES = {
     "tensor": "ranks that hold the same tokens",
     "pipeline": "stages",
     "expert": "ranks among which the experts are divided",
     "expert_tensor": "ranks that hold slices of one expert",
 }
-"""Those that are 1 if left out."""
+WORK = {
+    "tokens": (4096, "tokens on a rank"),
+    "hidden": (4096, "numbers in a row"),
+    "top_k": (1, "experts of a token"),
+    "dtype_bytes": (2, "bytes of a number"),
+}
+NOTES = """\
+Assumed: {} tokens on a rank, for {} experts each, evenly over the {} ranks of an expert group, even where that is less \
+than a row for each; rows of {} x {} bytes. Combine sends as much back. Counts and expert ids come on \
+top."""
+LANE_NOTES = """\
+Tensor ranks hold the same tokens; without lanes each of them sends all, to one slice of an expert. Sharing comes once, \
+after combine, and is least where the experts of a token are on different lanes, as assumed."""
 
 
-class Workload(NamedTuple):
-    """What a rank has to send."""
-
-    tokens: int
-    hidden: int
-    top_k: int
-    dtype_bytes: int
-
-
-def add_command(commands: Any) -> None:
-    """Add `topology` to the subparsers of the command line."""
-    parser = commands.add_parser(
-        "topology",
-        help="print the groups of a topology and what its exchanges would send",
-        description="Print the groups of a topology, and the messages and bytes that each exchange would need in it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `run` takes."""
     sizes = parser.add_argument_group("sizes of the topology")
     sizes.add_argument("--world-size", type=int, required=True, metavar="P", help="number of ranks")
     for name, what in SIZES.items():
         sizes.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, metavar="N", help=f"{what} (1)")
     sizes.add_argument(
-        "--inner", default="expert", help="which runs faster over the ranks: expert (default) or expert_data"
+        "--inner", default="expert", help="what runs faster over the ranks: expert (default), expert_data"
     )
     sizes.add_argument("--ranks-per-node", type=int, default=8, metavar="G", help="nodes are blocks of G ranks (8)")
     shown = parser.add_argument_group("what is printed")
     shown.add_argument(
-        "--axis", metavar="AXIS[,AXIS]", help=f"list the groups along one axis, or a product: {', '.join(AXES)}"
+        "--axis", metavar="AXIS[,AXIS]", help=f"the groups along an axis or a product: {', '.join(AXES)}"
     )
     shown.add_argument("--svg", type=Path, metavar="FILE", help="draw the groups along the axis (expert) too")
     shown.add_argument("--json", action="store_true", help="print the rank lists as JSON instead: Topology.to_json()")
     work = parser.add_argument_group("what a rank has to send, for the bytes")
-    work.add_argument("--tokens", type=positive, default=4096, metavar="T", help="tokens on a rank (4096)")
-    work.add_argument("--hidden", type=positive, default=4096, metavar="H", help="numbers in a row (4096)")
-    work.add_argument("--top-k", type=positive, default=1, metavar="K", help="experts of a token (1)")
-    work.add_argument("--dtype-bytes", type=positive, default=2, metavar="B", help="bytes of a number (2)")
-    parser.set_defaults(run=lambda options: run(options, parser))
+    for name, (default, what) in WORK.items():
+        option = f"--{name.replace('_', '-')}"
+        work.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} ({default})")
 
 
 def positive(text: str) -> int:
@@ -78,136 +72,90 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> None:
     """Print, and draw, what the options ask for."""
-    axes = [axis.strip() for axis in options.axis.split(",")] if options.axis is not None else []
+    axes = [] if options.axis is None else [axis.strip() for axis in options.axis.split(",")]
     try:
-        sizes = {name: getattr(options, name) for name in SIZES}
-        topology = Topology(options.world_size, inner=options.inner, **sizes)
+        topology = Topology(options.world_size, inner=options.inner, **{name: getattr(options, name) for name in SIZES})
         nodes = Nodes.of_size(options.ranks_per_node, topology.world_size)
-        groups = topology.groups(*axes) if axes else []
+        table = group_table(topology, nodes, axes) if axes else axis_table(topology, nodes)
         if options.svg is not None:
-            from moecomm import draw
-
-            picture = draw.topology_svg(topology, *(axes or ["expert"]), ranks_per_node=options.ranks_per_node)
+            picture = topology_svg(topology, *(axes or ["expert"]), ranks_per_node=options.ranks_per_node)
             options.svg.write_bytes(picture.encode())
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"argument --svg: {options.svg}: {error.strerror}")
+    except (ValueError, OSError) as error:
+        options.parser.error(str(error))
     if options.json:
         print(topology.to_json())
-        return 0
-    print(f"{topology} on {nodes_in_words(nodes)}\n")
-    print(group_table(" x ".join(axes), groups, nodes) if axes else axis_table(topology, nodes))
-    work = Workload(options.tokens, options.hidden, options.top_k, options.dtype_bytes)
-    print(f"\n{exchange_table(topology, nodes, work)}")
-    return 0
-
-
-# ---- groups --------------------------------------------------------------------------------------------------------
+        return
+    print(f"{topology_in_words(topology)}: {nodes_in_words(nodes)}", table, sep="\n\n")
+    print("", exchange_table(topology, nodes, **{name: getattr(options, name) for name in WORK}), sep="\n")
 
 
 def axis_table(topology: Topology, nodes: Nodes) -> str:
     """A line for each axis: how many groups, of how many ranks, on how many nodes, and the first and the last."""
-    rows = [["axis", "first group", "last group", "groups", "ranks each", "nodes each"]]
+    lines: list[list[object]] = [["axis", "first group", "last group", "groups", "ranks each", "nodes each"]]
     for axis in AXES:
         groups = topology.groups(axis)
-        first, last = ranks_in_words(groups[0]), ranks_in_words(groups[-1]) if len(groups) > 1 else ""
-        spread = max(_num_nodes(nodes, group) for group in groups)
-        rows.append([axis, first, last, str(len(groups)), str(len(groups[0])), str(spread)])
-    return text_table(rows, num_left=3)
+        spread = max(num_nodes(nodes, group) for group in groups)
+        shown = ranks_in_words(groups[0]), ranks_in_words(groups[-1])
+        lines.append([axis, *shown, len(groups), len(groups[0]), spread])
+    return text_table(lines, num_left=3)
 
 
-def group_table(along: str, groups: list[list[int]], nodes: Nodes) -> str:
-    """A line for each group: its ranks, and on how many nodes they are."""
-    lines = [[f"g{i}", ranks_in_words(group), str(_num_nodes(nodes, group))] for i, group in enumerate(groups)]
-    if len(lines) > MOST_GROUPS:
-        lines[MOST_GROUPS - 2 : -1] = [["...", f"{len(lines) - MOST_GROUPS + 1} more", ""]]
-    heading = f"{counted(len(groups), 'group')} of {counted(len(groups[0]), 'rank')} along {along}"
+def group_table(topology: Topology, nodes: Nodes, axes: Sequence[str]) -> str:
+    """A line for each group along the axes: its ranks, and on how many nodes they are."""
+    groups = topology.groups(*axes)
+    lines = [[f"g{i}", ranks_in_words(group), num_nodes(nodes, group)] for i, group in enumerate(groups)]
+    heading = f"{counted(len(groups), 'group')} of {counted(len(groups[0]), 'rank')} along {' x '.join(axes)}"
     return f"{heading}\n\n{text_table([['group', 'ranks', 'nodes'], *lines], num_left=2)}"
 
 
-def _num_nodes(nodes: Nodes, group: list[int]) -> int:
-    return len(np.unique(nodes.node_of[group]))
+def num_nodes(nodes: Nodes, group: list[int]) -> int:
+    """On how many nodes the group is."""
+    return len(set(nodes.node_of[group].tolist()))
 
 
-# ---- exchanges -----------------------------------------------------------------------------------------------------
+def exchange_table(topology: Topology, nodes: Nodes, tokens: int, hidden: int, top_k: int, dtype_bytes: int) -> str:
+    """A line for each exchange: messages and bytes inside the node and between nodes, of the rank that has most."""
+
+    def evenly(_: int, group: Counts) -> Rows:
+        return np.full(len(group), tokens * top_k / len(group))
+
+    def on_lanes(rank: int, group: Counts) -> Rows:
+        return tokens * top_k * lanes.shares(rank, group)
+
+    lanes, width = Lanes(topology), hidden * dtype_bytes
+    notes = [NOTES.format(tokens, top_k, topology.expert, hidden, dtype_bytes)]
+    table: list[list[object]] = [
+        ["most that a rank sends, one way", *["messages"] * 3, *["bytes"] * 3],
+        ["", *["inside", "between", "total"] * 2],
+    ]
+    for name, count in (("flat", flat), ("hierarchical", hierarchical)):
+        table.append([name, *most(count(nodes, topology.groups("expert"), evenly), width)])
+    if topology.tensor > 1 and (group := lanes.incomplete()):
+        notes.append(f"No lane-restricted exchange: tensor group {ranks_in_words(group)} does not reach all experts.")
+    elif topology.tensor > 1:
+        notes.append(LANE_NOTES)
+        for name, count in (("lane-restricted, flat", flat), ("lane-restricted, hierarchical", hierarchical)):
+            table.append([name, *most(count(nodes, topology.groups("expert_lane"), on_lanes), width)])
+        way, shared = lanes.sharing(nodes, tokens, top_k)
+        is_sum = top_k * topology.expert_tensor > 1  # of several lanes: not rounded before it is complete
+        table.append([f"  then sharing, {way}", *most(shared, hidden * max(dtype_bytes, 4 * is_sum))])
+    return "\n".join([text_table(table, num_left=1), "", *(textwrap.fill(note, 100) for note in notes)])
 
 
-def exchange_table(topology: Topology, nodes: Nodes, work: Workload) -> str:
-    """A line for each exchange: messages and bytes of a rank, inside its node and between nodes."""
-    problem = Lanes(topology).problem() if topology.tensor > 1 else None
-    counts = exchanges(topology, nodes, work)
-    if topology.tensor > 1 and problem is None:
-        counts |= lane_exchanges(topology, nodes, work)
-    notes = [_assumptions(topology, work)]
-    if problem is not None:
-        notes.append(f"A lane-restricted exchange is not possible: {problem}.")
-    if topology.expert_tensor > 1:
-        notes.append(
-            f"Without lanes a rank reaches one of the {topology.expert_tensor} slices of an expert: to add the answers "
-            "of all slices comes on top."
-        )
-    if differ([sent for sent, _ in counts.values()]):
-        notes.append("Ranks differ: each number is of the rank that has most.")
-    if work.tokens * work.top_k < topology.expert:
-        notes.append(f"With {work.tokens * work.top_k} rows for {topology.expert} ranks, many messages would be empty.")
-    rows = [["a rank sends, one way", *["messages"] * 3, *["bytes"] * 3], ["", *["inside", "between", "total"] * 2]]
-    rows += [[name, *_largest(sent, width)] for name, (sent, width) in counts.items()]
-    return "\n".join([text_table(rows, num_left=1), "", *(textwrap.fill(note, 100) for note in notes)])
+def most(sent: Sent, width: int) -> list[str]:
+    """Messages and bytes of the rank that has most, inside its node, between nodes and in total."""
+    both = (sent.messages, sent.rows * width)
+    return [f"{number:,.0f}" for each in both for number in (*each.max(axis=0), each.sum(axis=1).max())]
 
 
-def exchanges(topology: Topology, nodes: Nodes, work: Workload) -> dict[str, tuple[Sent, int]]:
-    """RoutedExchange over the expert groups: what it sends, and the bytes of a row."""
-    groups, width = topology.groups("expert"), work.hidden * work.dtype_bytes
-
-    def rows_for(_: int, group: Counts) -> Rows:
-        return np.full(len(group), work.tokens * work.top_k / len(group))
-
-    return {
-        "flat": (flat(nodes, groups, rows_for), width),
-        "hierarchical": (hierarchical(nodes, groups, rows_for), width),
-    }
-
-
-def lane_exchanges(topology: Topology, nodes: Nodes, work: Workload) -> dict[str, tuple[Sent, int]]:
-    """TensorParallelExchange over the expert lanes: what it sends, and the bytes of a row."""
-    groups, width, lanes = topology.groups("expert_lane"), work.hidden * work.dtype_bytes, Lanes(topology)
-
-    def rows_for(rank: int, group: Counts) -> Rows:
-        return work.tokens * work.top_k * lanes.shares(rank, group)
-
-    way, shared = sharing(nodes, topology, lambda rank: lanes.answered(rank, work.tokens, work.top_k), work.tokens)
-    return {
-        "lane-restricted, flat": (flat(nodes, groups, rows_for), width),
-        "lane-restricted, hierarchical": (hierarchical(nodes, groups, rows_for), width),
-        f"  then sharing, {way}": (shared, work.hidden * _bytes_shared(topology, work)),
-    }
-
-
-def _bytes_shared(topology: Topology, work: Workload) -> int:
-    """Of a number, where tensor ranks share answers: sums of several lanes are not rounded before they are complete."""
-    one_answer = work.top_k * topology.expert_tensor == 1
-    return work.dtype_bytes if one_answer else 8 if work.dtype_bytes == 8 else 4
-
-
-def _largest(sent: Sent, width: int) -> list[str]:
-    messages = [*sent.messages.max(axis=0), sent.messages.sum(axis=1).max()]
-    rows = [*sent.rows.max(axis=0), sent.rows.sum(axis=1).max()]
-    return [*map(str, messages), *(in_bytes(float(number) * width) for number in rows)]
-
-
-def _assumptions(topology: Topology, work: Workload) -> str:
-    said = (
-        f"Assumed: {work.tokens} tokens on a rank, routed to {counted(work.top_k, 'expert')} each, every rank's "
-        f"experts asked equally often; rows of {work.hidden} x {work.dtype_bytes} bytes. Combine sends as much back. "
-        "Counts and expert ids come on top."
-    )
-    if topology.tensor == 1:
-        return said
-    apart = "" if work.top_k == 1 else ", where possible with the experts of a token on different lanes"
-    return (
-        f"{said} Tensor ranks hold the same tokens, and without lanes each of them sends all. Sharing comes once, "
-        f"after combine{apart}."
-    )
+def text_table(rows: Sequence[Sequence[object]], num_left: int) -> str:
+    """Aligned columns: the first num_left to the left, the others to the right."""
+    columns = [[str(cell) for cell in column] for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    aligned = [
+        [cell.ljust(width) if i < num_left else cell.rjust(width) for cell in column]
+        for i, (column, width) in enumerate(zip(columns, widths, strict=True))
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))

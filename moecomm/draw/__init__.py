@@ -8,8 +8,7 @@ The same arguments give the same bytes, on every machine.
 """
 
 from moecomm.draw.hops import lanes_svg, two_hops_svg
-from moecomm.draw.routes import hop_traffic
 from moecomm.draw.topology import topology_svg
 from moecomm.draw.traffic import traffic_svg
 
-__all__ = ["hop_traffic", "lanes_svg", "topology_svg", "traffic_svg", "two_hops_svg"]
+__all__ = ["lanes_svg", "topology_svg", "traffic_svg", "two_hops_svg"]

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from moecomm.draw.routes import Arrow, hop_arrows, num_messages
-from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PALE, Box, Canvas, Key, color_of, counted, mixed, text_width
-from moecomm.draw.topology import in_words
+import numpy as np
+
+from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PALE, Box, Canvas, Key, color_of, mixed, text_width
+from moecomm.draw.words import nodes_in_words, topology_in_words
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
+from moecomm.traffic import flat, hierarchical, hop_traffic
 
+Arrow = tuple[int, int]
+"""(sending rank, receiving rank)"""
 WIDTH, HEIGHT, GAP = 54, 34, 10
 """px of the box of a rank, and between two in a row."""
 HEADER, PAD, STEP = 24, 14, 6
@@ -47,7 +51,9 @@ def two_hops_svg(nodes: Nodes, source: int = 0) -> str:
     size, largest = len(nodes.ranks[nodes.node_of[source]]), int(nodes.sizes().max())
     frames = {f"node {i}": [node[row::size] for row in range(size)[: len(node)]] for i, node in enumerate(nodes.ranks)}
     rows = [f"local rank {', '.join(map(str, range(row, largest, size)))}" for row in range(size)]
-    hop_one, hop_two = hop_arrows(nodes, source)
+    from_source = np.zeros((nodes.world_size, nodes.world_size), np.int64)
+    from_source[source] = 1
+    hop_one, hop_two = (list(map(tuple, np.argwhere(hop).tolist())) for hop in hop_traffic(nodes, from_source))
     steps = {
         "hop 1: inside the node, to the rank in the row of the destination": hop_one,
         "hop 2: between nodes, to the destination, with the rows of the whole node": hop_two,
@@ -55,8 +61,11 @@ def two_hops_svg(nodes: Nodes, source: int = 0) -> str:
     title = f"Hierarchical all-to-all, seen from rank {source}"
     canvas = Canvas(title, f"{nodes_in_words(nodes)}; every rank does the same at once")
     _draw(canvas, View(source, frames, rows, steps))
-    inside, between, one, two = num_messages(nodes, source)
-    bars = {"flat": (inside, between), "hierarchical": (one, two)}
+    everyone = [range(nodes.world_size)]
+    sent = {
+        count.__name__: count(nodes, everyone, lambda _, group: np.ones_like(group)) for count in (flat, hierarchical)
+    }
+    bars = {name: tuple(each.messages[source].tolist()) for name, each in sent.items()}
     _draw_bars(canvas, f"Messages that rank {source} sends", ("inside the node", "between nodes"), bars)
     return canvas.svg()
 
@@ -81,19 +90,13 @@ def lanes_svg(topology: Topology, source: int = 0) -> str:
         "results: afterwards, to the others of the tensor group": [(source, r) for r in sharing if r != source],
     }
     title = f"Lane-restricted exchange, seen from rank {source}"
-    canvas = Canvas(title, f"{in_words(topology)}; a frame is a tensor group: its ranks hold the same tokens")
+    canvas = Canvas(title, f"{topology_in_words(topology)}; a frame is a tensor group: its ranks hold the same tokens")
     lanes = [f"lane {lane}" for lane in range(topology.tensor)]
     _draw(canvas, View(source, frames, lanes, steps, frozenset(stage) - reached))
     everyone, lane = (len(topology.group_of(source, axis)) - 1 for axis in ("expert", "expert_lane"))
     bars = {"unrestricted": (0, everyone), "lane-restricted": (topology.tensor - 1, lane)}
     _draw_bars(canvas, f"Ranks that rank {source} talks to", ("for results", "for rows"), bars)
     return canvas.svg()
-
-
-def nodes_in_words(nodes: Nodes) -> str:
-    """For a heading: how many ranks in nodes of which sizes."""
-    sizes = " and ".join(str(size) for size in sorted(set(nodes.sizes().tolist()), reverse=True))
-    return f"{counted(nodes.world_size, 'rank')} on {counted(len(nodes), 'node')} of {sizes}"
 
 
 def _draw(canvas: Canvas, view: View) -> None:

@@ -154,11 +154,6 @@ def number(value: float) -> str:
     return f"{round(value, 1):g}"
 
 
-def counted(count: int, thing: str) -> str:
-    """1 row, 2 rows."""
-    return f"{count:,} {thing}{'s' * (count != 1)}"
-
-
 def _parts(color: str) -> list[float]:
     return [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-from moecomm.draw.svg import MARGIN, PALE, Box, Canvas, Key, color_of, counted, mixed
+from moecomm.draw.svg import MARGIN, PALE, Box, Canvas, Key, color_of, mixed
+from moecomm.draw.words import counted, topology_in_words
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
 
@@ -29,7 +28,7 @@ def topology_svg(topology: Topology, *axes: str, ranks_per_node: int | None = No
     groups = topology.groups(*axes)
     subtitle = f"{counted(len(groups), 'group')} of {len(groups[0])} along {' x '.join(axes)}"
     each = "" if ranks_per_node is None else f"; a frame is a node of {ranks_per_node}"
-    canvas = Canvas(in_words(topology), subtitle + each)
+    canvas = Canvas(topology_in_words(topology), subtitle + each)
     _draw_ranks(canvas, groups, ranks_per_node)
     keys = []
     for i, group in enumerate(groups):
@@ -37,13 +36,6 @@ def topology_svg(topology: Topology, *axes: str, ranks_per_node: int | None = No
         keys.append(Key(f"g{i}: {', '.join(map(str, shown))}", color_of(i), mixed(color_of(i), share_of(i))))
     canvas.legend(keys)
     return canvas.svg()
-
-
-def in_words(topology: Topology) -> str:
-    """How a program would make the topology: its sizes, those left out that are the default."""
-    sizes = [(field, getattr(topology, field.name)) for field in fields(topology)[1:]]
-    changed = [f", {field.name}={size!r}" for field, size in sizes if size != field.default]
-    return f"Topology({topology.world_size}{''.join(changed)})"
 
 
 def share_of(group: int) -> float:

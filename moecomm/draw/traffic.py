@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from moecomm.arrays import Counts
-from moecomm.draw.hops import nodes_in_words
-from moecomm.draw.routes import hop_traffic, row_counts
-from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PAPER, Box, Canvas, Key, Point, counted, mixed, text_width
+from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PAPER, Box, Canvas, Key, Point, mixed, text_width
+from moecomm.draw.words import counted, nodes_in_words
 from moecomm.nodes import Nodes
+from moecomm.traffic import Sent, hop_traffic
 
 SIDE = 240
 """px that a matrix is wide, where its cells can have a fitting size."""
@@ -40,7 +40,7 @@ def traffic_svg(nodes: Nodes, counts: Any = None) -> str:
         canvas.text((x, y), name, 14, bold=True)
         canvas.text((x, y + 18), "from ↓ to →", 11, color=MUTED)
         grid = _draw_matrix(canvas, nodes, matrix, most, (x + 26, y + 38))
-        _draw_totals(canvas, totals(nodes, matrix), (grid.x, grid.y + grid.height + 20))
+        _draw_totals(canvas, nodes, matrix, (grid.x, grid.y + grid.height + 20))
         x = 24 + grid.x + max(grid.width, SIDE)
     values = np.unique(list(matrices.values()))[1:]
     if len(values) > 5:
@@ -50,11 +50,13 @@ def traffic_svg(nodes: Nodes, counts: Any = None) -> str:
     return canvas.svg()
 
 
-def totals(nodes: Nodes, matrix: Counts) -> dict[str, tuple[int, int]]:
-    """How many messages and rows a [sender, receiver] matrix of rows has inside nodes and between them."""
-    inside = nodes.node_of[:, None] == nodes.node_of
-    parts = {"inside nodes": matrix[inside], "between nodes": matrix[~inside]}
-    return {name: (int((rows > 0).sum()), int(rows.sum())) for name, rows in parts.items()}
+def row_counts(nodes: Nodes, counts: Any) -> Counts:
+    """`counts` as int64 [p, p]; None: one row for each pair. Raises ValueError if they are something else."""
+    p = nodes.world_size
+    array = np.ones((p, p), np.int64) if counts is None else np.asarray(counts)
+    if array.shape != (p, p) or array.dtype.kind not in "iu" or (array < 0).any():
+        raise ValueError(f"counts is {array.dtype} {array.shape}, expected ({p}, {p}) whole numbers >= 0 for {p} ranks")
+    return array.astype(np.int64)
 
 
 def shade(rows: int, most: int) -> str:
@@ -88,9 +90,12 @@ def _draw_matrix(canvas: Canvas, nodes: Nodes, matrix: Counts, most: int, corner
     return grid
 
 
-def _draw_totals(canvas: Canvas, counts: dict[str, tuple[int, int]], corner: Point) -> None:
-    """Messages and rows as a table."""
-    table = [("total", "messages", "rows"), *((name, f"{m:,}", f"{r:,}") for name, (m, r) in counts.items())]
+def _draw_totals(canvas: Canvas, nodes: Nodes, matrix: Counts, corner: Point) -> None:
+    """The messages and rows of all ranks as a table."""
+    sent, every = Sent(nodes), np.arange(len(matrix))
+    sent.add(every, every, matrix)
+    totals = zip(("inside nodes", "between nodes"), sent.messages.sum(axis=0), sent.rows.sum(axis=0), strict=True)
+    table = [("total", "messages", "rows"), *((name, f"{m:,}", f"{r:,.0f}") for name, m, r in totals)]
     for line, words in enumerate(table):
         for cell, at, anchor in zip(words, (0, SIDE - 70, SIDE), ("start", "end", "end"), strict=True):
             canvas.text((corner[0] + at, corner[1] + 18 * line), cell, 12, anchor, bold=line > 0 and at > 0)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 import sys
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -45,12 +46,16 @@ class TorchComm(Comm):
             )
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self._group = group
+        self._group_ref = weakref.ref(group)  # torch aborts at exit if a group outlives destroy_process_group
         self._limit = check_limit(limit)
         self._pending: Any = None
         self._backends = dist.get_backend_config(group)  # such as cpu:gloo,cuda:nccl
         self._moves_host_memory = any(backend.startswith("cpu:") for backend in self._backends.split(","))
-        self._groups_made: dict[tuple[int, ...], Any] = {}
+        self._groups_made: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
+
+    @property
+    def _group(self) -> Any:
+        return self._group_ref()
 
     def check_usable(self, call: str) -> None:
         if self.failure is None and not _is_alive(self._group):
@@ -119,7 +124,8 @@ class TorchComm(Comm):
 
     def _group_of(self, ranks: tuple[int, ...]) -> Any:
         """A group of these ranks. It is kept and used again: torch hangs where one is destroyed and made anew."""
-        if ranks not in self._groups_made:
+        group = self._groups_made.get(ranks)
+        if group is None or not _is_alive(group):
             options: dict[str, Any] = {
                 "backend": self._backends,
                 "use_local_synchronization": True,
@@ -128,8 +134,8 @@ class TorchComm(Comm):
                 options["sort_ranks"] = False  # came in torch 2.12
             if self._limit is not None:
                 options["timeout"] = timedelta(seconds=self._limit)
-            self._groups_made[ranks] = dist.new_group(list(ranks), **options)
-        return self._groups_made[ranks]
+            group = self._groups_made[ranks] = dist.new_group(list(ranks), **options)
+        return group
 
     def _node_key(self) -> int:
         # Two hosts may have one name, and two containers of one host one boot id: a node has both in common.
@@ -152,6 +158,8 @@ class TorchComm(Comm):
 
 
 def _is_alive(group: Any) -> bool:
+    if group is None:
+        return False
     try:
         dist.get_backend(group)
     except (AssertionError, RuntimeError, ValueError):
