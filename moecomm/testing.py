@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from moecomm.all_to_all import AllToAll
+from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, Counts, is_torch
 from moecomm.comm import Comm
 from moecomm.errors import CommError
@@ -229,6 +229,12 @@ def _uneven_form(comm: Comm, a2a: AllToAll, make: Make) -> None:
         _same(result, received_rows(counts, comm.rank), "rows", comm)
         _same(recv_counts, counts[:, comm.rank], "counts", comm)
         _same(rows, sent_rows(counts, comm.rank), "the input was changed", comm)
+        route = a2a.route(counts[comm.rank])
+        _same(route.recv_counts, counts[:, comm.rank], "counts of the route", comm)
+        for _ in range(2):
+            sent = a2a.send(rows, route)
+            _same(sent, received_rows(counts, comm.rank), "rows sent along a route", comm)
+            _same(a2a.send_back(sent, route), sent_rows(counts, comm.rank), "rows sent back along a route", comm)
         back, back_counts = a2a.rows(result, recv_counts)
         _same(back, sent_rows(counts, comm.rank), "rows sent back by the same exchange", comm)
         _same(back_counts, counts[comm.rank], "counts sent back", comm)
@@ -246,6 +252,9 @@ def _even_form_refuses(comm: Comm, a2a: AllToAll, make: Make) -> None:
         (ValueError, "sums to", lambda: a2a.rows(x, [2] * p)),
         (TypeError, "whole numbers", lambda: a2a.rows(x, fractions)),
         (ValueError, "expected >= 0", lambda: a2a.rows(x, [-1] * p)),
+        (ValueError, "expected >= 0", lambda: a2a.route([-1] * p)),
+        (ValueError, "sums to", lambda: a2a.send(x, Route(np.full(p, 2), np.full(p, 2)))),
+        (ValueError, "sums to", lambda: a2a.send_back(x, Route(np.full(p, 2), np.full(p, 2)))),
     ):
         _raises(error, match, call, comm)
     _same(a2a(x), np.zeros((p, 2), np.float32), "after a refused call", comm)

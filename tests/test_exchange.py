@@ -160,6 +160,22 @@ def test_one_row_for_each_token_and_rank() -> None:
     threads.run(p, body)
 
 
+@pytest.mark.parametrize("send", ["assignments", "tokens"])
+def test_counts_are_exchanged_once(send: str) -> None:
+    """For labels, weights, rows, the answers, and both backward passes: one small exchange for each hop."""
+
+    def body(comm: Comm) -> None:
+        timed = Timed(comm)
+        exchange = RoutedExchange(HierarchicalAllToAll(timed, Nodes.of_size(2, 4)), 2, send=send)
+        x = torch.ones(3, 2, requires_grad=True)
+        timed.clear()
+        rows, plan = exchange.dispatch(x, Routing(torch.tensor([[0, 3], [5, 1], [7, 6]]), torch.ones(3, 2)))
+        exchange.combine(rows, plan).sum().backward()
+        assert timed.record["all_to_all"].calls == 2
+
+    threads.run(4, body)
+
+
 # ---- torch ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """All-to-all algorithms: which hops the rows take. One algorithm, one file."""
 
-from moecomm.all_to_all.base import AllToAll
+from moecomm.all_to_all.base import AllToAll, Route
 from moecomm.all_to_all.flat import FlatAllToAll
 from moecomm.all_to_all.hierarchical import HierarchicalAllToAll
 
-__all__ = ["AllToAll", "FlatAllToAll", "HierarchicalAllToAll"]
+__all__ = ["AllToAll", "FlatAllToAll", "HierarchicalAllToAll", "Route"]

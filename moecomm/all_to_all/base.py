@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moecomm.arrays import Array, Counts, as_rows, empty_rows
@@ -15,10 +16,34 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@dataclass(frozen=True, eq=False)
+class Hop:
+    """The counts of one hop of a route."""
+
+    sizes: Counts
+    """[number of blocks] the rows of each block here before the hop."""
+    send_counts: Counts
+    """[size of the hop's group] rows to each of its ranks."""
+    recv_counts: Counts
+    """[size of the hop's group] rows from each of its ranks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """How many rows go where: made once by `AllToAll.route`, used any number of times, in both directions."""
+
+    send_counts: Counts
+    """[p] rows to each rank."""
+    recv_counts: Counts
+    """[p] rows from each rank."""
+    hops: tuple[Hop, ...] = ()
+    """Where an algorithm has several."""
+
+
 class AllToAll(ABC):
     """Every rank of `comm` sends rows to every other. All algorithms give the same bytes; they differ in the hops.
 
-    An algorithm writes `_even` and `_uneven`; `testing.check_all_to_all` says whether they are right.
+    An algorithm writes `_even`, `_route`, `_send` and `_send_back`; `testing.check_all_to_all` says if they are right.
     """
 
     comm: Comm
@@ -53,10 +78,46 @@ class AllToAll(ABC):
         Collective over comm. The counts are exchanged first. Raises like the even form.
         """
         rows, send_counts = self.comm.checked(
-            f"{type(self).__name__}.rows", lambda: self._uneven_arguments(rows, send_counts)
+            f"{type(self).__name__}.rows", lambda: self._rows_arguments(rows, send_counts)
         )
         with self._failing_as_one():
-            return self._uneven(rows, send_counts)
+            route = self._route(send_counts)
+            return self._send(rows, route), route.recv_counts
+
+    def route(self, send_counts: Sequence[int] | Counts) -> Route:
+        """Exchange the counts alone, for rows that are to go this way several times, or back.
+
+        send_counts  [p]  rows for each rank
+
+        Collective over comm.
+        """
+        send_counts, _ = self.comm.checked(
+            f"{type(self).__name__}.route", lambda: (self.comm.counts("send_counts", send_counts), ())
+        )
+        with self._failing_as_one():
+            return self._route(send_counts)
+
+    def send(self, rows: Array, route: Route) -> Array:
+        """What `rows` returns, without exchanging the counts again. Collective over comm."""
+        rows, _ = self.comm.checked(
+            f"{type(self).__name__}.send", lambda: self._rows_arguments(rows, route.send_counts)
+        )
+        with self._failing_as_one():
+            return self._send(rows, route)
+
+    def send_back(self, rows: Array, route: Route) -> Array:
+        """The way back: rows ordered by the rank that they came from -> ordered as those given to `send`.
+
+        rows     [sum(route.recv_counts), ...]
+        returns  [sum(route.send_counts), ...]
+
+        Collective over comm.
+        """
+        rows, _ = self.comm.checked(
+            f"{type(self).__name__}.send_back", lambda: self._rows_arguments(rows, route.recv_counts)
+        )
+        with self._failing_as_one():
+            return self._send_back(rows, route)
 
     def free(self) -> None:
         """Give back the groups that the constructor made. Collective. comm stays, but not for this all-to-all."""
@@ -75,7 +136,13 @@ class AllToAll(ABC):
     def _even(self, x: Array, out: Array) -> None: ...
 
     @abstractmethod
-    def _uneven(self, rows: Array, send_counts: Counts) -> tuple[Array, Counts]: ...
+    def _route(self, send_counts: Counts) -> Route: ...
+
+    @abstractmethod
+    def _send(self, rows: Array, route: Route) -> Array: ...
+
+    @abstractmethod
+    def _send_back(self, rows: Array, route: Route) -> Array: ...
 
     def _free(self) -> None:  # noqa: B027 - an algorithm that makes no groups leaves it out
         """Called once, by `free`."""
@@ -99,6 +166,6 @@ class AllToAll(ABC):
             check_out(out, x, x.shape[0])
         return x, None, out
 
-    def _uneven_arguments(self, rows: Array, send_counts: Any) -> tuple[Array, Counts]:
+    def _rows_arguments(self, rows: Array, send_counts: Any) -> tuple[Array, Counts]:
         rows = as_rows(rows, "rows")
         return rows, self.comm.counts("send_counts", send_counts, rows.shape[0])

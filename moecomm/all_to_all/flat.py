@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moecomm.all_to_all.base import AllToAll
+from moecomm.all_to_all.base import AllToAll, Route
 from moecomm.arrays import Array, Counts, empty_rows
 from moecomm.transports import as_comm
 
@@ -23,9 +23,15 @@ class FlatAllToAll(AllToAll):
     def _even(self, x: Array, out: Array) -> None:
         self.comm.move(x, out)
 
-    def _uneven(self, rows: Array, send_counts: Counts) -> tuple[Array, Counts]:
+    def _route(self, send_counts: Counts) -> Route:
         recv_counts = np.empty_like(send_counts)
         self.comm.move(send_counts, recv_counts)
-        out = empty_rows(int(recv_counts.sum()), rows)
-        self.comm.move(rows, out, send_counts, recv_counts)
-        return out, recv_counts
+        return Route(send_counts, recv_counts)
+
+    def _send(self, rows: Array, route: Route) -> Array:
+        out = empty_rows(int(route.recv_counts.sum()), rows)
+        self.comm.move(rows, out, route.send_counts, route.recv_counts)
+        return out
+
+    def _send_back(self, rows: Array, route: Route) -> Array:
+        return self._send(rows, Route(route.recv_counts, route.send_counts))

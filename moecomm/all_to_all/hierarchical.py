@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moecomm.all_to_all.base import AllToAll
+from moecomm.all_to_all.base import AllToAll, Hop, Route
 from moecomm.arrays import Array, Counts, copy_blocks, copy_rows, empty_rows
 from moecomm.comm import Comm
 from moecomm.nodes import Nodes
@@ -53,6 +53,7 @@ class HierarchicalAllToAll(AllToAll):
         self._last_order = route.order_by_source()
         self._blocks_are_equal = all(hop.blocks_are_equal() for hop in self._hops)
         self._steps = self._even_steps()
+        self._even_route = self._find_route(np.ones(self.comm.size, np.int64), counts_are_known=True)
 
     def _even_steps(self) -> list[Callable[[Array, Array], None]]:
         """The even form as a chain of steps (src, dst): layout transforms and exchanges."""
@@ -64,7 +65,7 @@ class HierarchicalAllToAll(AllToAll):
 
     def _even(self, x: Array, out: Array) -> None:
         if not self._blocks_are_equal:
-            self._two_hops(x, np.ones(self.comm.size, np.int64), out)
+            self._send(x, self._even_route, out)
             return
         scratch = empty_rows(x.shape[0], x) if len(self._steps) > 1 else out
         src = x
@@ -73,25 +74,40 @@ class HierarchicalAllToAll(AllToAll):
             self._steps[-left](src, dst)
             src = dst
 
-    def _uneven(self, rows: Array, send_counts: Counts) -> tuple[Array, Counts]:
-        return self._two_hops(rows, send_counts, None)
+    def _route(self, send_counts: Counts) -> Route:
+        return self._find_route(send_counts, counts_are_known=False)
 
-    def _two_hops(self, rows: Array, sizes: Counts, out: Array | None) -> tuple[Array, Counts]:
-        """sizes [number of blocks]: the rows of each block of `rows`, as they lie before the next hop.
-
-        out  given where each block is one row: then nobody needs to be told the counts
-        """
+    def _find_route(self, send_counts: Counts, counts_are_known: bool) -> Route:
+        """counts_are_known: each block is one row, so nobody needs to be told."""
+        sizes, hops = send_counts, []
         for hop in self._hops:
-            packed = _reordered(rows, hop.order, sizes)
+            before = sizes
+            sizes, to_each, from_each = hop.exchange_counts(before, counts_are_known)
+            hops.append(Hop(before, to_each, from_each))
+        return Route(send_counts, sizes[self._last_order], tuple(hops))
+
+    def _send(self, rows: Array, route: Route, out: Array | None = None) -> Array:
+        is_sorted = _is_sorted(self._last_order)
+        for i, (hop, counts) in enumerate(zip(self._hops, route.hops, strict=True), start=1):
+            packed = _reordered(rows, hop.order, counts.sizes)
             del rows  # at most two buffers at a time
-            sizes, send_counts, recv_counts = hop.exchange_counts(sizes, counts_are_known=out is not None)
-            is_last = hop is self._hops[-1] and _is_sorted(self._last_order)
-            rows = out if is_last and out is not None else empty_rows(int(recv_counts.sum()), packed)
-            hop.comm.move(packed, rows, send_counts, recv_counts)
+            is_last = i == len(self._hops) and is_sorted
+            rows = out if is_last and out is not None else empty_rows(int(counts.recv_counts.sum()), packed)
+            hop.comm.move(packed, rows, counts.send_counts, counts.recv_counts)
             del packed
-        if not self._hops or not _is_sorted(self._last_order):
-            rows = _copied(rows, self._last_order, sizes, out)
-        return rows, sizes[self._last_order]
+        if self._hops and is_sorted:
+            return rows
+        return _copied(rows, self._last_order, route.recv_counts[_inverse(self._last_order)], out)
+
+    def _send_back(self, rows: Array, route: Route) -> Array:
+        if not self._hops:
+            return _copied(rows, self._last_order, route.recv_counts, None)
+        rows = _reordered(rows, _inverse(self._last_order), route.recv_counts)
+        for hop, counts in zip(reversed(self._hops), reversed(route.hops), strict=True):
+            unpacked = empty_rows(int(counts.send_counts.sum()), rows)
+            hop.comm.move(rows, unpacked, counts.recv_counts, counts.send_counts)
+            rows = _reordered(unpacked, _inverse(hop.order), counts.sizes[hop.order])
+        return rows
 
     def _free(self) -> None:
         self.local.free()
@@ -212,6 +228,10 @@ def _copy(src: Array, dst: Array) -> None:
 
 def _is_sorted(order: Counts) -> bool:
     return bool((order == np.arange(len(order))).all())
+
+
+def _inverse(order: Counts) -> Counts:
+    return np.argsort(order)
 
 
 def _reordered(rows: Array, order: Counts, sizes: Counts) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from moecomm.all_to_all import AllToAll
+from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Counts, sum_dtype
 from moecomm.comm import Comm
 from moecomm.exchange.copies import Copies
@@ -62,7 +62,7 @@ class SumBack(torch.autograd.Function):
 
 
 class Move(torch.autograd.Function):
-    """rows [N, H] -> [M, H] through an all-to-all. Backward: the same all-to-all, the other way.
+    """rows [N, H] -> [M, H] along a route. Backward: back along it.
 
     A collective must run on all ranks or on none, and in one order, whatever each rank's own graph looks like: a rank
     may have no experts, or an input that needs no gradient. So each Move also takes and returns a `thread`, an empty
@@ -71,17 +71,32 @@ class Move(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Any, thread: Any, all_to_all: AllToAll, send_counts: Counts) -> Any:
+    def forward(ctx: Any, rows: Any, thread: Any, all_to_all: AllToAll, route: Route) -> Any:
         """Collective."""
-        moved, ctx.recv_counts = all_to_all.rows(rows, send_counts)
-        ctx.all_to_all = all_to_all
-        return moved, thread.clone()
+        ctx.all_to_all, ctx.route = all_to_all, route
+        return all_to_all.send(rows, route), thread.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any, thread: Any) -> Any:
         """grad [M, H] -> [N, H]. Collective."""
-        return ctx.all_to_all.rows(grad.contiguous(), ctx.recv_counts)[0], thread, None, None
+        return ctx.all_to_all.send_back(grad, ctx.route), thread, None, None
+
+
+class MoveBack(torch.autograd.Function):
+    """rows [M, H] -> [N, H] back along a route. Backward: along it. Otherwise as Move."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Any, thread: Any, all_to_all: AllToAll, route: Route) -> Any:
+        """Collective."""
+        ctx.all_to_all, ctx.route = all_to_all, route
+        return all_to_all.send_back(rows, route), thread.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Any, thread: Any) -> Any:
+        """grad [N, H] -> [M, H]. Collective."""
+        return ctx.all_to_all.send(grad, ctx.route), thread, None, None
 
 
 def new_thread(like: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moecomm.all_to_all import Route
 from moecomm.arrays import Array, Counts
 from moecomm.exchange.copies import Copies
 
@@ -21,8 +22,8 @@ class Plan:
     """From the tokens here to the rows sent."""
     away: Copies
     """From the rows that came to those that the experts see."""
-    recv_counts: Counts
-    """[p] rows that came from each rank."""
+    route: Route
+    """How many rows went to and came from each rank."""
     home_weight: Array | None
     """[T, K] applied where the tokens are, or None."""
     away_weight: Array | None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.all_to_all import AllToAll
+from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, Counts, dtype_name, is_torch, num_axes, sum_dtype
 from moecomm.exchange.copies import Copies, copy_out, sum_back
 from moecomm.exchange.plan import Plan
@@ -77,15 +77,16 @@ class RoutedExchange:
         """
         expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))[-1]
         at_home, send_counts, labels = self._rows_to_send(expert)
-        labels, recv_counts = self.all_to_all.rows(labels, send_counts)
+        route = self.all_to_all.route(send_counts)
+        labels = self.all_to_all.send(labels, route)
         away, rows_per_expert = self._rows_for_experts(labels)
         home_weight, away_weight, partial_dtype = routing.weight, None, None
         thread = _new_thread(x)
         if self.send == "tokens":
             home_weight, partial_dtype = None, sum_dtype(x)
-            away_weight, thread = self._move(copy_out(routing.weight, at_home), thread, send_counts)
-        rows, thread = self._move(copy_out(x, at_home), thread, send_counts)
-        plan = Plan(rows_per_expert, at_home, away, recv_counts, home_weight, away_weight, thread, partial_dtype)
+            away_weight, thread = self._move(copy_out(routing.weight, at_home), thread, route)
+        rows, thread = self._move(copy_out(x, at_home), thread, route)
+        plan = Plan(rows_per_expert, at_home, away, route, home_weight, away_weight, thread, partial_dtype)
         return copy_out(rows, away), plan
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
@@ -101,17 +102,25 @@ class RoutedExchange:
         self.comm.checked("combine", lambda: _combine_arguments(rows, plan))
         dtype = rows.dtype if dtype is None else dtype
         partial = sum_back(rows, plan.away, plan.away_weight, plan.partial_dtype)
-        returned, thread = self._move(partial, plan.thread, plan.recv_counts)
+        returned, thread = self._move_back(partial, plan.thread, plan.route)
         y = sum_back(returned, plan.at_home, plan.home_weight, dtype)
         return y if thread is None else y + thread.sum().to(dtype)
 
-    def _move(self, rows: Array, thread: Any, send_counts: Counts) -> tuple[Array, Any]:
-        """The rows that all_to_all.rows returns, differentiable where there is a thread. Collective, also backward."""
+    def _move(self, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
+        """all_to_all.send, differentiable where there is a thread. Collective, and so is its backward pass."""
         if thread is None:
-            return self.all_to_all.rows(rows, send_counts)[0], None
+            return self.all_to_all.send(rows, route), None
         from moecomm.exchange.autograd import Move
 
-        return Move.apply(rows, thread, self.all_to_all, send_counts)
+        return Move.apply(rows, thread, self.all_to_all, route)
+
+    def _move_back(self, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
+        """all_to_all.send_back, likewise."""
+        if thread is None:
+            return self.all_to_all.send_back(rows, route), None
+        from moecomm.exchange.autograd import MoveBack
+
+        return MoveBack.apply(rows, thread, self.all_to_all, route)
 
     # ---- who goes where --------------------------------------------------------------------------------------------
 
