@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from conftest import ROOT, mpirun
 
-THREADS, MPI = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+from moecomm import Comm
+from moecomm.transports import threads
+
+THREADS, MPI, EXCHANGE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 PRINTED = {f"rank {rank}: blocks from [0 1 2 3], rows from [1 2 2 3 3 3]" for rank in range(4)}
 
 
@@ -23,6 +27,17 @@ def test_over_threads(tmp_path: Path) -> None:
     program.write_text(THREADS)
     job = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
     assert printed(job.stdout) == PRINTED
+
+
+def test_the_exchange() -> None:
+    names = {"x": np.ones((3, 2)), "expert": np.array([[0, 5], [3, 2], [7, 1]]), "weight": np.full((3, 2), 0.5)}
+
+    def body(comm: Comm) -> None:
+        mine = dict(names, comm=comm, my_experts=lambda rows, rows_per_expert: 2 * rows)
+        exec(EXCHANGE, mine)
+        assert (mine["y"] == 2).all()
+
+    threads.run(4, body)
 
 
 def test_under_mpirun(tmp_path: Path) -> None:
