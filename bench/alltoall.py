@@ -212,8 +212,7 @@ ONE_HOST = [
     " All ranks are on one host: the nodes are mere groups of ranks, and no message crosses a network. What the",
     " hierarchical all-to-all saves, messages between nodes, costs little here, while it copies everything once more:",
     " without a network expect it to be slower from about 1 KiB a pair up (at 64 KiB it depends on the MPI library).",
-    " docs/benchmarks.md, section Across nodes, says how to measure over a network, real or emulated (Linux network",
-    " namespaces shaped with tc).",
+    " Measure over a network, real or emulated on this machine by bench/cluster.py: docs/benchmarks.md, Across nodes.",
 ]
 
 
