@@ -64,6 +64,24 @@ def test_bfloat16_is_summed_in_float32() -> None:
     gloo_run(4, body)
 
 
+def test_groups_of_ranks_that_have_made_different_numbers_of_groups() -> None:
+    """torch's own names for groups depend on that number."""
+
+    def body(comm: Comm) -> None:
+        for round in range(3):
+            if comm.rank < 2:
+                pair = comm.split(0)
+            else:
+                pair = comm.split(1)
+                pair.split(0).split(pair.rank).free()  # ranks 2 and 3 alone make more groups
+            everybody = comm.split(0)
+            assert everybody.all_gather(np.array([comm.rank])).tolist() == [0, 1, 2, 3]
+            assert pair.all_reduce(np.ones(1)).tolist() == [2]
+            (pair if round else everybody).free()
+
+    gloo_run(4, body)
+
+
 def test_split_in_reverse_order() -> None:
     def body(comm: Comm) -> None:
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import secrets
 import socket
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from moecomm.transports.limit import check_limit, wait
 try:
     import torch
     import torch.distributed as dist
+    import torch.distributed.distributed_c10d as c10d
 except ImportError as error:
     raise ImportError(f"moecomm's torch transport needs torch ({error}): pip install 'moecomm[torch]'") from error
 
@@ -51,7 +54,7 @@ class TorchComm(Comm):
         self._pending: Any = None
         self._backends = dist.get_backend_config(group)  # such as cpu:gloo,cuda:nccl
         self._moves_host_memory = any(backend.startswith("cpu:") for backend in self._backends.split(","))
-        self._groups_made: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
+        self._owned = False
 
     @property
     def _group(self) -> Any:
@@ -114,34 +117,28 @@ class TorchComm(Comm):
         self._all_reduce(np.zeros(1, np.int32))
 
     def _split(self, color: int, key: int) -> Comm:
-        wishes = np.empty((self.size, 2), np.int64)
-        self._all_gather(np.array([[color, key]], np.int64), wishes, None)
+        wishes = np.empty((self.size, 3), np.int64)
+        self._all_gather(np.array([[color, key, secrets.randbits(62)]], np.int64), wishes, None)
         members = sorted((r for r in range(self.size) if wishes[r, 0] == color), key=lambda r: (wishes[r, 1], r))
         ranks = [dist.get_global_rank(self._group, r) for r in members]
-        child = TorchComm(self._group_of(tuple(ranks)), limit=self._limit)
-        child._groups_made = self._groups_made
+        options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # came in torch 2.12
+        if self._limit is not None:
+            options["timeout"] = timedelta(seconds=self._limit)
+        with _members_alone(f"moecomm_{wishes[members[0], 2]:x}"):
+            group = dist.new_group(ranks, backend=self._backends, use_local_synchronization=True, **options)
+        child = TorchComm(group, limit=self._limit)
+        child._owned = True
         return child
-
-    def _group_of(self, ranks: tuple[int, ...]) -> Any:
-        """A group of these ranks. It is kept and used again: torch hangs where one is destroyed and made anew."""
-        group = self._groups_made.get(ranks)
-        if group is None or not _is_alive(group):
-            options: dict[str, Any] = {
-                "backend": self._backends,
-                "use_local_synchronization": True,
-            }  # members alone come
-            if list(ranks) != sorted(ranks):
-                options["sort_ranks"] = False  # came in torch 2.12
-            if self._limit is not None:
-                options["timeout"] = timedelta(seconds=self._limit)
-            group = self._groups_made[ranks] = dist.new_group(list(ranks), **options)
-        return group
 
     def _node_key(self) -> int:
         # Two hosts may have one name, and two containers of one host one boot id: a node has both in common.
         boot_id = Path("/proc/sys/kernel/random/boot_id")
         name = socket.gethostname() + (boot_id.read_text() if boot_id.exists() else "")
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+    def _free(self) -> None:
+        if self._owned:
+            dist.destroy_process_group(self._group)
 
     def _device(self) -> Any:
         """Where host arrays must be for this group."""
@@ -155,6 +152,26 @@ class TorchComm(Comm):
         return torch.from_numpy(flat if flat.flags.writeable else flat.copy()).to(
             self._device()
         )  # torch knows no other
+
+
+@contextmanager
+def _members_alone(name: str) -> Iterator[None]:
+    """Let new_group(use_local_synchronization=True) really need nobody but the members of the new group.
+
+    torch names such a group by how many groups a rank knows: members that know different numbers wait for each other
+    for ever, and so do those of a group made again after it was destroyed. Here all members give the same fresh name.
+    And if the world was initialised with a device_id, torch splits the world's NCCL communicator, to which all its
+    ranks would have to come.
+    """
+    world, torch_name = dist.group.WORLD, c10d._hash_ranks_to_str
+    device = world.bound_device_id
+    c10d._hash_ranks_to_str = lambda ranks: name
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        c10d._hash_ranks_to_str = torch_name
+        world.bound_device_id = device
 
 
 def _is_alive(group: Any) -> bool:
