@@ -43,14 +43,14 @@ class HierarchicalAllToAll(AllToAll):
         self.comm = as_comm(comm)
         self.nodes = Nodes.discover(self.comm) if nodes is None else nodes
         _agree_on_nodes(self.comm, self.nodes)
-        route = _Route(self.nodes, self.comm.rank)
-        self.local = self.comm.split(route.node, key=self.comm.rank)
+        forwarding = _Forwarding(self.nodes, self.comm.rank)
+        self.local = self.comm.split(forwarding.node, key=self.comm.rank)
         """The ranks of this node."""
-        self.cross = self.comm.split(route.lane, key=self.comm.rank)
+        self.cross = self.comm.split(forwarding.lane, key=self.comm.rank)
         """The ranks that the second hop runs among: of equal local rank, where nodes are of one size."""
-        hops = [route.hop_inside(self.local), route.hop_between(self.cross)]
+        hops = [forwarding.hop_inside(self.local), forwarding.hop_between(self.cross)]
         self._hops = [hop for hop in hops if hop.comm.size > 1]
-        self._last_order = route.order_by_source()
+        self._last_order = forwarding.order_by_source()
         self._blocks_are_equal = all(hop.blocks_are_equal() for hop in self._hops)
         self._steps = self._even_steps()
         self._even_route = self._find_route(np.ones(self.comm.size, np.int64), counts_are_known=True)
@@ -139,7 +139,7 @@ class _Hop:
         return recv[arriving], send.sum(axis=1), recv.sum(axis=1)
 
 
-class _Route:
+class _Forwarding:
     """Who forwards what, seen from one rank: plain arithmetic on the nodes.
 
     The forwarder from node n to a destination of local rank l is local rank l mod (size of n). A block is named by its
@@ -154,7 +154,8 @@ class _Route:
         self.rank = rank
         self.node = int(nodes.node_of[rank])
         self.local = int(nodes.local_rank[rank])
-        self.lane = _lanes(nodes.sizes())[self.local]
+        self._lanes = _lanes(nodes.sizes())
+        self.lane = self._lanes[self.local]
 
     def forwarded(self, node: int, local: int) -> Counts:
         """The destinations that local rank `local` of `node` forwards to, ascending."""
@@ -169,8 +170,7 @@ class _Route:
 
     def hop_between(self, comm: Comm) -> _Hop:
         G = len(self.nodes.ranks[self.node])  # noqa: N806
-        lanes = _lanes(self.nodes.sizes())
-        members = [r for r in range(self.nodes.world_size) if lanes[self.nodes.local_rank[r]] == self.lane]
+        members = [r for r in range(self.nodes.world_size) if self._lanes[self.nodes.local_rank[r]] == self.lane]
         mine = self.forwarded(self.node, self.local)
         order = np.arange(G * len(mine)).reshape(G, len(mine)).T.reshape(-1)  # (s, d) -> (d, s)
         send_blocks = np.where(np.isin(members, mine), G, 0)

@@ -30,5 +30,3 @@ class Plan:
     """[rows that came, K] applied where the experts are, or None."""
     thread: Any
     """What ties combine's backward pass to dispatch's (torch), or None."""
-    partial_dtype: Any
-    """The dtype in which answers travel home; None: their own."""

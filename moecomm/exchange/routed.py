@@ -80,13 +80,13 @@ class RoutedExchange:
         route = self.all_to_all.route(send_counts)
         labels = self.all_to_all.send(labels, route)
         away, rows_per_expert = self._rows_for_experts(labels)
-        home_weight, away_weight, partial_dtype = routing.weight, None, None
+        home_weight, away_weight = routing.weight, None
         thread = _new_thread(x)
         if self.send == "tokens":
-            home_weight, partial_dtype = None, sum_dtype(x)
+            home_weight = None
             away_weight, thread = self._move(copy_out(routing.weight, at_home), thread, route)
         rows, thread = self._move(copy_out(x, at_home), thread, route)
-        plan = Plan(rows_per_expert, at_home, away, route, home_weight, away_weight, thread, partial_dtype)
+        plan = Plan(rows_per_expert, at_home, away, route, home_weight, away_weight, thread)
         return copy_out(rows, away), plan
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
@@ -101,7 +101,9 @@ class RoutedExchange:
         """
         self.comm.checked("combine", lambda: _combine_arguments(rows, plan))
         dtype = rows.dtype if dtype is None else dtype
-        partial = sum_back(rows, plan.away, plan.away_weight, plan.partial_dtype)
+        # Where answers are summed before they travel, the sums are not rounded before they are complete.
+        travel = rows.dtype if plan.away_weight is None else sum_dtype(rows)
+        partial = sum_back(rows, plan.away, plan.away_weight, travel)
         returned, thread = self._move_back(partial, plan.thread, plan.route)
         y = sum_back(returned, plan.at_home, plan.home_weight, dtype)
         return y if thread is None else y + thread.sum().to(dtype)
