@@ -1,5 +1,5 @@
 """The gate: which expert, what weight."""
 
-from moecomm.gating.routing import Routing
+from moecomm.gating.routing import Generator, Noise, Routing
 
-__all__ = ["Routing"]
+__all__ = ["Generator", "Noise", "Routing"]
