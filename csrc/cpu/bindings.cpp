@@ -32,9 +32,14 @@ static void copy_blocks(Bytes dst, ConstBytes src, Counts order, std::optional<C
     moecomm::copy_blocks(a);
 }
 
+namespace moecomm::gating {
+void bind(nb::module_& m);
+}
+
 NB_MODULE(_core, m) {
     m.doc() = "The C++ kernels of moecomm.";
     m.def("copy_blocks", &copy_blocks, "dst"_a.noconvert(), "src"_a.noconvert(), "order"_a.noconvert(),
           "rows"_a.noconvert().none(), "row_bytes"_a,
           "dst [bytes] = the blocks of src [bytes] in the order `order` [N]; block i has rows[i] rows (None: one).");
+    moecomm::gating::bind(m);
 }

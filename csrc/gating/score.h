@@ -116,14 +116,14 @@ struct Generator {
     unsigned long long seed, offset;
 };
 
-enum Stream : unsigned { kNoise = 0, kDrop = 1 };
+enum RandomStream : unsigned { kNoise = 0, kDrop = 1 };
 
 // Philox4x32-10 (Salmon et al., 2011): word `index` of a stream; key = seed, counter = (index / 4, stream, offset).
 struct Words {
     unsigned word[4];
 };
 
-MOECOMM_BOTH Words philox(Generator g, Stream stream, unsigned block) {
+MOECOMM_BOTH Words philox(Generator g, RandomStream stream, unsigned block) {
     unsigned c0 = block, c1 = stream, c2 = static_cast<unsigned>(g.offset), c3 = static_cast<unsigned>(g.offset >> 32);
     unsigned k0 = static_cast<unsigned>(g.seed), k1 = static_cast<unsigned>(g.seed >> 32);
     for (int round = 0; round < 10; ++round) {
@@ -138,7 +138,7 @@ MOECOMM_BOTH Words philox(Generator g, Stream stream, unsigned block) {
     return Words{{c0, c1, c2, c3}};
 }
 
-MOECOMM_BOTH unsigned random_word(Generator g, Stream stream, unsigned long long index) {
+MOECOMM_BOTH unsigned random_word(Generator g, RandomStream stream, unsigned long long index) {
     return philox(g, stream, static_cast<unsigned>(index >> 2)).word[index & 3];
 }
 

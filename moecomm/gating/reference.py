@@ -69,7 +69,7 @@ def route(
             expert[t, k] = -1
         elif e >= 0:
             slot[t, k] = count[e]
-            count[e] += 1
+            count[e] = count[e] + 1
 
     rows_each = -(-count // align) * align if capacity is None else np.full(E, capacity)
     offset = np.concatenate([[0], np.cumsum(rows_each)]).astype(np.int32)

@@ -12,8 +12,9 @@ from moecomm.arrays import Array
 class Routing:
     """Which experts each token goes to, and with what weight.
 
-    `route` fills every field; an exchange needs the first two. An assignment is a pair (token t, choice k), with the flat index t * K + k. Of one that was dropped, expert, slot
-    and row are -1 and the weight is 0. weight is of x's own kind, numpy or torch; expert may be either.
+    `route` fills every field; an exchange needs the first two. An assignment is a pair (token t, choice k), with the
+    flat index t * K + k. Of one that was dropped, expert, slot and row are -1 and the weight is 0. weight is of x's own
+    kind, numpy or torch; expert may be either.
     """
 
     expert: Array

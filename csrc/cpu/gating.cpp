@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gating.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
+namespace moecomm::gating {
+namespace {
+
+const Kernels& kernels() {
+#ifdef MOECOMM_X86
+    static const Kernels& chosen = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+                                       ? kernels_avx512
+                                   : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kernels_avx2
+                                                                                                     : kernels_baseline;
+    return chosen;
+#else
+    return kernels_baseline;
+#endif
+}
+
+// body(part, first, last) over [0, n) in `threads` contiguous parts, each at least `grain` long.
+template <class Body>
+void in_parts(std::int64_t n, int threads, std::int64_t grain, const Body& body) {
+    const auto parts = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, n / grain)));
+    const auto begin = [&](int part) { return n * part / parts; };
+    std::vector<std::thread> others;
+    for (int part = 1; part < parts; ++part)
+        others.emplace_back([&, part] { body(part, begin(part), begin(part + 1)); });
+    body(0, 0, begin(1));
+    for (auto& other : others) other.join();
+}
+
+struct Floats {              // aligned to 64 bytes
+    explicit Floats(std::int64_t n) : p(new float[static_cast<std::size_t>(n) + 16]) {}
+    float* get() const {
+        return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(p.get()) + 63) & ~std::uintptr_t{63});
+    }
+    std::unique_ptr<float[]> p;
+};
+
+// The rank of an assignment among those that want one expert: larger stays; among equal keys the lower index.
+std::uint64_t priority(const Route& a, std::int64_t i) {
+    const unsigned key = a.drop == kByRandom ? random_word(a.generator, kDrop, static_cast<std::uint64_t>(i))
+                                             : ordered(a.weight[i]);
+    return static_cast<std::uint64_t>(key) << 32 | (0xffffffffu - static_cast<unsigned>(i));
+}
+
+// Drops all but the `capacity` assignments of highest priority of every expert.
+void drop_by_priority(const Route& a) {
+    std::vector<std::int64_t> start(static_cast<std::size_t>(a.E) + 1, 0);
+    for (int e = 0; e < a.E; ++e) start[e + 1] = start[e] + (a.load[e] > a.capacity ? a.load[e] : 0);
+    if (start[a.E] == 0) return;
+    std::vector<std::uint64_t> queued(static_cast<std::size_t>(start[a.E])), least(static_cast<std::size_t>(a.E), 0);
+    auto next = start;
+    for (std::int64_t i = 0; i < a.T * a.K; ++i)
+        if (const int e = a.expert[i]; e >= 0 && a.load[e] > a.capacity) queued[next[e]++] = priority(a, i);
+    for (int e = 0; e < a.E; ++e)
+        if (a.load[e] > a.capacity) {
+            least[e] = ~std::uint64_t{0};
+            if (a.capacity == 0) continue;
+            const auto first = queued.begin() + start[e], stays = first + (a.capacity - 1);
+            std::nth_element(first, stays, queued.begin() + start[e + 1], std::greater<>());
+            least[e] = *stays;
+        }
+    for (std::int64_t i = 0; i < a.T * a.K; ++i)
+        if (const int e = a.expert[i]; e >= 0 && a.load[e] > a.capacity && priority(a, i) < least[e]) a.expert[i] = -1;
+}
+
+// Hands out the places of the tokens [first, last): next [E], or [K, E] by choice, are the first free ones.
+void place(const Route& a, std::int64_t first, std::int64_t last, std::int32_t* next) {
+    const int stride = a.drop == kByChoice ? a.E : 0;
+    const std::int64_t most = a.capacity < 0 ? INT64_MAX : a.capacity;
+    for (std::int64_t t = first; t < last; ++t) {
+        float kept_sum = 0;
+        for (int k = 0; k < a.K; ++k) {
+            const std::int64_t i = t * a.K + k;
+            const int e = a.expert[i];
+            const std::int32_t slot = e < 0 ? -1 : next[k * stride + e]++;
+            const bool kept = e >= 0 && slot < most;
+            a.expert[i] = kept ? e : -1;
+            a.slot[i] = kept ? slot : -1;
+            a.row[i] = kept ? a.offset[e] + slot : -1;
+            if (!kept) {
+                a.weight[i] = 0;
+                continue;
+            }
+            a.source[a.row[i]] = static_cast<std::int32_t>(i);
+            kept_sum = add(kept_sum, a.weight[i]);
+        }
+        for (int k = 0; k < a.K; ++k) {
+            const std::int64_t i = t * a.K + k;
+            if (a.expert[i] >= 0) a.weight[i] = choice_weight(a.weight[i], kept_sum, a.floor, a.scale);
+        }
+    }
+}
+
+void lay_out_rows(const Route& a) {
+    a.offset[0] = 0;
+    for (int e = 0; e < a.E; ++e) {
+        const std::int64_t rows = a.capacity >= 0 ? a.capacity : (a.count[e] + a.align - 1) / a.align * a.align;
+        a.offset[e + 1] = a.offset[e] + static_cast<std::int32_t>(rows);
+        std::fill(a.source + a.offset[e] + a.count[e], a.source + a.offset[e + 1], -1);
+    }
+    std::fill(a.source + a.offset[a.E], a.source + a.N, -1);
+}
+
+}  // namespace
+
+int route(const Route& a, int threads) {
+    if (a.bias != nullptr && !std::all_of(a.bias, a.bias + a.E, [](float b) { return std::isfinite(b); })) return 2;
+    const std::int64_t num_chunks = (a.T + kChunk - 1) / kChunk;
+    const std::int64_t lines = a.drop == kByChoice ? a.K : 1, counts = lines * a.E;
+    std::vector<std::int32_t> next(static_cast<std::size_t>(num_chunks * counts), 0);  // [chunk][line][E]
+    std::vector<float> share(static_cast<std::size_t>(num_chunks * a.E));
+    std::vector<Chunk> chunks(static_cast<std::size_t>(num_chunks));
+    for (std::int64_t c = 0; c < num_chunks; ++c)
+        chunks[c] = {c * kChunk, std::min(a.T, (c + 1) * kChunk), &next[c * counts], &share[c * a.E], 0.0, false};
+
+    const std::int64_t grain = std::max<std::int64_t>(1, 65536 / (kChunk * a.E));  // a thread costs about 20 us
+    in_parts(num_chunks, threads, grain, [&](int, std::int64_t first, std::int64_t last) {
+        const Floats scratch(scratch_floats(a.E));
+        for (std::int64_t c = first; c < last; ++c) kernels().select(a, chunks[c], scratch.get());
+    });
+    if (std::any_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return c.bad; })) return 1;
+
+    std::int64_t choices = 0;
+    double lse_squared = 0, balance = 0;
+    for (int e = 0; e < a.E; ++e) {
+        std::int32_t chosen = 0;
+        for (std::int64_t i = e; i < num_chunks * counts; i += a.E) chosen += next[i];
+        a.load[e] = chosen;
+        choices += chosen;
+    }
+    const double num_tokens = std::max(1.0, static_cast<double>(choices) / a.K);
+    for (int e = 0; e < a.E; ++e) {
+        double sum = 0;
+        for (std::int64_t c = 0; c < num_chunks; ++c) sum += share[c * a.E + e];
+        balance += sum / num_tokens * (a.load[e] / num_tokens);
+    }
+    for (const Chunk& c : chunks) lse_squared += c.lse_squared;
+    *a.aux_loss = static_cast<float>(balance * a.E / a.K);
+    *a.z_loss = static_cast<float>(lse_squared / num_tokens);
+
+    if (a.capacity >= 0 && (a.drop == kByProbability || a.drop == kByRandom)) {
+        drop_by_priority(a);
+        std::fill(next.begin(), next.end(), 0);
+        for (std::int64_t i = 0; i < a.T * a.K; ++i)
+            if (a.expert[i] >= 0) ++next[i / (a.K * kChunk) * counts + a.expert[i]];
+    }
+    for (int e = 0; e < a.E; ++e) {  // counts -> first free places, line by line, in each line chunk by chunk
+        std::int32_t free = 0;
+        for (std::int64_t line = 0; line < lines; ++line)
+            for (std::int64_t c = 0; c < num_chunks; ++c) {
+                const std::int32_t here = next[c * counts + line * a.E + e];
+                next[c * counts + line * a.E + e] = free;
+                free += here;
+            }
+        a.count[e] = a.capacity < 0 ? free : static_cast<std::int32_t>(std::min<std::int64_t>(free, a.capacity));
+    }
+    lay_out_rows(a);
+    in_parts(num_chunks, threads, std::max<std::int64_t>(1, 32768 / (kChunk * a.K)),
+             [&](int, std::int64_t first, std::int64_t last) {
+                 for (std::int64_t c = first; c < last; ++c) place(a, chunks[c].first, chunks[c].last, chunks[c].chosen);
+             });
+    return 0;
+}
+
+void route_backward(const RouteBackward& a, int threads) {
+    in_parts(a.T, threads, std::max<std::int64_t>(16, 65536 / a.E), [&](int, std::int64_t first, std::int64_t last) {
+        const Floats scratch(scratch_floats(a.E));
+        kernels().route_backward(a, first, last, scratch.get());
+    });
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr std::int64_t kGrainBytes = 1 << 18;
+
+// Whether so many bytes are better written past the caches.
+bool streams(std::int64_t bytes) {
+#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
+    static const std::int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+    static const std::int64_t found = 0;
+#endif
+    return bytes > (found > 0 ? found : std::int64_t{32} << 20);
+}
+
+void clear_empty_rows(const Rows& table, void* rows, std::int64_t row_bytes, std::int64_t first, std::int64_t last) {
+    for (std::int64_t n = first; n < last; ++n)
+        if (table.source[n] < 0) std::memset(static_cast<char*>(rows) + n * row_bytes, 0, static_cast<std::size_t>(row_bytes));
+}
+
+std::int64_t grain(std::int64_t row_bytes) { return std::max<std::int64_t>(1, kGrainBytes / std::max<std::int64_t>(1, row_bytes)); }
+
+std::int64_t bytes_of(Type type) { return type == kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+void copy_row(void* dst, const void* src, std::int64_t bytes, bool stream) {
+#ifdef __SSE2__
+    if (stream && bytes >= 128) {
+        auto* to = static_cast<char*>(dst);
+        const auto* from = static_cast<const char*>(src);
+        const auto head = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(to) & 63);
+        std::memcpy(to, from, static_cast<std::size_t>(head));
+        std::int64_t i = head;
+        for (; i + 64 <= bytes; i += 64) {
+            const auto* line = reinterpret_cast<const __m128i*>(from + i);
+            auto* out = reinterpret_cast<__m128i*>(to + i);
+            const __m128i a = _mm_loadu_si128(line), b = _mm_loadu_si128(line + 1);
+            const __m128i c = _mm_loadu_si128(line + 2), d = _mm_loadu_si128(line + 3);
+            _mm_stream_si128(out, a);
+            _mm_stream_si128(out + 1, b);
+            _mm_stream_si128(out + 2, c);
+            _mm_stream_si128(out + 3, d);
+        }
+        std::memcpy(to + i, from + i, static_cast<std::size_t>(bytes - i));
+        return;
+    }
+#endif
+    (void)stream;
+    std::memcpy(dst, src, static_cast<std::size_t>(bytes));
+}
+
+static void end_of_stream() {
+#ifdef __SSE2__
+    _mm_sfence();  // streamed rows are there before anything that follows
+#endif
+}
+
+void permute(const Rows& table, const void* x, void* rows, std::int64_t row_bytes, int threads) {
+    const bool stream = streams((table.T + table.N) * row_bytes);
+    in_parts(table.T, threads, grain(row_bytes * (table.K + 1)), [&](int, std::int64_t first, std::int64_t last) {
+        for (std::int64_t i = first * table.K; i < last * table.K; ++i)
+            if (table.row[i] >= 0)
+                copy_row(static_cast<char*>(rows) + table.row[i] * row_bytes,
+                         static_cast<const char*>(x) + i / table.K * row_bytes, row_bytes, stream);
+        end_of_stream();
+    });
+    clear_empty_rows(table, rows, row_bytes, 0, table.N);
+}
+
+void permute_fp8(const PermuteFp8& a, int threads) {
+    in_parts(a.table.T, threads, grain(4 * a.H), [&](int, std::int64_t first, std::int64_t last) {
+        kernels().permute_fp8(a, first, last);
+    });
+    clear_empty_rows(a.table, a.rows, a.H, 0, a.table.N);
+    for (std::int64_t n = 0, blocks = (a.H + 127) / 128; n < a.table.N; ++n)
+        if (a.table.source[n] < 0) std::fill(a.scales + n * blocks, a.scales + (n + 1) * blocks, 1.0f);
+}
+
+void unpermute(const Unpermute& a, int threads) {
+    const std::int64_t row_bytes = a.H * bytes_of(a.type);
+    const bool stream = streams((a.table.T + a.table.N) * row_bytes);
+    in_parts(a.table.T, threads, grain(row_bytes * (a.table.K + 1)), [&](int, std::int64_t first, std::int64_t last) {
+        kernels().unpermute(a, first, last, stream);
+        end_of_stream();
+    });
+}
+
+void unpermute_backward(const UnpermuteBackward& a, int threads) {
+    const std::int64_t row_bytes = a.H * bytes_of(a.type);
+    const bool stream = streams(2 * a.table.N * row_bytes);
+    in_parts(a.table.T, threads, grain(row_bytes * (2 * a.table.K + 1)), [&](int, std::int64_t first, std::int64_t last) {
+        kernels().unpermute_backward(a, first, last, stream);
+        end_of_stream();
+    });
+    clear_empty_rows(a.table, a.grad_rows, row_bytes, 0, a.table.N);
+}
+
+}  // namespace moecomm::gating

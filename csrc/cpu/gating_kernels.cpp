@@ -1,0 +1,521 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once for each instruction set; every one gives the same bits. No std templates here: the linker would keep
+// one copy of each for all. Arrays named [E][16] hold 16 tokens side by side, so that a vector register is 4 to 16
+// tokens at one expert and a reduction over experts is plain vector arithmetic.
+#include <climits>
+#include <cmath>
+#include <cstring>
+
+#include "gating.h"
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace moecomm::gating {
+namespace {
+
+constexpr int kLanes = 16;  // tokens side by side
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int Ints __attribute__((vector_size(4 * kWidth)));
+
+inline Floats& floats(float* p) { return *reinterpret_cast<Floats*>(p); }
+inline Ints& ints(void* p) { return *reinterpret_cast<Ints*>(p); }
+
+// ---- number types --------------------------------------------------------------------------------------------------
+
+template <Type>
+struct Number;
+
+template <>
+struct Number<kFloat32> {
+    typedef float Stored;
+    static float widen(Stored x) { return x; }
+    static Stored narrow(float x) { return x; }
+};
+
+template <>
+struct Number<kBfloat16> {
+    typedef std::uint16_t Stored;
+    static float widen(Stored x) { return float_of(static_cast<unsigned>(x) << 16); }
+    static Stored narrow(float x) {
+        const unsigned bits = bits_of(x);
+        const unsigned rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+        return static_cast<Stored>(x == x ? rounded : (bits >> 16 | 0x40u));
+    }
+};
+
+template <>
+struct Number<kFloat16> {
+    typedef std::uint16_t Stored;
+    static float widen(Stored x) {
+        const unsigned size = (x & 0x7fffu) << 13, sign = static_cast<unsigned>(x & 0x8000u) << 16;
+        const float normal = float_of(size + (112u << 23));
+        const float subnormal = add(float_of(size + (113u << 23)), -6.103515625e-5f);
+        const float finite = size < (1u << 23) ? subnormal : normal;
+        return float_of((size >= (31u << 23) ? size | 0x7f800000u : bits_of(finite)) | sign);
+    }
+    static Stored narrow(float x) {
+        const unsigned sign = bits_of(x) >> 16 & 0x8000u, size = bits_of(x) & 0x7fffffffu;
+        const unsigned normal = (size - (112u << 23) + 0xfffu + (size >> 13 & 1u)) >> 13;
+        const unsigned subnormal = bits_of(add(float_of(size), 0.5f)) - bits_of(0.5f);  // multiples of 2^-24
+        unsigned code = size < (113u << 23) ? subnormal : normal;
+        code = size >= 0x477ff000u ? 0x7c00u : code;  // 65520 and above round to inf
+        return static_cast<Stored>(sign | (size > 0x7f800000u ? 0x7e00u : code));
+    }
+};
+
+template <Type type>
+void widen(float* out, const void* in, std::int64_t first, std::int64_t n) {
+    const auto* x = static_cast<const typename Number<type>::Stored*>(in) + first;
+    for (std::int64_t i = 0; i < n; ++i) out[i] = Number<type>::widen(x[i]);
+}
+
+void widen(Type type, float* out, const void* in, std::int64_t first, std::int64_t n) {
+    if (type == kFloat32) widen<kFloat32>(out, in, first, n);
+    else if (type == kFloat16) widen<kFloat16>(out, in, first, n);
+    else widen<kBfloat16>(out, in, first, n);
+}
+
+template <Type type>
+void store(void* out, const float* in, std::int64_t first, std::int64_t n, bool stream) {
+    typedef typename Number<type>::Stored Stored;
+    auto* y = static_cast<Stored*>(out) + first;
+    if (!stream) {
+        for (std::int64_t i = 0; i < n; ++i) y[i] = Number<type>::narrow(in[i]);
+        return;
+    }
+    alignas(64) Stored narrowed[512];
+    for (std::int64_t i = 0; i < n; ++i) narrowed[i] = Number<type>::narrow(in[i]);
+    copy_row(y, narrowed, n * static_cast<std::int64_t>(sizeof(Stored)), true);
+}
+
+void store(Type type, void* out, const float* in, std::int64_t first, std::int64_t n, bool stream) {
+    if (type == kFloat32) store<kFloat32>(out, in, first, n, stream);
+    else if (type == kFloat16) store<kFloat16>(out, in, first, n, stream);
+    else store<kBfloat16>(out, in, first, n, stream);
+}
+
+// ---- route: scores and choices -------------------------------------------------------------------------------------
+
+struct Scratch {             // views into one allocation, each a multiple of 64 bytes
+    float *x, *seen, *term, *score, *key, *work, *share, *rows;
+};
+
+Scratch views(float* p, int E) {
+    const std::int64_t size = 16 * (static_cast<std::int64_t>(E) + 16);
+    return {p, p + size, p + 2 * size, p + 3 * size, p + 4 * size, p + 5 * size, p + 6 * size, p + 7 * size};
+}
+
+alignas(64) const float kZeros[kMaxExperts + 16] = {};
+
+// out [E][16] = the rows [16] of E numbers each, E rounded up to 4.
+void transpose(float* out, const float* const* row, int E) {
+    for (int l = 0; l < kLanes; l += 4)
+        for (int e = 0; e < E; e += 4) {
+#ifdef __SSE2__
+            __m128 a = _mm_loadu_ps(row[l] + e), b = _mm_loadu_ps(row[l + 1] + e);
+            __m128 c = _mm_loadu_ps(row[l + 2] + e), d = _mm_loadu_ps(row[l + 3] + e);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            float* to = out + e * kLanes + l;
+            _mm_store_ps(to, a);
+            _mm_store_ps(to + kLanes, b);
+            _mm_store_ps(to + 2 * kLanes, c);
+            _mm_store_ps(to + 3 * kLanes, d);
+#else
+            for (int i = 0; i < 4; ++i)
+                for (int j = 0; j < 4; ++j) out[(e + i) * kLanes + l + j] = row[l + j][e + i];
+#endif
+        }
+}
+
+// largest [16] over experts; whether any logit of any lane is unusable.
+bool largest_logits(float* largest, float* x, int E) {
+    Ints bad = {};
+    for (int l = 0; l < kLanes; l += kWidth) {
+        Floats m = floats(x + l);
+        for (int e = 0; e < E; ++e) {
+            const Floats v = floats(x + e * kLanes + l);
+            bad |= ~(v < __builtin_inff());
+            m = v > m ? v : m;
+        }
+        bad |= m == -__builtin_inff();
+        floats(largest + l) = m;
+    }
+    for (int i = 0; i < kWidth; ++i)
+        if (bad[i]) return true;
+    return false;
+}
+
+// term [E][16] = exp(x - largest), total [16] = their folded sum.
+void softmax_terms(float* term, float* total, const float* x, const float* largest, int E, float* work) {
+    for (int e = 0; e < E; ++e)
+        for (int l = 0; l < kLanes; ++l) term[e * kLanes + l] = softmax_term(x[e * kLanes + l], largest[l]);
+    int half = 1;
+    while (2 * half < E) half *= 2;
+    const float* terms = term;
+    for (int n = E; half > 0; n = half, half >>= 1, terms = work) {
+        for (int i = 0; i < (n - half) * kLanes; ++i) work[i] = add(terms[i], terms[i + half * kLanes]);
+        if (terms != work)
+            for (int i = n > half ? (n - half) * kLanes : 0; i < half * kLanes && i < n * kLanes; ++i) work[i] = terms[i];
+    }
+    for (int l = 0; l < kLanes; ++l) total[l] = work[l];
+}
+
+// score [E][16] of the logits x.
+void scores(Score kind, float* score, float* x, int E, float* work) {
+    if (kind == kSigmoid) {
+        for (int i = 0; i < E * kLanes; ++i) score[i] = sigmoid(x[i]);
+        return;
+    }
+    alignas(64) float largest[kLanes], inverse[kLanes];
+    largest_logits(largest, x, E);
+    softmax_terms(score, inverse, x, largest, E, work);
+    for (int l = 0; l < kLanes; ++l) inverse[l] = div(1.0f, inverse[l]);
+    for (int e = 0; e < E; ++e)
+        for (int l = 0; l < kLanes; ++l) score[e * kLanes + l] = mul(score[e * kLanes + l], inverse[l]);
+}
+
+// The index [16] of the largest of n keys [n][16], ties to the lowest.
+void best(std::int32_t* index, std::int32_t* key, int n) {
+    for (int l = 0; l < kLanes; l += kWidth) {
+        Ints top = ints(key + l), at = {};
+        for (int e = 1; e < n; ++e) {
+            const Ints k = ints(key + e * kLanes + l);
+            const Ints larger = k > top;
+            top = larger ? k : top;
+            at = larger ? at * 0 + e : at;
+        }
+        ints(index + l) = at;
+    }
+}
+
+constexpr std::int32_t kTaken = INT_MIN;  // below every key
+inline std::int32_t to_key(float x) { return static_cast<std::int32_t>(ordered(x) ^ 0x80000000u); }
+
+// Takes the keys of all groups out but the top_groups whose two largest values have the largest sum.
+void keep_top_groups(std::int32_t* key, const float* value, int E, int num_groups, int top_groups, float* work) {
+    const int members = E / num_groups;
+    auto* group_key = reinterpret_cast<std::int32_t*>(work);
+    for (int g = 0; g < num_groups; ++g)
+        for (int l = 0; l < kLanes; ++l) {
+            const float* v = value + g * members * kLanes + l;
+            float first = v[0], second = members > 1 ? v[kLanes] : 0.0f;
+            if (members > 1 && second > first) first = v[kLanes], second = v[0];
+            for (int i = 2; i < members; ++i) {
+                const float x = v[i * kLanes];
+                second = x > first ? first : x > second ? x : second;
+                first = x > first ? x : first;
+            }
+            group_key[g * kLanes + l] = to_key(add(first, second));
+        }
+    alignas(64) std::int32_t index[kLanes];
+    for (int i = 0; i < top_groups; ++i) {
+        best(index, group_key, num_groups);
+        for (int l = 0; l < kLanes; ++l) group_key[index[l] * kLanes + l] = kTaken;
+    }
+    for (int e = 0; e < E; ++e)
+        for (int l = 0; l < kLanes; ++l)
+            key[e * kLanes + l] = group_key[e / members * kLanes + l] == kTaken ? key[e * kLanes + l] : kTaken;
+}
+
+void add_noise(float* row, const Route& a, std::int64_t t) {
+    const std::uint64_t start = static_cast<std::uint64_t>(t) * static_cast<std::uint64_t>(a.E);
+    alignas(64) unsigned words[kMaxExperts + 8];
+    const auto first = static_cast<unsigned>(start >> 2);
+    const int skip = static_cast<int>(start & 3), blocks = (skip + a.E + 3) / 4;
+    for (int b = 0; b < blocks; ++b) {
+        const Words w = philox(a.generator, kNoise, first + static_cast<unsigned>(b));
+        for (int i = 0; i < 4; ++i) words[4 * b + i] = w.word[i];
+    }
+    if (a.noise == kGumbel)
+        for (int e = 0; e < a.E; ++e) row[e] = noisy(row[e], kGumbel, a.noise_scale, words[skip + e]);
+    else
+        for (int e = 0; e < a.E; ++e) row[e] = noisy(row[e], kJitter, a.noise_scale, words[skip + e]);
+}
+
+struct Block {                // 16 tokens from t on, those beyond the last and the masked ones not used
+    std::int64_t t;
+    int n;
+    bool all_used;
+    bool used[kLanes];
+};
+
+Block block_of(std::int64_t t, std::int64_t last, const std::uint8_t* mask) {
+    Block b{t, static_cast<int>(last - t < kLanes ? last - t : kLanes), last - t >= kLanes, {}};
+    for (int l = 0; l < kLanes; ++l) {
+        b.used[l] = l < b.n && (mask == nullptr || mask[t + l] != 0);
+        b.all_used &= b.used[l];
+    }
+    return b;
+}
+
+// x [E][16] = the logits of a block; zeros where a lane is not used.
+void load_block(float* x, const Block& b, const void* logits, Type type, int E, float* rows, const Route* with_noise) {
+    const int stride = (E + 3) / 4 * 4;
+    const float* row[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+        row[l] = kZeros;
+        if (!b.used[l]) continue;
+        const std::int64_t start = (b.t + l) * E;
+        if (type == kFloat32 && E % 4 == 0 && with_noise == nullptr) {
+            row[l] = static_cast<const float*>(logits) + start;
+            continue;
+        }
+        float* wide = rows + l * stride;
+        widen(type, wide, logits, start, E);
+        if (with_noise != nullptr) add_noise(wide, *with_noise, b.t + l);
+        row[l] = wide;
+    }
+    transpose(x, row, E);
+}
+
+// Adds a block's normalised scores to share [E][16].
+void add_share(float* share, const float* score, const Block& b, Score kind, int E) {
+    alignas(64) float factor[kLanes];
+    for (int l = 0; l < kLanes; ++l) factor[l] = b.used[l] ? 1.0f : 0.0f;
+    if (kind == kSigmoid) {
+        alignas(64) float total[kLanes] = {};
+        for (int e = 0; e < E; ++e)
+            for (int l = 0; l < kLanes; ++l) total[l] += score[e * kLanes + l];
+        for (int l = 0; l < kLanes; ++l) factor[l] /= total[l] > 1e-20f ? total[l] : 1e-20f;
+    }
+    for (int e = 0; e < E; ++e)
+        for (int l = 0; l < kLanes; ++l) share[e * kLanes + l] += score[e * kLanes + l] * factor[l];
+}
+
+void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) {
+    const int E = a.E, K = a.K;
+    load_block(s.x, b, a.logits, a.type, E, s.rows, nullptr);
+    alignas(64) float largest[kLanes], total[kLanes], inverse[kLanes], lse[kLanes];
+    out.bad |= largest_logits(largest, s.x, E);
+    if (out.bad) return;
+    softmax_terms(s.term, total, s.x, largest, E, s.work);
+    for (int l = 0; l < kLanes; ++l) {
+        inverse[l] = div(1.0f, total[l]);
+        lse[l] = add(largest[l], log_positive(total[l]));
+    }
+    if (a.score == kSoftmax) {
+        for (int e = 0; e < E; ++e)
+            for (int l = 0; l < kLanes; ++l) s.score[e * kLanes + l] = mul(s.term[e * kLanes + l], inverse[l]);
+    } else {
+        scores(kSigmoid, s.score, s.x, E, s.work);
+    }
+    add_share(s.share, s.score, b, a.score, E);
+    for (int l = 0; l < b.n; ++l) {
+        a.lse[b.t + l] = b.used[l] ? lse[l] : 0.0f;
+        if (b.used[l]) out.lse_squared += static_cast<double>(lse[l]) * lse[l];
+    }
+
+    float *seen = s.x, *value = s.x;  // the logits that select, and what the keys are made of
+    if (a.noise != kNoNoise) load_block(seen = value = s.seen, b, a.logits, a.type, E, s.rows, &a);
+    auto* key = reinterpret_cast<std::int32_t*>(s.key);
+    if (a.score == kSigmoid || a.bias != nullptr || a.num_groups > 1) {
+        value = s.term;  // no longer needed
+        if (a.noise != kNoNoise) scores(a.score, value, seen, E, s.work);
+        const float* score = a.noise != kNoNoise ? value : s.score;
+        for (int e = 0; e < E; ++e) {
+            const float bias = a.bias != nullptr ? a.bias[e] : 0.0f;
+            for (int l = 0; l < kLanes; ++l) value[e * kLanes + l] = add(score[e * kLanes + l], bias);
+        }
+    }
+    for (int i = 0; i < E * kLanes; ++i) key[i] = to_key(value[i]);
+    if (a.num_groups > 1) keep_top_groups(key, value, E, a.num_groups, a.top_groups, s.work);
+
+    alignas(64) std::int32_t index[kLanes];
+    for (int k = 0; k < K; ++k) {
+        best(index, key, E);
+        std::int32_t* chosen = out.chosen + (a.drop == kByChoice ? k * E : 0);
+        for (int l = 0; l < b.n; ++l) {
+            const int e = index[l];
+            key[e * kLanes + l] = kTaken;
+            const std::int64_t i = (b.t + l) * K + k;
+            a.expert[i] = b.used[l] ? e : -1;
+            a.weight[i] = b.used[l] ? s.score[e * kLanes + l] : 0.0f;
+            chosen[e] += b.used[l];
+        }
+    }
+}
+
+void select(const Route& a, Chunk& chunk, float* scratch) {
+    const Scratch s = views(scratch, a.E);
+    std::memset(s.share, 0, sizeof(float) * kLanes * static_cast<std::size_t>(a.E));
+    for (std::int64_t t = chunk.first; t < chunk.last && !chunk.bad; t += kLanes)
+        select_block(a, block_of(t, chunk.last, a.mask), s, chunk);
+    for (int e = 0; e < a.E; ++e) chunk.share[e] = folded_sum(s.share + e * kLanes, kLanes);
+}
+
+// ---- route, backward -----------------------------------------------------------------------------------------------
+
+// grad [E][16] += what the weights of one token pass on to its scores.
+void weight_backward(const RouteBackward& a, std::int64_t t, const float* score, float* grad, int lane) {
+    const std::int32_t* expert = a.expert + t * a.K;
+    const float* dw = a.grad_weight + t * a.K;
+    float total = 0, dot = 0;
+    for (int k = 0; k < a.K; ++k)
+        if (expert[k] >= 0) {
+            const float s = score[expert[k] * kLanes + lane];
+            total += s;
+            dot += dw[k] * s;
+        }
+    const bool normalised = a.floor > 0.0f;
+    const float inverse = normalised ? 1.0f / (total > a.floor ? total : a.floor) : 1.0f;
+    const float through_total = normalised && total > a.floor ? dot * inverse * inverse : 0.0f;
+    for (int k = 0; k < a.K; ++k)
+        if (expert[k] >= 0) grad[expert[k] * kLanes + lane] += a.scale * (dw[k] * inverse - through_total);
+}
+
+void route_backward(const RouteBackward& a, std::int64_t first, std::int64_t last, float* scratch) {
+    const Scratch s = views(scratch, a.E);
+    const int E = a.E;
+    std::int64_t choices = 0;
+    for (int e = 0; e < E; ++e) choices += a.load[e];
+    const float num_tokens = static_cast<float>(choices / a.K > 0 ? choices / a.K : 1);
+    const float of_share = a.grad_aux * static_cast<float>(E) / static_cast<float>(a.K) / (num_tokens * num_tokens);
+    const float of_lse = a.grad_z * 2.0f / num_tokens;
+    for (std::int64_t t = first; t < last; t += kLanes) {
+        const Block b = block_of(t, last, a.mask);
+        load_block(s.x, b, a.logits, a.type, E, s.rows, nullptr);
+        alignas(64) float lse[kLanes], dot[kLanes] = {}, total[kLanes] = {}, share_dot[kLanes] = {};
+        for (int l = 0; l < kLanes; ++l) lse[l] = b.used[l] ? a.lse[t + l] : 0.0f;
+        for (int e = 0; e < E; ++e)
+            for (int l = 0; l < kLanes; ++l) {
+                const float x = s.x[e * kLanes + l] - lse[l];
+                s.term[e * kLanes + l] = exp_nonpositive(x < 0.0f ? x : 0.0f);
+            }
+        float* score = s.term;  // softmax
+        if (a.score == kSigmoid) scores(kSigmoid, score = s.score, s.x, E, s.work);
+        std::memset(s.key, 0, sizeof(float) * kLanes * static_cast<std::size_t>(E));
+        float* grad = s.key;
+        for (int l = 0; l < kLanes; ++l)
+            if (b.used[l]) weight_backward(a, t + l, score, grad, l);
+        for (int e = 0; e < E; ++e) {
+            const float g = of_share * static_cast<float>(a.load[e]);
+            for (int l = 0; l < kLanes; ++l) {
+                const int i = e * kLanes + l;
+                if (a.score == kSoftmax) grad[i] += g;
+                dot[l] += grad[i] * score[i];
+                total[l] += score[i];
+                share_dot[l] += g * score[i];
+            }
+        }
+        for (int e = 0; e < E; ++e) {
+            const float g = of_share * static_cast<float>(a.load[e]);
+            for (int l = 0; l < kLanes; ++l) {
+                const int i = e * kLanes + l;
+                const float from_lse = of_lse * lse[l] * s.term[i];
+                if (a.score == kSoftmax) {
+                    s.x[i] = score[i] * (grad[i] - dot[l]) + from_lse;
+                } else {
+                    const bool above = total[l] > 1e-20f;
+                    const float sum = above ? total[l] : 1e-20f;
+                    const float through_sum = above ? share_dot[l] / sum : 0.0f;
+                    s.x[i] = (grad[i] + (g - through_sum) / sum) * score[i] * (1.0f - score[i]) + from_lse;
+                }
+            }
+        }
+        for (int l = 0; l < b.n; ++l) {
+            for (int e = 0; e < E; ++e) s.rows[e] = b.used[l] ? s.x[e * kLanes + l] : 0.0f;
+            store(a.type, a.grad_logits, s.rows, (t + l) * E, E, false);
+        }
+    }
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+
+constexpr std::int64_t kTile = 512;  // numbers of a row at a time
+
+template <Type type>
+void unpermute_tokens(const Unpermute& a, std::int64_t first, std::int64_t last, bool stream) {
+    alignas(64) float sum[kTile];
+    const auto* rows = static_cast<const typename Number<type>::Stored*>(a.rows);
+    const int K = a.table.K;
+    for (std::int64_t t = first; t < last; ++t)
+        for (std::int64_t h = 0; h < a.H; h += kTile) {
+            const std::int64_t n = a.H - h < kTile ? a.H - h : kTile;
+            if (a.residual != nullptr) widen<type>(sum, a.residual, t * a.H + h, n);
+            else std::memset(sum, 0, sizeof sum);
+            for (std::int64_t i = t * K; i < (t + 1) * K; ++i) {
+                if (a.table.row[i] < 0) continue;
+                const float w = a.weight != nullptr ? a.weight[i] : 1.0f;
+                const auto* row = rows + a.table.row[i] * a.H + h;
+                for (std::int64_t j = 0; j < n; ++j) sum[j] = add(sum[j], mul(w, Number<type>::widen(row[j])));
+            }
+            store<type>(a.y, sum, t * a.H + h, n, stream);
+        }
+}
+
+void unpermute(const Unpermute& a, std::int64_t first, std::int64_t last, bool stream) {
+    if (a.type == kFloat32) unpermute_tokens<kFloat32>(a, first, last, stream);
+    else if (a.type == kFloat16) unpermute_tokens<kFloat16>(a, first, last, stream);
+    else unpermute_tokens<kBfloat16>(a, first, last, stream);
+}
+
+template <Type type>
+void unpermute_backward_tokens(const UnpermuteBackward& a, std::int64_t first, std::int64_t last, bool stream) {
+    typedef typename Number<type>::Stored Stored;
+    alignas(64) float wide[kTile], scaled[kTile];
+    const int K = a.table.K;
+    for (std::int64_t i = first * K; i < last * K; ++i) {
+        a.grad_weight[i] = 0.0f;
+        if (a.table.row[i] < 0) continue;
+        alignas(64) float dot[kLanes] = {};
+        for (std::int64_t h = 0; h < a.H; h += kTile) {
+            const std::int64_t n = a.H - h < kTile ? a.H - h : kTile, start = a.table.row[i] * a.H + h;
+            widen<type>(wide, a.grad_y, i / K * a.H + h, n);
+            const Stored* row = static_cast<const Stored*>(a.rows) + start;
+            for (std::int64_t j = 0; j + kLanes <= n; j += kLanes)
+                for (int l = 0; l < kLanes; ++l) dot[l] += wide[j + l] * Number<type>::widen(row[j + l]);
+            for (std::int64_t j = n / kLanes * kLanes; j < n; ++j) dot[j % kLanes] += wide[j] * Number<type>::widen(row[j]);
+            for (std::int64_t j = 0; j < n; ++j) scaled[j] = wide[j] * a.weight[i];
+            store<type>(a.grad_rows, scaled, start, n, stream);
+        }
+        a.grad_weight[i] = folded_sum(dot, kLanes);
+    }
+}
+
+void unpermute_backward(const UnpermuteBackward& a, std::int64_t first, std::int64_t last, bool stream) {
+    if (a.type == kFloat32) unpermute_backward_tokens<kFloat32>(a, first, last, stream);
+    else if (a.type == kFloat16) unpermute_backward_tokens<kFloat16>(a, first, last, stream);
+    else unpermute_backward_tokens<kBfloat16>(a, first, last, stream);
+}
+
+void permute_fp8(const PermuteFp8& a, std::int64_t first, std::int64_t last) {
+    const std::int64_t blocks = (a.H + 127) / 128;
+    alignas(64) float wide[128];
+    for (std::int64_t t = first; t < last; ++t)
+        for (std::int64_t b = 0; b < blocks; ++b) {
+            const std::int64_t n = a.H - 128 * b < 128 ? a.H - 128 * b : 128;
+            widen(a.type, wide, a.x, t * a.H + 128 * b, n);
+            float amax = 0;
+            for (std::int64_t j = 0; j < n; ++j) {
+                const float size = float_of(bits_of(wide[j]) & 0x7fffffffu);
+                amax = size > amax ? size : amax;
+            }
+            const float scale = e4m3_scale(amax);
+            alignas(64) std::uint8_t narrow[128];
+            for (std::int64_t j = 0; j < n; ++j) narrow[j] = e4m3(div(wide[j], scale));
+            for (std::int64_t i = t * a.table.K; i < (t + 1) * a.table.K; ++i) {
+                const std::int64_t row = a.table.row[i];
+                if (row < 0) continue;
+                std::memcpy(a.rows + row * a.H + 128 * b, narrow, static_cast<std::size_t>(n));
+                a.scales[row * blocks + b] = scale;
+            }
+        }
+}
+
+}  // namespace
+
+#ifndef MOECOMM_KERNELS
+#define MOECOMM_KERNELS kernels_baseline
+#endif
+const Kernels MOECOMM_KERNELS = {select, route_backward, unpermute, unpermute_backward, permute_fp8};
+
+}  // namespace moecomm::gating

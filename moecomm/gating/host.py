@@ -1,0 +1,75 @@
+"""The gate's C++ kernels over numpy arrays. Arguments are checked by the callers; bfloat16 comes as uint16."""
+
+# ruff: noqa: N806 - capitals are dimensions
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecomm import _core
+
+
+def route(logits: NDArray, bias: Any, mask: Any, top_k: int, choices: tuple[Any, ...]) -> tuple[NDArray, ...]:
+    """The fields of a Routing in the order of ops.py. Raises ValueError for logits or a bias that nothing follows from.
+
+    choices  score, num_groups, top_groups, floor, scale, capacity, drop, noise, its scale, seed, offset, align, threads
+    """
+    T, E = logits.shape
+    capacity, align = choices[5], choices[11]
+    ints, floats = np.int32, np.float32
+    expert, slot, row = (np.empty((T, top_k), ints) for _ in range(3))
+    weight, lse = np.empty((T, top_k), floats), np.empty(T, floats)
+    source = np.empty(num_rows(T, E, top_k, capacity, align), ints)
+    count, offset, load = np.empty(E, ints), np.empty(E + 1, ints), np.empty(E, ints)
+    aux_loss, z_loss = np.empty((), floats), np.empty((), floats)
+    out = (expert, weight, slot, row, source, count, offset, load, aux_loss, z_loss, lse)
+    status = _core.route(logits, bias, mask, *out, *choices)
+    return (*out, np.array(status, ints))
+
+
+def num_rows(T: int, E: int, K: int, capacity: int, align: int) -> int:  # noqa: N803
+    """N: the most rows that a routing of this size has. capacity -1: none."""
+    return E * capacity if capacity >= 0 else (T * K + min(E, T * K) * (align - 1)) // align * align
+
+
+def route_backward(
+    grads: tuple[NDArray, float, float], logits: NDArray, saved: tuple[Any, ...], choices: tuple[Any, ...]
+) -> NDArray:
+    """grad_logits. saved: expert, lse, load, mask; choices: score, floor, scale, threads."""
+    grad_logits = np.empty_like(logits)
+    _core.route_backward(*grads, logits, *saved, grad_logits, *choices)
+    return grad_logits
+
+
+def permute(x: NDArray, row: NDArray, source: NDArray, threads: int) -> NDArray:
+    """x [T, H] -> rows [N, H]."""
+    rows = np.empty((len(source), x.shape[1]), x.dtype)
+    _core.permute(x, row, source, rows, threads)
+    return rows
+
+
+def permute_fp8(x: NDArray, row: NDArray, source: NDArray, threads: int) -> tuple[NDArray, NDArray]:
+    """x [T, H] -> rows [N, H] uint8, the bits of e4m3, and scales [N, ceil(H / 128)]."""
+    rows = np.empty((len(source), x.shape[1]), np.uint8)
+    scales = np.empty((len(source), -(-x.shape[1] // 128)), np.float32)
+    _core.permute_fp8(x, row, source, rows, scales, threads)
+    return rows, scales
+
+
+def unpermute(rows: NDArray, row: NDArray, weight: Any, residual: Any, threads: int) -> NDArray:
+    """rows [N, H] -> y [T, H]; weight None: 1."""
+    y = np.empty((len(row), rows.shape[1]), rows.dtype)
+    _core.unpermute(rows, row, weight, residual, y, threads)
+    return y
+
+
+def unpermute_backward(
+    grad_y: NDArray, rows: NDArray, row: NDArray, weight: NDArray, source: NDArray, threads: int
+) -> tuple[NDArray, NDArray]:
+    """grad_rows [N, H], grad_weight [T, K]."""
+    grad_rows, grad_weight = np.empty_like(rows), np.empty(row.shape, np.float32)
+    _core.unpermute_backward(grad_y, rows, row, weight, source, grad_rows, grad_weight, threads)
+    return grad_rows, grad_weight
