@@ -125,44 +125,6 @@ def values(
     return scale * kept, aux_loss, (lse**2).sum() / num_tokens, lse
 
 
-def values_backward(
-    grad_weight: NDArray,
-    grad_aux: float,
-    grad_z: float,
-    logits: NDArray,
-    routing: Routing,
-    mask: NDArray,
-    **choices: Any,
-) -> NDArray:
-    """The gradient of `values` in the logits [T, E]; choices: score, normalize, scale."""
-    score, scale = choices["score"], choices["scale"]
-    E, K = logits.shape[1], routing.expert.shape[1]
-    num_tokens = max(int(mask.sum()), 1)
-    grad = np.zeros_like(logits)
-    for t in np.flatnonzero(mask):
-        softmax = np.exp(logits[t] - routing.lse[t])
-        s = softmax if score == "softmax" else 1 / (1 + np.exp(-logits[t]))
-        choice = np.flatnonzero(routing.expert[t] >= 0)
-        chosen = routing.expert[t, choice]
-        dw = scale * grad_weight[t, choice]
-        if choices["normalize"] == "selected" and len(choice):
-            total = s[chosen].sum()
-            through_total = (dw * s[chosen]).sum() / total**2 if total > FLOOR[score] else 0
-            dw = dw / max(total, FLOOR[score]) - through_total
-        ds = np.zeros(E, logits.dtype)
-        ds[chosen] = dw
-        share_grad = grad_aux * E / K * routing.load / num_tokens**2
-        if score == "softmax":
-            ds += share_grad
-            grad[t] = s * (ds - (ds * s).sum())
-        else:
-            total = s.sum()
-            through_total = (share_grad * s).sum() / total if total > 1e-20 else 0
-            grad[t] = (ds + (share_grad - through_total) / max(total, 1e-20)) * s * (1 - s)
-        grad[t] += grad_z * 2 * routing.lse[t] / num_tokens * softmax
-    return grad
-
-
 # ---- moving rows ---------------------------------------------------------------------------------------------------
 
 

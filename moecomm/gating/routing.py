@@ -62,8 +62,8 @@ PROBLEMS = {1: "logits has a NaN or +inf, or a row of -inf alone", 2: "bias has 
 class Generator:
     """Random numbers by counter (Philox4x32-10): the same seed and offset give the same ones, on every device.
 
-    seed    0 .. 2**64 - 1
-    offset  0 .. 2**64 - 1, or a one-element int64 tensor on the logits' device, which is read when the kernel runs: a
+    seed    0 .. 2**63 - 1
+    offset  0 .. 2**63 - 1, or a one-element int64 tensor on the logits' device, which is read when the kernel runs: a
             CUDA graph that adds to it draws new numbers at each replay. Use another one at each call.
     """
 

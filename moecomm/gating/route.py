@@ -1,0 +1,205 @@
+"""route: from a gate's logits to who goes where."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from moecomm.arrays import Array, dtype_name
+from moecomm.gating import host
+from moecomm.gating.routing import Generator, Noise, Routing
+
+SCORES = ("softmax", "sigmoid")
+NORMALIZATIONS = ("none", "selected")
+DROPS = ("position", "choice", "probability", "random")
+NOISES = ("none", "gumbel", "jitter")
+FLOOR = {"softmax": 2.0**-23, "sigmoid": 1e-20}
+"""The least denominator of normalize="selected": DeepSpeed's for softmax, DeepSeek's for sigmoid."""
+DTYPES = ("float32", "float16", "bfloat16")
+MAX_EXPERTS, MAX_CHOICES = 1024, 32
+
+
+class Arguments(NamedTuple):
+    """The arguments of `route`, checked, as the kernels take them."""
+
+    logits: Array
+    bias: Array | None
+    mask: Array | None
+    step: Array | None  # a generator's offset on the device
+    top_k: int
+    choices: tuple[Any, ...]  # see host.route
+
+
+def route(
+    logits: Array,
+    top_k: int,
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: Array | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    normalize: Literal["none", "selected"] = "none",
+    scale: float = 1.0,
+    capacity: int | None = None,
+    drop: Literal["position", "choice", "probability", "random"] = "position",
+    mask: Array | None = None,
+    noise: Noise | None = None,
+    generator: Generator | None = None,
+    align: int = 1,
+    threads: int = 1,
+) -> Routing:
+    """Send each token to its top_k experts. One function for every K; every option goes with every other.
+
+    logits      [T, E] float32, float16 or bfloat16, numpy or torch; E <= 1024; -inf: not this expert
+    top_k       K, 1 .. min(E, 32). Ties go to the lower expert
+    score       of an expert for a token: softmax over the token's logits, or sigmoid of its logit
+    bias        [E] float32, added to the scores for the selection alone (DeepSeek-V3's load balancing)
+    num_groups  the experts are so many groups of neighbours; a token chooses within the top_groups of them whose two
+    top_groups  best scores (+ bias) have the largest sum. Needs num_groups to divide E, and K experts in top_groups
+    normalize   "selected": divide a token's weights by the sum of the scores it kept, after drops
+    scale       factor of all weights
+    capacity    the most assignments that an expert keeps; None: all. Rows are then [E, capacity], see `expert_capacity`
+    drop        who stays where too many come, "position": the first ones, token by token; "choice": all first choices,
+                then all second ones (GShard); "probability": the largest scores; "random": drawn from generator
+    mask        [T] bool, False: padding; such a token goes nowhere and counts nowhere
+    noise       randomises the selection; needs generator
+    generator   the only source of randomness
+    align       without a capacity, each expert's rows start at a multiple of it
+    threads     on the CPU, at most; the result does not depend on it. 1 suits one rank a core, as under MPI
+    returns     a Routing of logits' kind and device, with slots in token order (drop="choice": in order of choice,
+                then token)
+
+    The same logits give the same Routing on every rank and run, on CPU and GPU: integers exactly, floats to rounding.
+    Differentiable in logits, through weight, aux_loss and z_loss. Not collective. Raises ValueError or TypeError for
+    arguments that do not fit; on the CPU also for NaN or +inf in logits, which a GPU reports by `Routing.check`.
+    Source: Shazeer et al. 2017 (arXiv 1701.06538); GShard (2006.16668); DeepSpeed-MoE (2201.05596), section 5.4.
+    """
+    given = arguments(
+        logits, top_k, score, bias, num_groups, top_groups, normalize, scale, capacity, drop, mask, noise, generator,
+        align, threads,
+    )  # fmt: skip
+    if isinstance(logits, np.ndarray):
+        fields = host.route(given.logits, given.bias, given.mask, top_k, given.choices)
+    else:
+        from moecomm.gating import ops
+
+        fields = ops.call(ops.route, given.logits, given.bias, given.mask, given.step, top_k, *given.choices)
+    return Routing(*fields, capacity)
+
+
+def expert_capacity(num_tokens: int, num_experts: int, top_k: int, *, factor: float = 1.0, least: int = 4) -> int:
+    """Rows for each expert: max(ceil(num_tokens / num_experts * factor * top_k), least), DeepSpeed's formula.
+
+    num_tokens  T, of this rank
+    factor      how many times its even share an expert can take
+    """
+    if num_tokens < 0 or num_experts < 1 or top_k < 1 or least < 0 or not 0 <= factor < math.inf:
+        raise ValueError(
+            f"expert_capacity: got num_tokens {num_tokens}, num_experts {num_experts}, top_k {top_k}, factor {factor}, "
+            f"least {least}; expected num_experts and top_k >= 1, the others >= 0"
+        )
+    return max(math.ceil(num_tokens / num_experts * (factor * top_k)), least)
+
+
+def arguments(
+    logits: Array, top_k: int, score: str, bias: Any, num_groups: int, top_groups: int, normalize: str, scale: float,
+    capacity: int | None, drop: str, mask: Any, noise: Noise | None, generator: Generator | None, align: int,
+    threads: int,
+) -> Arguments:  # fmt: skip
+    """Raises ValueError or TypeError, in the caller's words, for what `route` cannot do."""
+    num_tokens, num_experts = _logits_shape(logits)
+    _within("top_k", top_k, 1, min(num_experts, MAX_CHOICES))
+    for name, value, known in (
+        ("score", score, SCORES),
+        ("normalize", normalize, NORMALIZATIONS),
+        ("drop", drop, DROPS),
+    ):
+        if value not in known:
+            raise ValueError(f"route: {name} is {value!r}, expected {' or '.join(map(repr, known))}")
+    _within("num_groups", num_groups, 1, num_experts)
+    _within("top_groups", top_groups, 1, num_groups)
+    if num_experts % num_groups or top_k > num_experts // num_groups * top_groups:
+        raise ValueError(
+            f"route: {num_experts} experts in {num_groups} groups, {top_k} chosen within {top_groups} of them: "
+            "expected groups of one size, with top_k experts or more in top_groups of them"
+        )
+    if not 0 < scale < math.inf:
+        raise ValueError(f"route: scale is {scale}, expected a number > 0")
+    _within("align", align, 1, 1 if capacity is not None else 2**20)
+    _within("threads", threads, 1, 1024)
+    if capacity is not None:
+        _within("capacity", capacity, 0, 2**31 - 1)
+    rows = host.num_rows(num_tokens, num_experts, top_k, -1 if capacity is None else capacity, align)
+    if max(num_tokens * top_k, rows) >= 2**31:
+        raise ValueError(f"route: {num_tokens} tokens, top_k {top_k} and {rows} rows are too many, expected < 2**31")
+    if (noise is not None or drop == "random") and not isinstance(generator, Generator):
+        raise TypeError(f"route: generator is {generator!r}, expected a Generator for noise or drop='random'")
+    seed, offset, step = _counter(generator, logits)
+    kind, strength = (noise.kind, noise.scale) if noise is not None else ("none", 0.0)
+    if kind not in NOISES or not 0 <= strength < math.inf:
+        raise ValueError(f"route: noise is {noise}, expected Noise('gumbel' or 'jitter', a scale >= 0)")
+    choices = (
+        SCORES.index(score), num_groups, top_groups, FLOOR[score] if normalize == "selected" else 0.0, float(scale),
+        -1 if capacity is None else capacity, DROPS.index(drop), NOISES.index(kind), float(strength), seed, offset,
+        align, threads,
+    )  # fmt: skip
+    return Arguments(
+        contiguous(logits),
+        _beside("bias", bias, logits, "float32", num_experts),
+        _beside("mask", mask, logits, "bool", num_tokens),
+        step,
+        top_k,
+        choices,
+    )
+
+
+def contiguous(array: Array) -> Array:
+    """array, or a copy of it where its numbers lie apart."""
+    return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array.contiguous()
+
+
+def _logits_shape(logits: Array) -> tuple[int, int]:
+    if not hasattr(logits, "shape") or not hasattr(logits, "dtype"):
+        raise TypeError(f"route: logits is a {type(logits).__name__}, expected a numpy array or a torch tensor")
+    if dtype_name(logits) not in DTYPES:
+        raise TypeError(f"route: logits has dtype {dtype_name(logits)}, expected {', '.join(DTYPES)}")
+    if logits.ndim != 2 or not 1 <= logits.shape[1] <= MAX_EXPERTS:
+        raise ValueError(f"route: logits has shape {tuple(logits.shape)}, expected [T, E] with 1 <= E <= {MAX_EXPERTS}")
+    return logits.shape[0], logits.shape[1]
+
+
+def _within(name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"route: {name} is {value!r}, expected an int")
+    if not least <= value <= most:
+        raise ValueError(f"route: {name} is {value}, expected {least} .. {most}")
+
+
+def _beside(name: str, array: Any, logits: Array, dtype: str, length: int) -> Any:
+    """array, contiguous, if it is [length] of that dtype, of logits' kind and on its device."""
+    if array is None:
+        return None
+    if isinstance(array, np.ndarray) != isinstance(logits, np.ndarray) or not hasattr(array, "shape"):
+        raise TypeError(f"route: {name} is a {type(array).__name__}, expected a {type(logits).__name__} as logits is")
+    if tuple(array.shape) != (length,) or dtype_name(array) != dtype:
+        got = f"{dtype_name(array)} {tuple(array.shape)}"
+        raise ValueError(f"route: {name} is {got}, expected {dtype} ({length},)")
+    if not isinstance(array, np.ndarray) and array.device != logits.device:
+        raise ValueError(f"route: {name} is on {array.device}, expected {logits.device} as logits is")
+    return contiguous(array)
+
+
+def _counter(generator: Generator | None, logits: Array) -> tuple[int, int, Any]:
+    """seed, offset, and the part of the offset that the kernel reads from a tensor."""
+    if generator is None:
+        return 0, 0, None
+    step, offset = None, generator.offset
+    if hasattr(offset, "device"):
+        if dtype_name(offset) != "int64" or offset.numel() != 1 or offset.device != logits.device:
+            raise ValueError(f"route: generator.offset is {offset!r}, expected one int64 on {logits.device}")
+        step, offset = offset, 0
+    _within("generator.seed", generator.seed, 0, 2**63 - 1)
+    _within("generator.offset", offset, 0, 2**63 - 1)
+    return generator.seed, offset, step
