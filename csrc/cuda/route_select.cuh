@@ -1,0 +1,317 @@
+// One token's choices, made by a team of LANES lanes of one warp: each lane holds VALUES of the token's E logits.
+//
+// ELEMENT   the type of the logits: float, bfloat16, float16
+// E, K      experts, choices of each token
+// LANES     lanes that share a token: a power of two up to 32
+// SCORE     0: softmax, 1: sigmoid
+// BIAS      1: a bias is added to the keys that select
+// GROUPS    groups of experts, of which the best TOP_GROUPS are eligible; 1: no groups
+// NOISE     0: none, 1: Gumbel, 2: jitter
+// EXACT     1: scores select or drop, so they must have the reference's bits (exp and order of sums of score.h)
+#pragma once
+#include "../gating/score.h"
+#include "rows.cuh"
+
+constexpr unsigned ALL = 0xffffffffu;
+#define INFINITE __int_as_float(0x7f800000)
+constexpr int CHUNK = E % 4 == 0 && E >= 4 * LANES ? 4 : E % 2 == 0 && E >= 2 * LANES ? 2 : 1;
+constexpr int CHUNKS = (E + CHUNK * LANES - 1) / (CHUNK * LANES);
+constexpr int VALUES = CHUNK * CHUNKS;
+constexpr int PER_LANE = (K + LANES - 1) / LANES;  // choices that one lane keeps: choice j is kept by lane j % LANES
+constexpr bool KEYS_ARE_LOGITS = SCORE == 0 && !BIAS && GROUPS == 1;
+
+__host__ __device__ constexpr int log2_up(int n) { return n <= 1 ? 0 : 1 + log2_up((n + 1) / 2); }
+
+using Logits = Piece<ELEMENT, CHUNK>;
+
+__device__ inline int expert_of(int i, int lane) { return (i / CHUNK * LANES + lane) * CHUNK + i % CHUNK; }
+
+__device__ inline void load_logits(const ELEMENT* row, int lane, Logits (&piece)[CHUNKS]) {
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c)
+    if (E % (CHUNK * LANES) == 0 || expert_of(c * CHUNK, lane) < E)
+      piece[c] = *reinterpret_cast<const Logits*>(row + expert_of(c * CHUNK, lane));
+}
+
+// Experts beyond the last one count as -inf: they have score 0, and every true expert precedes them.
+__device__ inline void to_floats(const Logits (&piece)[CHUNKS], int lane, float (&x)[VALUES]) {
+#pragma unroll
+  for (int i = 0; i < VALUES; ++i)
+    x[i] = E % (CHUNK * LANES) == 0 || expert_of(i, lane) < E ? to_float(piece[i / CHUNK].value[i % CHUNK]) : -INFINITE;
+}
+
+template <typename T, typename Combine>
+__device__ inline T over_lanes(T value, Combine combine) {
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(ALL, value, step));
+  return value;
+}
+
+__device__ inline float largest_of(const float (&x)[VALUES]) {
+  float best = x[0];
+#pragma unroll
+  for (int i = 1; i < VALUES; ++i) best = fmaxf(best, x[i]);
+  return over_lanes(best, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// The sum of the team's terms. EXACT: the upper half is added onto the lower half of the experts until one is left.
+__device__ inline float sum_of(const float (&term)[VALUES]) {
+  if constexpr (EXACT) {
+    float part[VALUES];
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) part[i] = term[i];
+#pragma unroll
+    for (int half = 1 << log2_up(CHUNKS) >> 1; half > 0; half /= 2)
+#pragma unroll
+      for (int c = 0; c < half; ++c)
+        if (c + half < CHUNKS)
+#pragma unroll
+          for (int j = 0; j < CHUNK; ++j)
+            part[c * CHUNK + j] = moecomm::add(part[c * CHUNK + j], part[(c + half) * CHUNK + j]);
+#pragma unroll
+    for (int j = 0; j < CHUNK; ++j)
+      part[j] = over_lanes(part[j], [](float a, float b) { return moecomm::add(a, b); });
+#pragma unroll
+    for (int half = CHUNK / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int j = 0; j < half; ++j) part[j] = moecomm::add(part[j], part[j + half]);
+    return part[0];
+  } else {
+    float sum = term[0];
+#pragma unroll
+    for (int i = 1; i < VALUES; ++i) sum += term[i];
+    return over_lanes(sum, [](float a, float b) { return a + b; });
+  }
+}
+
+__device__ inline float softmax_term(float x, float largest) {
+  if constexpr (EXACT) return moecomm::softmax_term(x, largest);
+  float term;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(term) : "f"((x - largest) * 1.44269504f));
+  return term;
+}
+
+// ---- top-k by rounds: exact for any keys -----------------------------------------------------------------------------
+
+// NaN marks what cannot be chosen (any more): fmaxf skips it and it equals nothing.
+__device__ inline void choose_by_rounds(float (&key)[VALUES], int lane, int (&expert)[PER_LANE], float (&best)[PER_LANE]) {
+#pragma unroll(K <= 8 && K * VALUES <= 64 ? K : 1)
+  for (int j = 0; j < K; ++j) {
+    const float largest = largest_of(key);
+    int first = 1 << 30;
+#pragma unroll
+    for (int i = VALUES - 1; i >= 0; --i)
+      if (key[i] == largest) first = expert_of(i, lane);
+    first = over_lanes(first, [](int a, int b) { return min(a, b); });
+    first = min(first, E - 1);  // only NaN logits can leave less than K experts to choose from
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i)
+      if (expert_of(i, lane) == first) key[i] = __int_as_float(0x7fffffff);
+#pragma unroll
+    for (int s = 0; s < PER_LANE; ++s)
+      if (j == s * LANES + lane) expert[s] = first, best[s] = largest;
+  }
+}
+
+// ---- top-k by sorted lists: a key and its expert in one word -----------------------------------------------------------
+
+constexpr int INDEX_BITS = log2_up(E);
+constexpr unsigned INDEX_MASK = (1u << INDEX_BITS) - 1;
+constexpr int LENGTH = 1 << log2_up(VALUES);
+constexpr bool SORTED = LANES == 32 && K >= 3 && LENGTH <= 16;
+constexpr bool LOSSLESS = sizeof(ELEMENT) == 2 && KEYS_ARE_LOGITS && NOISE == 0;  // the low bits of a 16-bit logit are 0
+
+__device__ inline void sort_descending(unsigned (&word)[LENGTH]) {  // Batcher's odd-even merge sort
+#pragma unroll
+  for (int p = 1; p < LENGTH; p *= 2)
+#pragma unroll
+    for (int k = p; k >= 1; k /= 2)
+#pragma unroll
+      for (int i = 0; i < LENGTH; ++i)
+        if (i >= k % p && (i - k % p) / k % 2 == 0 && i + k < LENGTH && i / (2 * p) == (i + k) / (2 * p)) {
+          const unsigned high = max(word[i], word[i + k]);
+          word[i + k] = min(word[i], word[i + k]);
+          word[i] = high;
+        }
+}
+
+// Each lane sorts its words once; each round takes the largest head. The low bits of a key make room for the expert, so
+// two neighbours may seem equal that are not: then false is returned, and the rounds must decide.
+__device__ inline bool choose_from_sorted(const float (&key)[VALUES], int lane, int (&expert)[PER_LANE]) {
+  unsigned word[LENGTH];
+#pragma unroll
+  for (int i = 0; i < LENGTH; ++i) {
+    word[i] = 0;
+    if (i < VALUES && (E % (CHUNK * LANES) == 0 || expert_of(i, lane) < E) && (GROUPS == 1 || key[i] == key[i]))
+      word[i] = (moecomm::ordered(key[i]) & ~INDEX_MASK) | (INDEX_MASK - expert_of(i, lane));
+  }
+  sort_descending(word);
+  unsigned last = INDEX_MASK;  // differs from every first key
+  bool distinct = true;
+#pragma unroll
+  for (int j = 0; j < K + !LOSSLESS; ++j) {
+    const unsigned largest = __reduce_max_sync(ALL, word[0]);
+    if (j > 0) distinct = distinct && ((last ^ largest) > INDEX_MASK);
+    last = largest;
+    if (word[0] == largest) {
+#pragma unroll
+      for (int i = 0; i + 1 < LENGTH; ++i) word[i] = word[i + 1];
+      word[LENGTH - 1] = 0;
+    }
+#pragma unroll
+    for (int s = 0; s < PER_LANE; ++s)
+      if (j == s * LANES + lane) expert[s] = min(INDEX_MASK - (largest & INDEX_MASK), E - 1u);
+  }
+  return LOSSLESS || distinct;
+}
+
+// ---- groups --------------------------------------------------------------------------------------------------------
+
+// Marks the keys outside the best TOP_GROUPS groups with NaN. A group's score: its two largest keys added. `scratch`:
+// E + GROUPS floats of this warp.
+__device__ inline void keep_best_groups(float (&key)[VALUES], int lane, float* scratch) {
+  static_assert(GROUPS == 1 || LANES == 32, "groups need a whole warp for a token");
+  constexpr int SIZE = E / GROUPS;
+  constexpr int PARTS = GROUPS >= 32 ? 1 : 32 >> log2_up(GROUPS);  // lanes that share a group
+  float* score = scratch + E;
+#pragma unroll
+  for (int i = 0; i < VALUES; ++i)
+    if (expert_of(i, lane) < E) scratch[expert_of(i, lane)] = key[i];
+  __syncwarp();
+  for (int start = 0; start < GROUPS; start += 32 / PARTS) {
+    const int group = start + lane / PARTS;
+    float first = -INFINITE, second = -INFINITE;
+    if (group < GROUPS)
+      for (int n = lane % PARTS; n < SIZE; n += PARTS) {
+        const float value = scratch[group * SIZE + n];
+        second = fmaxf(second, fminf(first, value));
+        first = fmaxf(first, value);
+      }
+#pragma unroll
+    for (int step = PARTS / 2; step > 0; step /= 2) {
+      const float other_first = __shfl_xor_sync(ALL, first, step), other_second = __shfl_xor_sync(ALL, second, step);
+      second = fmaxf(fmaxf(second, other_second), fminf(first, other_first));
+      first = fmaxf(first, other_first);
+    }
+    if (group < GROUPS && lane % PARTS == 0) score[group] = SIZE == 1 ? first : moecomm::add(first, second);
+  }
+  __syncwarp();
+  bool out[VALUES];
+#pragma unroll
+  for (int i = 0; i < VALUES; ++i) {
+    const int group = min(expert_of(i, lane), E - 1) / SIZE;
+    int better = 0;
+    for (int g = 0; g < GROUPS; ++g) better += score[g] > score[group] || (score[g] == score[group] && g < group);
+    out[i] = better >= TOP_GROUPS;
+  }
+#pragma unroll
+  for (int i = 0; i < VALUES; ++i)
+    if (out[i]) key[i] = __int_as_float(0x7fffffff);
+  __syncwarp();
+}
+
+// ---- one token -----------------------------------------------------------------------------------------------------
+
+struct Token {
+  int expert[PER_LANE];
+  float score[PER_LANE];
+  float lse;
+  bool bad;
+};
+
+struct Selection {
+  const float* bias;
+  moecomm::Generator generator;
+  float noise_scale;
+  float* scratch;
+};
+
+// Chooses, and adds the token's share of each expert's score to `mean` (times `live`: 0 for a token that does not count).
+__device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, unsigned long long first_element, int lane,
+                               float live, const Selection& how, float (&mean)[VALUES]) {
+  Token token;
+  float term[VALUES], key[VALUES];
+  float largest, sum, inverse, best[PER_LANE];
+  bool known = false;  // best[] holds the logits of the choices
+  // With EXACT the scores come first: they are keys. Otherwise the choice comes first: it tells the largest logit.
+  if constexpr (EXACT || NOISE) {
+    largest = largest_of(x);
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) term[i] = softmax_term(x[i], largest);
+    sum = sum_of(term);
+    inverse = moecomm::div(1.0f, sum);
+  }
+#pragma unroll
+  for (int i = 0; i < VALUES; ++i) {
+    key[i] = x[i];
+    const int e = expert_of(i, lane);
+    if constexpr (NOISE)
+      if (e < E)
+        key[i] = moecomm::noisy(key[i], static_cast<moecomm::Noise>(NOISE), how.noise_scale,
+                                moecomm::random_word(how.generator, moecomm::kNoise, first_element + e));
+  }
+  if constexpr (!KEYS_ARE_LOGITS) {
+    if constexpr (SCORE == 1) {
+#pragma unroll
+      for (int i = 0; i < VALUES; ++i) key[i] = moecomm::sigmoid(key[i]);
+    } else if constexpr (NOISE) {
+      float noisy_term[VALUES];
+      const float noisy_largest = largest_of(key);
+#pragma unroll
+      for (int i = 0; i < VALUES; ++i) noisy_term[i] = softmax_term(key[i], noisy_largest);
+      const float noisy_inverse = moecomm::div(1.0f, sum_of(noisy_term));
+#pragma unroll
+      for (int i = 0; i < VALUES; ++i) key[i] = moecomm::mul(noisy_term[i], noisy_inverse);
+    } else {
+#pragma unroll
+      for (int i = 0; i < VALUES; ++i) key[i] = moecomm::mul(term[i], inverse);
+    }
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) {
+      const int e = expert_of(i, lane);
+      if constexpr (BIAS)
+        if (e < E) key[i] = moecomm::add(key[i], how.bias[e]);
+      if (E % (CHUNK * LANES) != 0 && e >= E) key[i] = -INFINITE;
+    }
+    if constexpr (GROUPS > 1) keep_best_groups(key, lane, how.scratch);
+  }
+  bool chosen = false;
+  if constexpr (SORTED) chosen = choose_from_sorted(key, lane, token.expert);
+  if (!SORTED || !chosen) {
+    choose_by_rounds(key, lane, token.expert, best);
+    known = KEYS_ARE_LOGITS && !NOISE;
+  }
+#pragma unroll
+  for (int s = 0; s < PER_LANE; ++s)
+    if (!known) best[s] = s * LANES + lane < K ? to_float(row[token.expert[s]]) : -INFINITE;
+  if constexpr (!EXACT && !NOISE) {
+    largest = __shfl_sync(ALL, best[0], 0, LANES);
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) term[i] = softmax_term(x[i], largest);
+    sum = sum_of(term);
+    inverse = moecomm::div(1.0f, sum);
+  }
+  token.lse = largest + moecomm::log_positive(sum);
+  token.bad = !(sum < INFINITE) || largest == -INFINITE;
+  if constexpr (EXACT) {
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) token.bad |= moecomm::is_bad_logit(x[i]);
+  }
+  if constexpr (SCORE == 0) {
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) mean[i] = fmaf(term[i], inverse * live, mean[i]);
+#pragma unroll
+    for (int s = 0; s < PER_LANE; ++s)
+      token.score[s] = moecomm::mul(moecomm::softmax_term(best[s], largest), inverse);
+  } else {
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) term[i] = moecomm::sigmoid(x[i]);
+    const float total = sum_of(term);
+    const float share = live / (total > 1e-20f ? total : 1e-20f);
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) mean[i] = fmaf(term[i], share, mean[i]);
+#pragma unroll
+    for (int s = 0; s < PER_LANE; ++s) token.score[s] = moecomm::sigmoid(best[s]);
+  }
+  return token;
+}
