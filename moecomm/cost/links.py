@@ -10,39 +10,43 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Link:
-    """One class of links. Times in seconds.
+    """One class of links. `work` is time of a core, in seconds: ranks that share cores do it one after the other.
 
-    latency    from the end of a rank's work for a message to its arrival
-    message    work of a core for each message, sender and receiver together
-    bandwidth  bytes a second that one core, or a GPU's own link, can move
+    latency    seconds from the end of the sender's work to the start of the receiver's
+    wait       work of a rank that waits for messages: it looks again and again, or gives the core up and gets it back
+    message    work for each message, sender and receiver together
+    bandwidth  bytes a second that one core can send and receive
+    segment    bytes of a message that move before its ranks have to wait again, as buffers are full; by default all
     """
 
     latency: float
+    wait: float
     message: float
     bandwidth: float
+    segment: float = 1e18
 
 
 @dataclass(frozen=True)
 class Links:
-    """A machine: its two classes of links, and what the ranks of a node share. Times in seconds.
+    """The figures of a machine: its two classes of links, and what the ranks of a node share.
 
     inside, between   the links inside a node, and between nodes
-    node_bandwidth    bytes a second that can leave a node, while as many come in
-    copy_bandwidth    bytes a second that a core, or a GPU, copies in memory, while its neighbours do so too
-    call              work of a core for one collective call, beside its messages
-    wake              work of a core to wake a rank that sleeps
-    cores_per_node    cores that the ranks of a node share; less than 1 where nodes are emulated on few cores
-    combine_below     the library's all-to-all combines blocks of fewer bytes (Bruck's algorithm); inf: it always does
+    node_bandwidth    bytes a second that can leave a node while as many come in
+    copy_bandwidth    bytes a second that a core copies in memory while the others do so too
+    start             work of a rank to enter a call and to get its turn
+    wake              work to wake a rank that sleeps
+    cores_per_node    cores that the ranks of a node share; less than 1 where nodes are emulated on few cores. Ranks on
+                      GPUs are counted as cores: the GPU does the work
+    combine_below     the library's all-to-all combines blocks of fewer bytes (Bruck's algorithm); 0: it never does
 
-    The work of the ranks of a node adds up on its cores, and no rank's own work is shared. Immutable.
-    Raises ValueError for a figure that is not positive (latencies, calls, wake-ups and combine_below may be 0).
+    Immutable. Raises ValueError for a figure that is negative, or 0 for a bandwidth, a segment or the cores.
     """
 
     inside: Link
     between: Link
     node_bandwidth: float
     copy_bandwidth: float
-    call: float
+    start: float
     wake: float
     cores_per_node: float
     combine_below: float = 257
@@ -52,7 +56,7 @@ class Links:
         for name in ("inside", "between"):
             figures |= {f"{name}.{key}": value for key, value in asdict(figures.pop(name)).items()}
         for name, value in figures.items():
-            least = "> 0" if "bandwidth" in name or "cores" in name else ">= 0"
+            least = "> 0" if name.endswith(("bandwidth", "segment", "cores_per_node")) else ">= 0"
             if not isinstance(value, int | float) or math.isnan(value) or value < 0 or (value == 0 and least == "> 0"):
                 raise ValueError(f"Links: {name} is {value!r}, expected a number {least}")
 
@@ -81,13 +85,13 @@ def _check_keys(read: Any, kind: type[Link] | type[Links], name: str) -> None:
 
 
 GPU_NODES = Links(
-    inside=Link(latency=5e-6, message=1e-6, bandwidth=370e9),
-    between=Link(latency=12e-6, message=3e-6, bandwidth=45e9),
+    inside=Link(latency=4e-6, wait=1e-6, message=1e-6, bandwidth=370e9),
+    between=Link(latency=8e-6, wait=1e-6, message=3e-6, bandwidth=45e9),
     node_bandwidth=360e9,
     copy_bandwidth=1.2e12,
-    call=15e-6,
+    start=10e-6,
     wake=5e-6,
     cores_per_node=8,
     combine_below=0,
 )
-"""Assumed, not measured: nodes of 8 GPUs with NVLink (450 GB/s each) and a 400 Gbit/s network card each."""
+"""Assumed, not measured: nodes of 8 GPUs with NVLink (450 GB/s a GPU) and a network of 400 Gbit/s a GPU."""

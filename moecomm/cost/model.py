@@ -1,8 +1,10 @@
 """The cost model: every algorithm is a few steps, one after the other, and a step takes
 
-    waiting + max(work, bytes that leave the node / node_bandwidth)
+    latency + sqrt(work^2 + network^2)
 
-where work is that of the rank that has most or, if this is longer, of all ranks of the node spread over its cores.
+work     that of the rank that has most or, if this is longer, of all ranks of the node spread over its cores
+network  bytes that leave the node / node_bandwidth. It overlaps the work in part: neither their sum nor the longer one
+
 Blocks are of one size, and nodes hold consecutive ranks.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil, hypot, inf
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +25,8 @@ from moecomm.nodes import Nodes
 Place = Nodes | tuple[int, int]
 """Nodes, or (number of ranks, ranks of a node): the last node is smaller where these do not divide the ranks."""
 Work = NDArray[np.float64]
-"""[messages inside the node, messages between nodes, bytes inside, bytes between, bytes copied, calls, wake-ups]"""
+"""Messages inside the node and between nodes, bytes inside and between, times that messages inside and between are
+waited for, bytes copied, starts, wake-ups."""
 
 MOST_RANKS = 65536
 CHUNK_BYTES = 1 << 16
@@ -62,8 +65,6 @@ class _Step(NamedTuple):
     """Of the rank that has most."""
     node: Work
     """Of all ranks of its node."""
-    waits: tuple[int, int] = (0, 0)
-    """How many messages, inside and between, wait for each other, one after the other."""
 
 
 class _Algorithm(NamedTuple):
@@ -138,14 +139,11 @@ def _node_of(call: str, nodes: Place, least_bytes: float) -> Counts:
 
 
 def _cost(links: Links, sizes: Counts, block: float, algorithm: _Algorithm, groups_per_node: float) -> Cost:
-    inside, between = links.inside, links.between
-    prices = np.array([inside.message, between.message, 1 / inside.bandwidth, 1 / between.bandwidth])
-    prices = np.append(prices, [1 / links.copy_bandwidth, links.call, links.wake])
     different = np.unique(sizes).tolist()
-    per_size = [algorithm.steps(links, sizes, size, block) for size in different]
+    per_size = [[_all_alike(size, _work(starts=1)), *algorithm.steps(links, sizes, size, block)] for size in different]
     parts = np.zeros(4)
     for alike in zip(*per_size, strict=True):
-        parts += max((_parts(links, prices, step, groups_per_node) for step in alike), key=np.sum)
+        parts += max((_parts(links, step, groups_per_node) for step in alike), key=np.sum)
     sent = np.max([np.sum([step.rank[:4] for step in steps], axis=0) for steps in per_size], axis=0).tolist()
     return Cost(
         (round(sent[0]), round(sent[1])),
@@ -156,16 +154,24 @@ def _cost(links: Links, sizes: Counts, block: float, algorithm: _Algorithm, grou
     )
 
 
-def _parts(links: Links, prices: Work, step: _Step, groups_per_node: float) -> Work:
+def _parts(links: Links, step: _Step, groups_per_node: float) -> Work:
     """Seconds for messages inside, messages between nodes, copies, and calls with wake-ups."""
+    inside, between = links.inside, links.between
+    prices = _work(
+        (inside.message, between.message),
+        (1 / inside.bandwidth, 1 / between.bandwidth),
+        (inside.wait, between.wait),
+        1 / links.copy_bandwidth,
+        links.start,
+        links.wake,
+    )
     work = max(step.rank * prices, step.node * prices * groups_per_node / links.cores_per_node, key=np.sum)
     network = step.node[3] * groups_per_node / links.node_bandwidth
-    return np.array([
-        work[0] + work[2] + step.waits[0] * links.inside.latency,
-        work[1] + work[3] + step.waits[1] * links.between.latency + max(0.0, network - work.sum()),
-        work[4],
-        work[5] + work[6],
-    ])  # fmt: skip
+    not_hidden = hypot(work.sum(), network) - work.sum()
+    latency = step.rank[4:6] * (inside.latency, between.latency)
+    return np.array(
+        [work[0:6:2].sum() + latency[0], work[1:6:2].sum() + latency[1] + not_hidden, work[6], sum(work[7:])]
+    )
 
 
 # ---- the algorithms --------------------------------------------------------------------------------------------------
@@ -174,49 +180,50 @@ def _parts(links: Links, prices: Work, step: _Step, groups_per_node: float) -> W
 def _work(
     messages: tuple[float, float] = (0, 0),
     moved: tuple[float, float] = (0, 0),
+    waits: tuple[float, float] = (0, 0),
     copied: float = 0,
-    calls: float = 0,
+    starts: float = 0,
     wakes: float = 0,
 ) -> Work:
-    return np.array([*messages, *moved, copied, calls, wakes], float)
+    return np.array([*messages, *moved, *waits, copied, starts, wakes], float)
 
 
-def _all_copy(size: int, copied: float) -> _Step:
-    return _Step(_work(copied=copied), size * _work(copied=copied))
+def _all_alike(size: int, rank: Work) -> _Step:
+    return _Step(rank, size * rank)
 
 
 def _flat(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     peers = size - 1, int(sizes.sum()) - size
-    work = _work(peers, (peers[0] * block, peers[1] * block), copied=block, calls=1)
-    return [_Step(work, size * work, _last_wait(*peers))]
+    moved = peers[0] * block, peers[1] * block
+    return [_all_alike(size, _work(peers, moved, _waits(links, peers, (block, block)), copied=block))]
 
 
-def _last_wait(inside: float, between: float) -> tuple[int, int]:
-    """Messages that are under way together: one of them is waited for."""
-    return (0, 1) if between else (1 if inside else 0, 0)
+def _waits(links: Links, messages: tuple[float, float], longest: tuple[float, float]) -> tuple[float, float]:
+    """Messages are under way together, so all of them are waited for once, and once more for each segment."""
+    inside = longest[0] / links.inside.segment + (messages[1] == 0) if messages[0] else 0.0
+    return inside, 1 + longest[1] / links.between.segment if messages[1] else 0.0
 
 
 def _library(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
-    return (_bruck if _combines(links, int(sizes.sum()), block) else _flat)(links, sizes, size, block)
+    combines = sizes.sum() >= FEWEST_COMBINED and block < links.combine_below
+    return (_bruck if combines else _flat)(links, sizes, size, block)
 
 
-def _combines(links: Links, num_ranks: int, block: float) -> bool:
-    return num_ranks >= FEWEST_COMBINED and block < links.combine_below
-
-
-def _bruck(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
-    """In round k each rank sends to the one 2**k further all blocks whose way has this bit set."""
+def _bruck(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
+    """In round k each rank sends to the one 2^k further all blocks whose way has this bit set."""
     p = int(sizes.sum())
-    numbers = np.arange(p)
-    rank = node = _work(copied=2 * p * block, calls=1)  # the blocks are rotated before and put in order at the end
+    way = np.arange(p)
+    rank = _work(copied=2 * p * block)  # the blocks are rotated before, and put in order at the end
     node = size * rank
     for bit in range((p - 1).bit_length()):
-        moved = int((numbers >> bit & 1).sum()) * block
+        moved = int((way >> bit & 1).sum()) * block
         leaving = min(size, 1 << bit, p - (1 << bit)) if size < p else 0
-        rank = rank + (_work((0, 1), (0, moved), 2 * moved) if leaving else _work((1, 0), (moved, 0), 2 * moved))
-        node = node + _work((size - leaving, leaving), ((size - leaving) * moved, leaving * moved), size * 2 * moved)
-    rounds = (p - 1).bit_length()
-    return [_Step(rank, node, (0, rounds) if size < p else (rounds, 0))]
+        waits = _waits(links, (1, 0), (moved, 0)), _waits(links, (0, 1), (0, moved))
+        one_inside = _work((1, 0), (moved, 0), waits[0], copied=2 * moved)
+        one_between = _work((0, 1), (0, moved), waits[1], copied=2 * moved)
+        rank = rank + (one_between if leaving else one_inside)
+        node = node + leaving * one_between + (size - leaving) * one_inside
+    return [_Step(rank, node)]
 
 
 def _hierarchical(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
@@ -226,33 +233,39 @@ def _hierarchical(links: Links, sizes: Counts, size: int, block: float) -> list[
     if sizes.min() == sizes.max():
         one = _library(links, np.array([size]), size, block * num_nodes)[0]
         two = _library(links, np.ones(num_nodes, np.int64), 1, block * size)[0]
-        hops = [one, two._replace(node=size * two.node)]
+        two = two._replace(node=size * two.node)
     else:
-        hops = _uneven_hops(sizes, size, block)
-    return [_all_copy(size, p * block), hops[0], _all_copy(size, p * block), hops[1]]
+        one, two = _uneven_hops(links, sizes, size, block)
+    transform = _all_alike(size, _work(copied=p * block))
+    return [transform, one, transform, two]
 
 
-def _uneven_hops(sizes: Counts, size: int, block: float) -> list[_Step]:
+def _uneven_hops(links: Links, sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
     """Local rank i forwards to the local ranks i, i + size, ... of each node: the first to most, the last to fewest."""
     p = int(sizes.sum())
     most, fewest = int(np.ceil(sizes / size).sum()), int((sizes // size).sum())
-    one = _work((size - 1, 0), ((p - fewest) * block, 0), calls=1)
-    all_one = _work((size * (size - 1), 0), ((size - 1) * p * block, 0), calls=size)
-    two = _work((0, most - 1), (0, (most - 1) * size * block), calls=1)
-    all_two = _work((0, p - size), (0, (p - size) * size * block), calls=size)
-    return [_Step(one, all_one, _last_wait(size - 1, 0)), _Step(two, all_two, (0, 1))]
+    inside, between = (size - 1, 0), (0, most - 1)
+    waits = _waits(links, inside, ((p - fewest) * block / size, 0)), _waits(links, between, (0, size * block))
+    one = _work(inside, ((p - fewest) * block if size > 1 else 0, 0), waits[0])
+    ones = _work(inside, (p * (size - 1) / size * block, 0), waits[0])
+    two = _work(between, (0, (most - 1) * size * block), waits[1])
+    twos = _work((0, (p - size) / size), (0, (p - size) * block), waits[1])
+    return _Step(one, size * ones), _Step(two, size * twos)
 
 
-def _shared(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
+def _shared(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     """Two exchanges are under way at a time; the first chunk is copied in before them, the last one out after them."""
     p, num_nodes = int(sizes.sum()), len(sizes)
     chunks = max(1, ceil(int(sizes.max()) ** 2 * block / CHUNK_BYTES))
-    copied = p * block / chunks
-    messages, moved = (0, (num_nodes - 1) * chunks), (0, size * (p - size) * block)
-    leader = _work(messages, moved, 2 * (p * block - copied), 1, 2 * chunks)
-    node = _work(messages, moved, size * 2 * (p * block - copied), size, size * 2 * chunks)
-    waits = (0, ceil(chunks / 2)) if num_nodes > 1 else (0, 0)
-    return [_all_copy(size, copied), _Step(leader, node, waits), _all_copy(size, copied)]
+    every = _work(copied=2 * p * block * (1 - 1 / chunks), wakes=2 * chunks)
+    leader = _work()
+    if num_nodes > 1:
+        moved = size * (p - size) * block
+        chunk = min(CHUNK_BYTES, int(sizes.max()) ** 2 * block)
+        waits = ceil(chunks / 2) * _waits(links, (0, 1), (0, chunk))[1]
+        leader = _work((0, (num_nodes - 1) * chunks), (0, moved), (0, waits))
+    first_or_last = _all_alike(size, _work(copied=p * block / chunks))
+    return [first_or_last, _Step(every + leader, size * every + leader), first_or_last]
 
 
 def _no_staging(_sizes: Counts, _size: int, _block: float) -> float:

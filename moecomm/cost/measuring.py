@@ -1,0 +1,205 @@
+"""Measure the figures of a machine, with the verbs that every Comm has."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from math import sqrt
+from threading import Thread
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecomm.arrays import Counts, copy_blocks
+from moecomm.comm import Comm
+from moecomm.cost.links import Link, Links
+from moecomm.nodes import Nodes
+
+SMALL, SINGLE, LARGE, LONG = 16, 1024, 16384, 1 << 18
+"""Bytes a pair. Blocks of SINGLE and LARGE bytes are sent one by one, and all at once, by the libraries we know."""
+MAYBE_COMBINED = (256, 512)
+ROUNDS, BLOCKS, WAKES = 5, 4096, 50
+REPEATS, MANY = 3, 9
+MOST_TOGETHER = 64
+"""Ranks of the largest group that exchanges."""
+QUIET = 0.08
+"""Seconds for which the other ranks sleep while one or two work alone."""
+LEAST_WORK = 1e-9
+"""Seconds: what a message takes at least, however the noise falls."""
+
+Body = Callable[[], object]
+
+
+def measure(comm: Comm, nodes: Nodes) -> Links:
+    """The Links of the machine that `comm` runs on, the same on every rank.
+
+    First one rank or a pair works while the others sleep: counting, waking a thread, exchanges inside a node and
+    between two. Then all ranks work at once: counting, copying, exchanges in pairs, and all-to-alls in nodes and in
+    groups of up to 64 ranks. What takes longer in company, and not on the network, is work that ranks on the same cores
+    do in turn. If no node has two ranks, or there is one node, both classes of links get the figures of the one found.
+
+    Takes 3 to 5 seconds for 64 ranks on 2 cores, 1 where each has its own. Collective over comm.
+    Raises ValueError on every rank unless nodes is the same partition of at least two ranks on all of them.
+    """
+    comm.agree("measure: nodes", repr(nodes))
+    if nodes.world_size != comm.size or comm.size == 1:
+        raise ValueError(f"measure: nodes has {nodes.world_size} ranks, expected {max(2, comm.size)}{comm.where()}")
+    clock = _Clock(comm)
+    turns = max(1.0, clock.together(_count) / clock.alone([0], _count))
+    wake = clock.alone([0], _wake_a_thread) / (2 * WAKES)
+    copy_bandwidth = turns * BLOCKS * SINGLE / clock.together(_copying())
+
+    node, local, most = nodes.node_of, nodes.local_rank, int(nodes.sizes().max())
+    per_node = min(most, max(1, MOST_TOGETHER // len(nodes)))  # ranks of a node in a group across nodes
+    times = []
+    if most > 1:
+        times.append(_Times(clock, node * most + local // 2, node))
+    if len(nodes) > 1:
+        times.append(_Times(clock, node // 2 * most + local, node // MOST_TOGETHER * most + local // per_node))
+    last = times[-1]
+    node_bandwidth = max(LONG / max(last.long_alone - last.alone, LEAST_WORK), most * LONG / last.long)
+
+    links: list[Link] = []
+    for each in times:
+        crosses = each is last and len(nodes) > 1
+        same_node, network = (per_node - 1, most / node_bandwidth) if crosses else (0, 0.0)
+        links.append(each.link(turns, copy_bandwidth, links[0] if same_node else None, same_node, network))
+    return Links(
+        inside=links[0],
+        between=links[-1],
+        node_bandwidth=node_bandwidth,
+        copy_bandwidth=copy_bandwidth,
+        start=max(0.0, last.one - last.round) / turns,
+        wake=wake,
+        cores_per_node=most / turns,
+        combine_below=last.combine_below,
+    )
+
+
+class _Times:
+    """Seconds of exchanges over one class of links. Making it is collective.
+
+    alone, long_alone  one pair, while the others sleep: SMALL and LONG bytes
+    one, long          all pairs at once: SMALL and LONG bytes
+    round              all at once, SMALL bytes: one message of several that wait for each other
+    single, large      all groups at once: SINGLE and LARGE bytes a pair
+    """
+
+    def __init__(self, clock: _Clock, pairs: Counts, groups: Counts) -> None:
+        comm = clock.comm
+        self.largest_group = int(np.bincount(groups).max())
+        first_pair = np.flatnonzero(pairs == pairs[0]).tolist()
+        pair, group = comm.split(int(pairs[comm.rank])), comm.split(int(groups[comm.rank]))
+        self.alone, self.long_alone = (clock.alone(first_pair, _all_to_all(pair, size)) for size in (SMALL, LONG))
+        self.one, self.long = clock.together(_all_to_all(pair, SMALL), MANY), clock.together(_all_to_all(pair, LONG))
+        self.single, self.large = (clock.together(_all_to_all(group, size)) for size in (SINGLE, LARGE))
+        several = clock.together(_all_to_all(pair, SMALL, ROUNDS))
+        self.round = max(several - self.one, 0.0) / (ROUNDS - 1)
+        self.combine_below = 0.0
+        for size in MAYBE_COMBINED:
+            seconds = clock.together(_all_to_all(group, size))
+            if seconds > 0.7 * self.single:
+                break
+            self.combine_below = size + 1
+            self.round = min(self.round, seconds / (self.largest_group - 1).bit_length())
+        pair.free()
+        group.free()
+
+    def link(self, turns: float, copy_bandwidth: float, inside: Link | None, same_node: int, network: float) -> Link:
+        """The figures of this class of links.
+
+        inside, same_node  links inside nodes, and how many of its peers in the group a rank reaches over these
+        network            seconds until each rank of a node has sent a byte to another
+        """
+        others = self.largest_group - 1 - same_node
+        work = (self.single - self.one) / turns - (same_node * inside.message if inside else 0.0)
+        message = max(work / max(1, others - 1), LEAST_WORK)
+        latency = max(self.alone - message, 0.0)
+        wait = max((self.round - latency) / turns - message, LEAST_WORK)
+
+        moved = others * (LARGE - SINGLE)
+        work = (_beside(self.large, network * others * LARGE) - self.single) / turns
+        work -= same_node * (LARGE - SINGLE) / inside.bandwidth if inside else 0.0
+        bandwidth = moved / max(work, moved / copy_bandwidth)
+        work = (_beside(self.long, network * LONG) - self.one) / turns - LONG / bandwidth
+        return Link(latency, wait, message, bandwidth, LONG * wait / max(work, LEAST_WORK))
+
+
+def _beside(seconds: float, network: float) -> float:
+    """What is left of the seconds without the network: the inverse of how the model joins them."""
+    return sqrt(max(seconds**2 - network**2, 0.0))
+
+
+class _Clock:
+    """Seconds of the slowest rank, the median of a few, the same on every rank. Collective."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+
+    def together(self, body: Body, repeats: int = REPEATS) -> float:
+        """All ranks at once."""
+        return self._slowest(_samples(body, self.comm.barrier, repeats))
+
+    def alone(self, ranks: list[int], body: Body) -> float:
+        """These ranks, while the others sleep."""
+        mine = self.comm.rank in ranks
+        self.comm.barrier()
+        time.sleep(QUIET / 2 if mine else QUIET)  # until the others sleep
+        return self._slowest(_samples(body, _nothing, MANY) if mine else np.zeros((1, MANY)))
+
+    def _slowest(self, samples: NDArray[np.float64]) -> float:
+        return float(np.median(self.comm.all_gather(samples).max(axis=0)))
+
+
+def _samples(body: Body, before: Body, repeats: int) -> NDArray[np.float64]:
+    """[1, repeats] seconds. The first may be long, as connections and buffers are made: the median leaves it out."""
+    seconds = []
+    for _ in range(repeats):
+        before()
+        start = time.perf_counter()
+        body()
+        seconds.append(time.perf_counter() - start)
+    return np.array([seconds])
+
+
+def _nothing() -> None: ...
+
+
+def _all_to_all(group: Comm, size: int, rounds: int = 1) -> Body:
+    x = np.ones((group.size, size), np.uint8)
+    out = np.empty_like(x)
+
+    def body() -> None:
+        for _ in range(rounds):
+            group.move(x, out)
+
+    return body
+
+
+def _count() -> None:
+    for _ in range(100_000):
+        pass
+
+
+def _copying() -> Body:
+    src = np.ones((BLOCKS, SINGLE), np.uint8)
+    dst, order = np.empty_like(src), np.arange(BLOCKS).reshape(64, -1).T.reshape(-1)
+    return lambda: copy_blocks(dst, src, order)
+
+
+def _wake_a_thread() -> None:
+    (there, say), (answer, back) = os.pipe(), os.pipe()
+
+    def echo() -> None:
+        for _ in range(WAKES):
+            os.write(back, os.read(there, 1))
+
+    thread = Thread(target=echo)
+    thread.start()
+    for _ in range(WAKES):
+        os.write(say, b" ")
+        os.read(answer, 1)
+    thread.join()
+    for end in (there, say, answer, back):
+        os.close(end)
