@@ -1,0 +1,87 @@
+// permute into float8 e4m3: each 128 values of a row are divided by a scale of their own, amax / 448, and rounded.
+//
+// ELEMENT   float, bfloat16, float16
+// ALIGNED   1: every row starts at a multiple of 16 bytes; 0: anywhere
+// TOP_K     1, 2, 4, 8: k itself; 0: any k
+#include "rows.cuh"
+
+constexpr int GROUP = 128;          // values that share a scale
+constexpr float LARGEST = 448.0f;   // of e4m3
+constexpr int BATCH = TOP_K ? TOP_K : 8;
+constexpr int WIDTH = ALIGNED ? 16 / sizeof(ELEMENT) : 4;  // values of a thread
+constexpr int LANES = GROUP / WIDTH;
+using P = Piece<ELEMENT, WIDTH>;
+using Q = Piece<unsigned char, WIDTH>;
+
+// Rounded to nearest, ties to even. What is larger than LARGEST becomes LARGEST, NaN becomes NaN.
+__device__ inline unsigned char to_e4m3(float value) {
+#if __CUDA_ARCH__ >= 890
+  unsigned short pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
+  return static_cast<unsigned char>(pair);
+#else
+  const unsigned sign = __float_as_uint(value) >> 24 & 0x80;
+  const float size = fminf(fabsf(value), LARGEST);
+  if (value != value) return sign | 0x7f;
+  if (size < 0.015625f) return sign | __float2int_rn(size * 512.0f);  // below 2^-6: steps of 2^-9
+  const unsigned bits = __float_as_uint(size);
+  return sign | ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
+#endif
+}
+
+// scales [num_rows, groups of a row]. The blocks after the first copy_blocks fill the empty rows: zeros, scale 1.
+extern "C" __global__ void permute_fp8(const ELEMENT* __restrict__ x, const int* __restrict__ row,
+                                       const int* __restrict__ source, unsigned char* __restrict__ rows,
+                                       float* __restrict__ scales, int num_tokens, int num_values, int top_k,
+                                       int num_rows, int copy_blocks) {
+  const int groups = (num_values + GROUP - 1) / GROUP;
+  if (blockIdx.x >= copy_blocks) {
+    fill_empty_rows(source, num_rows, blockIdx.x - copy_blocks, [&](int64 empty, int lane) {
+      for (int i = lane; i < num_values; i += 32) rows[empty * num_values + i] = 0;
+      for (int i = lane; i < groups; i += 32) scales[empty * groups + i] = 1.0f;
+    });
+    return;
+  }
+  const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int lane = threadIdx.x % LANES;
+  const int token = static_cast<int>(i / LANES / groups);
+  const int group = static_cast<int>(i / LANES - static_cast<int64>(token) * groups);
+  const int start = group * GROUP + lane * WIDTH;
+  const int num = token < num_tokens ? min(WIDTH, max(0, num_values - start)) : 0;
+
+  P piece = {};
+  const ELEMENT* from = x + static_cast<int64>(token) * num_values + start;
+  if (ALIGNED && num) piece = load_if<true>(true, reinterpret_cast<const P*>(from));
+#pragma unroll
+  for (int n = 0; n < WIDTH; ++n)
+    if (!ALIGNED && n < num) piece.value[n] = from[n];
+
+  float amax = 0;
+#pragma unroll
+  for (int n = 0; n < WIDTH; ++n) amax = fmaxf(amax, fabsf(to_float(piece.value[n])));
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2)
+    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, distance));
+  float scale = amax / LARGEST;
+  if (!(scale > 0)) scale = 1;
+  Q quantised;
+#pragma unroll
+  for (int n = 0; n < WIDTH; ++n) quantised.value[n] = to_e4m3(to_float(piece.value[n]) / scale);
+
+  if (token >= num_tokens) return;
+  const int k = TOP_K ? TOP_K : top_k;
+  for (int j0 = 0; j0 < k; j0 += BATCH) {
+    int to[BATCH];
+    load_batch<BATCH, TOP_K != 0>(row + static_cast<int64>(token) * k, j0, k, -1, to);
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      if (to[j] < 0) continue;
+      unsigned char* place = rows + static_cast<int64>(to[j]) * num_values + start;
+      if (ALIGNED && num) *reinterpret_cast<Q*>(place) = quantised;
+#pragma unroll
+      for (int n = 0; n < WIDTH; ++n)
+        if (!ALIGNED && n < num) place[n] = quantised.value[n];
+      if (lane == 0) scales[static_cast<int64>(to[j]) * groups + group] = scale;
+    }
+  }
+}
