@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,18 @@ SUMMABLE = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int8
 
 LARGEST_INT = 2**31 - 1
 """MPI takes colors and keys up to this."""
+
+
+class Started(Protocol):
+    """A collective that may still be under way."""
+
+    def done(self) -> bool:
+        """Whether it is finished, on this rank. To be asked until it is: a transport may work in here alone."""
+
+
+class _Done:
+    def done(self) -> bool:
+        return True
 
 
 class Comm(ABC):
@@ -88,6 +100,14 @@ class Comm(ABC):
         """`all_to_all` into out without checking the arguments: for algorithms, which have checked their caller's."""
         self.check_usable("all_to_all")
         self._all_to_all(rows, out, send_counts, recv_counts)
+
+    def start(self, rows: Array, out: Array, send_counts: Counts, recv_counts: Counts) -> Started:
+        """`move` that may return before it is done. Rows and out may not be touched until the result is.
+
+        Several may be under way, started in the same order on all ranks. A transport without such a thing does it here.
+        """
+        self.check_usable("all_to_all")
+        return self._start(rows, out, send_counts, recv_counts)
 
     def all_gather(self, rows: Array, recv_counts: Sequence[int] | Counts | None = None) -> Array:
         """Return the rows of all ranks, in rank order.
@@ -153,6 +173,16 @@ class Comm(ABC):
 
     @abstractmethod
     def _node_key(self) -> int: ...
+
+    def _start(self, rows: Array, out: Array, send_counts: Counts, recv_counts: Counts) -> Started:
+        self._all_to_all(rows, out, send_counts, recv_counts)
+        return _Done()
+
+    def progress(self) -> None:
+        """Move on what others wait for. For an algorithm whose ranks wait outside of the transport. Not collective."""
+
+    def waiting(self, call: str, seconds: float) -> None:
+        """Raise CommError if `call` need not be waited for: a rank has failed, or the Comm's limit is over."""
 
     def _free(self) -> None:  # noqa: B027 - a transport that has nothing to give back leaves it out
         """Called once, by `free`."""

@@ -3,5 +3,6 @@
 from moecomm.all_to_all.base import AllToAll, Route
 from moecomm.all_to_all.flat import FlatAllToAll
 from moecomm.all_to_all.hierarchical import HierarchicalAllToAll
+from moecomm.all_to_all.shared import SharedAllToAll
 
-__all__ = ["AllToAll", "FlatAllToAll", "HierarchicalAllToAll", "Route"]
+__all__ = ["AllToAll", "FlatAllToAll", "HierarchicalAllToAll", "Route", "SharedAllToAll"]

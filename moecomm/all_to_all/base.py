@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moecomm.arrays import Array, Counts, as_rows, empty_rows
 from moecomm.comm import Comm, check_out
 from moecomm.errors import CommError
+from moecomm.nodes import Nodes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -169,3 +170,14 @@ class AllToAll(ABC):
     def _rows_arguments(self, rows: Array, send_counts: Any) -> tuple[Array, Counts]:
         rows = as_rows(rows, "rows")
         return rows, self.comm.counts("send_counts", send_counts, rows.shape[0])
+
+
+def agreed_nodes(comm: Comm, nodes: Nodes | None, algorithm: str) -> Nodes:
+    """`nodes`, or those that are found. Collective: a rank with other nodes would wait in another group for ever."""
+    if nodes is None:
+        return Nodes.discover(comm)
+    comm.agree(f"{algorithm}: nodes", repr(nodes))
+    if not isinstance(nodes, Nodes) or nodes.world_size != comm.size:
+        got = f"has {nodes.world_size} ranks" if isinstance(nodes, Nodes) else f"is a {type(nodes).__name__}"
+        raise ValueError(f"{algorithm}: nodes {got}, expected Nodes of {comm.size} ranks{comm.where()}")
+    return nodes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moecomm.all_to_all.base import AllToAll, Hop, Route
+from moecomm.all_to_all.base import AllToAll, Hop, Route, agreed_nodes
 from moecomm.arrays import Array, Counts, copy_blocks, copy_rows, empty_rows
 from moecomm.comm import Comm
 from moecomm.nodes import Nodes
@@ -41,8 +41,7 @@ class HierarchicalAllToAll(AllToAll):
 
     def __init__(self, comm: object, nodes: Nodes | None = None) -> None:
         self.comm = as_comm(comm)
-        self.nodes = Nodes.discover(self.comm) if nodes is None else nodes
-        _agree_on_nodes(self.comm, self.nodes)
+        self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
         forwarding = _Forwarding(self.nodes, self.comm.rank)
         self.local = self.comm.split(forwarding.node, key=self.comm.rank)
         """The ranks of this node."""
@@ -200,14 +199,6 @@ def _lanes(sizes: Counts) -> list[int]:
             old, new = lane[local], lane[local % size]
             lane = [min(old, new) if value in (old, new) else value for value in lane]
     return lane
-
-
-def _agree_on_nodes(comm: Comm, nodes: Nodes) -> None:
-    """Collective: a rank with other nodes than rank 0 would wait in another group for ever."""
-    comm.agree("HierarchicalAllToAll: nodes", repr(nodes))
-    if not isinstance(nodes, Nodes) or nodes.world_size != comm.size:
-        got = f"has {nodes.world_size} ranks" if isinstance(nodes, Nodes) else f"is a {type(nodes).__name__}"
-        raise ValueError(f"HierarchicalAllToAll: nodes {got}, expected Nodes of {comm.size} ranks{comm.where()}")
 
 
 def _transform(order: Counts) -> Callable[[Array, Array], None]:

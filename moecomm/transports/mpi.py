@@ -10,10 +10,10 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
-from moecomm.comm import Comm
+from moecomm.comm import Comm, Started
 from moecomm.errors import CommError
 from moecomm.transports.limit import check_limit, wait
 
@@ -76,6 +76,9 @@ class MpiComm(Comm):
             if wait(request.Test, self._limit):
                 return
         self._pending = request, buffers  # MPI may still write there
+        self._give_up(name)
+
+    def _give_up(self, name: str) -> NoReturn:
         self.failure = (
             f"{name}, call {self._calls} on this Comm, waited {self._limit} s for the other {self.size - 1} rank(s) to "
             "come and send"
@@ -104,6 +107,25 @@ class MpiComm(Comm):
                 [recv, (recv_counts, _starts(recv_counts)), row],
             )
             self._call("all_to_all", self._comm.Alltoallv, self._comm.Ialltoallv, *arguments)
+
+    def _start(self, rows: Array, out: Array, send_counts: Counts, recv_counts: Counts) -> Started:
+        send, recv, row = _host_bytes(rows), _host_bytes(out), self._row_type(row_bytes(rows))
+        self._calls += 1
+        with self._errors("all_to_all"):
+            request = self._comm.Ialltoallv(
+                [send, (send_counts, _starts(send_counts)), row],
+                [recv, (recv_counts, _starts(recv_counts)), row],
+            )
+        return _Request(self, request)
+
+    def progress(self) -> None:
+        with self._errors("progress"):
+            self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
+
+    def waiting(self, call: str, seconds: float) -> None:
+        self.check_usable(call)
+        if self._limit is not None and seconds > self._limit:
+            self._give_up(call)
 
     def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
         send, recv, row = _host_bytes(rows), _host_bytes(out), self._row_type(row_bytes(rows))
@@ -159,6 +181,16 @@ class MpiComm(Comm):
         if self._owned and self._comm != MPI.COMM_NULL:
             with self._errors("free"):
                 self._comm.Free()
+
+
+class _Request:
+    def __init__(self, comm: MpiComm, request: Any) -> None:
+        self._comm = comm
+        self._request = request
+
+    def done(self) -> bool:
+        with self._comm._errors("all_to_all"):
+            return bool(self._request.Test())
 
 
 def _host_bytes(rows: Array) -> Any:

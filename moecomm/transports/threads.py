@@ -7,6 +7,7 @@ when all have copied. A rank that fails, or returns while others wait for it, en
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ from moecomm.comm import Comm
 from moecomm.errors import CommError
 
 R = TypeVar("R")
+
+LONGEST_FAREWELL = 2.0
+"""Seconds after which a rank that has returned cannot be one that merely finished the same call earlier."""
 
 
 def run(size: int, body: Callable[[Comm], R], *, limit: float | None = None) -> list[R]:
@@ -65,6 +69,7 @@ class _World:
         self.size = size
         self.first_failure: tuple[int, BaseException] | None = None
         self.gone: dict[int, str] = {}
+        self.last_gone = 0.0
         self.groups: weakref.WeakSet[_Group] = weakref.WeakSet()
 
     def fail(self, rank: int, error: BaseException) -> None:
@@ -76,6 +81,7 @@ class _World:
         self._wake(rank, "has returned")
 
     def _wake(self, rank: int, why: str) -> None:
+        self.last_gone = time.monotonic()
         self.gone[rank] = why
         for group in list(self.groups):
             with group.condition:
@@ -123,6 +129,18 @@ class _Group:
         with self.condition:
             self.failure = self.failure or why
             self.condition.notify_all()
+
+    def check_waiting(self, call: str, seconds: float, limit: float | None) -> None:
+        """Raise CommError if a member has failed or gone without coming, or the limit is over."""
+        why = self.failure
+        for rank, member in enumerate(self.members):
+            said = self.world.gone.get(member, "")
+            if said.startswith("failed") or (said and time.monotonic() > self.world.last_gone + LONGEST_FAREWELL):
+                why = why or f"{call}: rank {rank} {said}"
+        if limit is not None and seconds > limit:
+            why = why or f"{call}: waited {limit} s for the other ranks"
+        if why:
+            raise CommError(why)
 
     def _gone(self, meeting: _Meeting) -> list[int]:
         return sorted(r for r in meeting.missing if self.members[r] in self.world.gone)
@@ -199,6 +217,13 @@ class ThreadComm(Comm):
 
     def _barrier(self) -> None:
         self._meet("barrier", None, list)
+
+    def waiting(self, call: str, seconds: float) -> None:
+        try:
+            self._group.check_waiting(call, seconds, self._limit)
+        except CommError as error:
+            self.failure = str(error)
+            raise CommError(f"{error}{self.where()}") from None
 
     def _split(self, color: int, key: int) -> Comm:
         wishes = self._meet("split", (color, key), list)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moecomm.arrays import Array, Counts, dtype_name, row_bytes
-from moecomm.comm import Comm
+from moecomm.comm import Comm, Started
 from moecomm.errors import CommError
 
 TEXT_BYTES = 512
@@ -54,6 +54,15 @@ class _Wrapper(Comm):
 
     def _barrier(self) -> None:
         self.inner._barrier()
+
+    def _start(self, rows: Array, out: Array, send_counts: Counts, recv_counts: Counts) -> Started:
+        return self.inner._start(rows, out, send_counts, recv_counts)
+
+    def progress(self) -> None:
+        self.inner.progress()
+
+    def waiting(self, call: str, seconds: float) -> None:
+        self.inner.waiting(call, seconds)
 
     def _split(self, color: int, key: int) -> Comm:
         return type(self)(self.inner._split(color, key))
@@ -202,6 +211,12 @@ class Timed(_Wrapper):
         with self._timing("all_to_all" if send_counts is None else "all_to_allv") as entry:
             super()._all_to_all(rows, out, send_counts, recv_counts)
         self._count(entry, rows.shape[0] // self.size if send_counts is None else send_counts, row_bytes(rows))
+
+    def _start(self, rows: Array, out: Array, send_counts: Counts, recv_counts: Counts) -> Started:
+        with self._timing("all_to_allv") as entry:
+            started = super()._start(rows, out, send_counts, recv_counts)
+        self._count(entry, send_counts, row_bytes(rows))
+        return started
 
     def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
         with self._timing("all_gather") as entry:

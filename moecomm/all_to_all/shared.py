@@ -1,0 +1,195 @@
+"""The all-to-all of few messages: the rows of a node meet in memory that its ranks share, and few of them travel."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moecomm._core import Event, NodeRing, RingLayout
+from moecomm.all_to_all.base import AllToAll, Route, agreed_nodes
+from moecomm.all_to_all.streams import NodeCounts, Streams, Way
+from moecomm.arrays import Array, Counts, as_bytes, empty_rows, is_torch, on_host, row_bytes
+from moecomm.comm import Started
+from moecomm.errors import CommError
+from moecomm.nodes import Nodes
+from moecomm.shared_memory import shared_memory
+from moecomm.transports import as_comm
+
+CHUNK_BYTES = 1 << 20
+"""The most that goes to another node in one message."""
+
+NUM_SLOTS = 4
+"""Chunks that are under way at a time."""
+
+MOST_BYTES = 1 << 26
+"""Of memory that a node shares; more nodes get smaller chunks, but not below LEAST_CHUNK_BYTES."""
+
+LEAST_CHUNK_BYTES = 1 << 12
+
+SPIN_US = 50
+"""How long a rank that has a core of its own looks before it sleeps."""
+
+PAUSE = 50e-6
+"""Seconds between two looks of a leader that shares its core with others."""
+
+PATIENCE_US = 20_000
+"""How long a rank sleeps before it lets the transport move on what others may wait for."""
+
+MOST_WAYS = 32
+"""Transfers of equal counts that are kept, by row size."""
+
+
+class SharedAllToAll(AllToAll):
+    """One message from a node to each other node, and none inside: p/G - 1 a node instead of G (p - 1).
+
+    The G ranks of a node copy their rows into memory that they share. One of them, a leader, exchanges them with the
+    other nodes; then every rank copies out what is meant for it. More than CHUNK_BYTES for a node goes in chunks: while
+    some are on the way, the next is copied in and an earlier one is copied out.
+
+    comm     an mpi4py communicator, a torch ProcessGroup or a moecomm Comm
+    nodes    the partition of its ranks into nodes, the same on every rank; None: the nodes found by Nodes.discover
+    leaders  how many ranks of each node talk to other nodes, in turn, chunk by chunk: 1 .. ranks of the smallest node
+
+    Rows must be in host memory. A rank that waits sleeps: where ranks share cores, those that have work get them.
+
+    Memory beside input and output: 4 (2 p/G - 1) chunks a node, 64 MiB at most (more than 8192 nodes: more). Uneven
+    form: the counts of the node too, 16 p G bytes a rank.
+
+    The constructor is collective over comm and splits it twice. In the uneven form the counts go the way of the rows.
+
+    Raises ValueError on every rank if an argument is wrong or differs among them, and CommError on every rank if the
+    ranks of some node cannot share memory (other systems than Linux, containers of one rank each).
+    Source: the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596), section 5.3, its hop inside the node as a
+    copy.
+    """
+
+    def __init__(self, comm: object, nodes: Nodes | None = None, *, leaders: int = 1) -> None:
+        self.comm = as_comm(comm)
+        self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
+        self._check_leaders(leaders)
+        self.leaders = leaders
+        self._streams = Streams(self.nodes, self.comm.rank)
+        self._node_comm = self.comm.split(self._streams.node, key=self._streams.local)
+        self._leader_comm = self.comm.split(min(self._streams.local, leaders), key=self._streams.node)
+        self._ring = self._make_ring()
+        ones = np.ones((self._streams.num_local, self.comm.size), np.int64)
+        self._even_counts = NodeCounts(ones, ones.T, int(self.nodes.sizes().max()) ** 2)
+        self._way_of_counts = self._streams.way_of_counts(self._chunk_bytes)
+
+    def _check_leaders(self, leaders: int) -> None:
+        self.comm.agree(f"{type(self).__name__}: leaders", repr(leaders))
+        smallest = int(self.nodes.sizes().min())
+        if not isinstance(leaders, int) or not 1 <= leaders <= smallest:
+            raise ValueError(
+                f"{type(self).__name__}: leaders is {leaders!r}, expected 1 .. {smallest}, the ranks of the smallest "
+                f"node{self.comm.where()}"
+            )
+
+    def _make_ring(self) -> NodeRing:
+        """Collective."""
+        num_ranks, num_nodes = self._streams.num_local, len(self.nodes)
+        fits = MOST_BYTES // (NUM_SLOTS * (2 * num_nodes - 1)) // 64 * 64
+        self._chunk_bytes = max(min(CHUNK_BYTES, fits), LEAST_CHUNK_BYTES)
+        layout = RingLayout(num_ranks, num_nodes, NUM_SLOTS, self.leaders, self._chunk_bytes)
+        memory = shared_memory(self._node_comm, layout.num_bytes)
+        everywhere = self.comm.all_gather(np.array([memory is not None])).all()
+        if memory is None or not everywhere:
+            raise CommError(f"{type(self).__name__}: the ranks of a node share no memory{self.comm.where()}")
+        self._memory = memory
+        has_core = (os.cpu_count() or 1) >= num_ranks
+        self._pause = 0.0 if has_core else PAUSE
+        return NodeRing(memory, layout, self._streams.local, self._streams.node, SPIN_US if has_core else 0)
+
+    def _even_arguments(self, x: Array, out: Array | None) -> tuple[Array, None, Array | None]:
+        _check_on_host(x, "x")
+        return super()._even_arguments(x, out)
+
+    def _rows_arguments(self, rows: Array, send_counts: Any) -> tuple[Array, Counts]:
+        _check_on_host(rows, "rows")
+        return super()._rows_arguments(rows, send_counts)
+
+    def _even(self, x: Array, out: Array) -> None:
+        self._run(self._way(self._even_counts, row_bytes(x)), as_bytes(x), as_bytes(out))
+
+    def _route(self, send_counts: Counts) -> Route:
+        given = self._streams.given_counts(send_counts)
+        found = np.empty(self._way_of_counts.transfer.recv_bytes // 8, np.int64)
+        self._run(self._way_of_counts, as_bytes(given), as_bytes(found))
+        counts, num_rows = self._streams.read_counts(found)
+        return SharedRoute(
+            send_counts, counts.received[:, self._streams.local].copy(), counts=counts, num_rows=num_rows
+        )
+
+    def _send(self, rows: Array, route: Route) -> Array:
+        assert isinstance(route, SharedRoute)
+        return self._moved(rows, route.counts, route.recv_counts)
+
+    def _send_back(self, rows: Array, route: Route) -> Array:
+        assert isinstance(route, SharedRoute)
+        return self._moved(rows, route.counts.reversed, route.send_counts)
+
+    def _moved(self, rows: Array, counts: NodeCounts, recv_counts: Counts) -> Array:
+        out = empty_rows(int(recv_counts.sum()), rows)
+        self._run(self._way(counts, row_bytes(rows)), as_bytes(rows), as_bytes(out))
+        return out
+
+    def _way(self, counts: NodeCounts, width: int) -> Way:
+        if width not in counts.ways:
+            if len(counts.ways) >= MOST_WAYS:
+                counts.ways.clear()
+            counts.ways[width] = self._streams.way(counts, width, self._chunk_bytes)
+        return counts.ways[width]
+
+    def _run(self, way: Way, src: Array, dst: Array) -> None:
+        ring, call = self._ring, type(self).__name__
+        exchanges: deque[Started] = deque()  # of a leader: on their way, in order
+        began = time.monotonic()
+        try:
+            ring.begin(way.transfer, src, dst)
+            while (event := ring.step(PATIENCE_US)) != Event.finished:
+                if event == Event.start_exchange:
+                    exchanges.append(self._start(way, ring.chunk))
+                elif event == Event.finish_exchange:
+                    exchange = exchanges.popleft()
+                    while not exchange.done():
+                        self._leader_comm.waiting(call, time.monotonic() - began)
+                        time.sleep(self._pause)
+                elif event == Event.failed:
+                    raise CommError(f"{call}: another rank of this node has failed in it{self.comm.where()}")
+                else:
+                    self.comm.waiting(call, time.monotonic() - began)
+                    self.comm.progress()
+        except BaseException:
+            ring.fail()  # the node's other ranks wait for this one
+            raise
+
+    def _start(self, way: Way, chunk: int) -> Started:
+        to_node, from_node = way.counts(chunk)
+        outgoing, incoming = self._ring.places(chunk)
+        rows = self._memory[outgoing : outgoing + int(to_node.sum())]
+        out = self._memory[incoming : incoming + int(from_node.sum())]
+        return self._leader_comm.start(rows, out, to_node, from_node)
+
+    def _free(self) -> None:
+        self._node_comm.free()
+        self._leader_comm.free()
+        del self._ring, self._memory
+
+
+@dataclass(frozen=True, eq=False)
+class SharedRoute(Route):
+    """A route through shared memory."""
+
+    counts: NodeCounts = field(kw_only=True)
+    num_rows: int = field(kw_only=True)
+    """Of all ranks together."""
+
+
+def _check_on_host(rows: Array, name: str) -> None:
+    if is_torch(rows) and not on_host(rows):
+        raise TypeError(f"{name} is on {rows.device}, expected rows in host memory, which the ranks of a node share")

@@ -1,0 +1,51 @@
+"""Memory that the ranks of a node share."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecomm.comm import Comm
+
+
+def shared_memory(comm: Comm, num_bytes: int) -> NDArray[np.uint8] | None:
+    """Zeroed memory [num_bytes] that all ranks of comm read and write, or None on all of them if they share none.
+
+    Collective over comm. The memory has no name: it goes when the last rank drops it, however that rank ends. Linux
+    only, for ranks of one machine and one PID namespace; page-aligned.
+    """
+    file, nonce = -1, 0
+    if comm.rank == 0:
+        nonce = secrets.randbits(62)
+        with contextlib.suppress(OSError, AttributeError):  # no such memory here, or not as much as this
+            file = os.memfd_create(_name(nonce))
+            os.posix_fallocate(file, 0, num_bytes)
+    owner = comm.all_gather(np.array([[os.getpid(), file, nonce]], np.int64))[0].tolist()
+    memory = _mapped(*owner, num_bytes)
+    everywhere = comm.all_gather(np.array([memory is not None])).all()
+    if file >= 0:
+        os.close(file)
+    return memory if everywhere else None
+
+
+def _name(nonce: int) -> str:
+    return f"moecomm-{nonce:x}"
+
+
+def _mapped(process: int, file: int, nonce: int, num_bytes: int) -> NDArray[np.uint8] | None:
+    path = Path(f"/proc/{process}/fd/{file}")
+    try:
+        if not str(path.readlink()).startswith(f"/memfd:{_name(nonce)} "):
+            return None  # another machine's, or another container's, process of that number
+        with path.open("r+b") as opened:
+            return np.frombuffer(
+                mmap.mmap(opened.fileno(), num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8
+            )
+    except (OSError, ValueError):
+        return None
