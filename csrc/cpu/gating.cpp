@@ -2,17 +2,17 @@
 #include "gating.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
 
 #ifdef __SSE2__
 #include <emmintrin.h>
-#endif
-#ifdef __linux__
-#include <unistd.h>
 #endif
 
 namespace moecomm::gating {
@@ -191,14 +191,20 @@ namespace {
 
 constexpr std::int64_t kGrainBytes = 1 << 18;
 
-// Whether so many bytes are better written past the caches.
+// The last-level cache as this machine (maybe a virtual one) has it; sysconf tells of the whole processor.
+std::int64_t cache_bytes() {
+    std::int64_t kib = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+        if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
+        std::fclose(file);
+    }
+    return kib > 0 ? kib << 10 : std::int64_t{32} << 20;
+}
+
+// Whether a call that reads and writes so many bytes had better write past the caches.
 bool streams(std::int64_t bytes) {
-#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
-    static const std::int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-    static const std::int64_t found = 0;
-#endif
-    return bytes > (found > 0 ? found : std::int64_t{32} << 20);
+    static const std::int64_t cache = cache_bytes();
+    return bytes > cache;
 }
 
 void clear_empty_rows(const Rows& table, void* rows, std::int64_t row_bytes, std::int64_t first, std::int64_t last) {
@@ -247,10 +253,7 @@ static void end_of_stream() {
 void permute(const Rows& table, const void* x, void* rows, std::int64_t row_bytes, int threads) {
     const bool stream = streams((table.T + table.N) * row_bytes);
     in_parts(table.T, threads, grain(row_bytes * (table.K + 1)), [&](int, std::int64_t first, std::int64_t last) {
-        for (std::int64_t i = first * table.K; i < last * table.K; ++i)
-            if (table.row[i] >= 0)
-                copy_row(static_cast<char*>(rows) + table.row[i] * row_bytes,
-                         static_cast<const char*>(x) + i / table.K * row_bytes, row_bytes, stream);
+        kernels().permute(table, x, rows, row_bytes, first, last, stream);
         end_of_stream();
     });
     clear_empty_rows(table, rows, row_bytes, 0, table.N);

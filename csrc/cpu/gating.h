@@ -114,8 +114,10 @@ struct Kernels {
     // expert and weight get the choices and their scores before drops, lse its values.
     void (*select)(const Route& a, Chunk& chunk, float* scratch);
     void (*route_backward)(const RouteBackward& a, std::int64_t first, std::int64_t last, float* scratch);
-    void (*unpermute)(const Unpermute& a, std::int64_t first, std::int64_t last, bool stream);
-    void (*unpermute_backward)(const UnpermuteBackward& a, std::int64_t first, std::int64_t last, bool stream);
+    void (*permute)(const Rows& table, const void* x, void* rows, std::int64_t row_bytes, std::int64_t first,
+                    std::int64_t last, bool streamed);
+    void (*unpermute)(const Unpermute& a, std::int64_t first, std::int64_t last, bool streamed);
+    void (*unpermute_backward)(const UnpermuteBackward& a, std::int64_t first, std::int64_t last, bool streamed);
     void (*permute_fp8)(const PermuteFp8& a, std::int64_t first, std::int64_t last);
 };
 

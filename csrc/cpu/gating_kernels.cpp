@@ -93,8 +93,10 @@ void store(void* out, const float* in, std::int64_t first, std::int64_t n, bool 
         return;
     }
     alignas(64) Stored narrowed[512];
-    for (std::int64_t i = 0; i < n; ++i) narrowed[i] = Number<type>::narrow(in[i]);
-    copy_row(y, narrowed, n * static_cast<std::int64_t>(sizeof(Stored)), true);
+    if (type != kFloat32)
+        for (std::int64_t i = 0; i < n; ++i) narrowed[i] = Number<type>::narrow(in[i]);
+    const void* from = type == kFloat32 ? static_cast<const void*>(in) : narrowed;
+    copy_row(y, from, n * static_cast<std::int64_t>(sizeof(Stored)), true);
 }
 
 void store(Type type, void* out, const float* in, std::int64_t first, std::int64_t n, bool stream) {
@@ -433,23 +435,97 @@ void route_backward(const RouteBackward& a, std::int64_t first, std::int64_t las
 constexpr std::int64_t kTile = 512;  // numbers of a row at a time
 
 template <Type type>
-void unpermute_tokens(const Unpermute& a, std::int64_t first, std::int64_t last, bool stream) {
-    alignas(64) float sum[kTile];
-    const auto* rows = static_cast<const typename Number<type>::Stored*>(a.rows);
-    const int K = a.table.K;
-    for (std::int64_t t = first; t < last; ++t)
-        for (std::int64_t h = 0; h < a.H; h += kTile) {
-            const std::int64_t n = a.H - h < kTile ? a.H - h : kTile;
-            if (a.residual != nullptr) widen<type>(sum, a.residual, t * a.H + h, n);
-            else std::memset(sum, 0, sizeof sum);
-            for (std::int64_t i = t * K; i < (t + 1) * K; ++i) {
-                if (a.table.row[i] < 0) continue;
-                const float w = a.weight != nullptr ? a.weight[i] : 1.0f;
-                const auto* row = rows + a.table.row[i] * a.H + h;
-                for (std::int64_t j = 0; j < n; ++j) sum[j] = add(sum[j], mul(w, Number<type>::widen(row[j])));
+Floats load(const typename Number<type>::Stored* p) {
+    Floats wide;
+    if constexpr (type == kFloat32) {
+        std::memcpy(&wide, p, sizeof wide);
+    } else {
+        alignas(64) float numbers[kWidth];
+        for (int l = 0; l < kWidth; ++l) numbers[l] = Number<type>::widen(p[l]);
+        wide = floats(numbers);
+    }
+    return wide;
+}
+
+void stream(float* p, Floats v) {  // p is aligned to its size
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, reinterpret_cast<__m128>(v));
+#else
+    floats(p) = v;
+#endif
+}
+
+template <Type type>
+struct Summands {                // of one token
+    const typename Number<type>::Stored* row[kMaxChoices];
+    float weight[kMaxChoices];
+    int kept = 0;
+
+    Summands(const Unpermute& a, std::int64_t t, std::int64_t last) {
+        if (t >= last) return;
+        for (std::int64_t i = t * a.table.K; i < (t + 1) * a.table.K; ++i)
+            if (a.table.row[i] >= 0) {
+                row[kept] = static_cast<const typename Number<type>::Stored*>(a.rows) + a.table.row[i] * a.H;
+                weight[kept++] = a.weight != nullptr ? a.weight[i] : 1.0f;
             }
-            store<type>(a.y, sum, t * a.H + h, n, stream);
+    }
+};
+
+// to [len] = start (or zeros) + the weighted sum of a token's rows from number h on. While it is at it, it fetches
+// those of the next token, which lie in other pages, where the processor does not look by itself.
+template <Type type, bool streamed>
+void weighted_sum(float* to, const float* start, const Summands<type>& token, const Summands<type>& next,
+                  std::int64_t h, std::int64_t len) {
+    constexpr int step = 4 * kWidth, numbers_per_line = 64 / static_cast<int>(sizeof(typename Number<type>::Stored));
+    std::int64_t j = 0;
+    for (; j + step <= len; j += step) {
+        Floats sum[4];
+        for (int i = 0; i < 4; ++i) {
+            sum[i] = Floats{};
+            if (start != nullptr) std::memcpy(&sum[i], start + j + i * kWidth, sizeof sum[i]);
         }
+        for (int k = 0; k < token.kept; ++k) {
+            const auto* row = token.row[k] + h + j;
+            if (k < next.kept)
+                for (int i = 0; i < step; i += numbers_per_line) __builtin_prefetch(next.row[k] + h + j + i, 0, 2);
+            for (int i = 0; i < 4; ++i) sum[i] = sum[i] + load<type>(row + i * kWidth) * token.weight[k];
+        }
+        for (int i = 0; i < 4; ++i) {
+            if (streamed) stream(to + j + i * kWidth, sum[i]);
+            else std::memcpy(to + j + i * kWidth, &sum[i], sizeof sum[i]);
+        }
+    }
+    for (; j < len; ++j) {
+        float sum = start != nullptr ? start[j] : 0.0f;
+        for (int k = 0; k < token.kept; ++k)
+            sum = add(sum, mul(token.weight[k], Number<type>::widen(token.row[k][h + j])));
+        to[j] = sum;
+    }
+}
+
+template <Type type>
+void unpermute_tokens(const Unpermute& a, std::int64_t first, std::int64_t last, bool streamed) {
+    alignas(64) float sum[kTile], residual[kTile];
+    const bool straight = type == kFloat32 && (!streamed || (reinterpret_cast<std::uintptr_t>(a.y) | a.H * 4) % 64 == 0);
+    for (std::int64_t t = first; t < last; ++t) {
+        const Summands<type> token(a, t, last), next(a, t + 1, last);
+        for (std::int64_t h = 0; h < a.H; h += kTile) {
+            const std::int64_t n = a.H - h < kTile ? a.H - h : kTile, at = t * a.H + h;
+            if (a.residual != nullptr) widen<type>(residual, a.residual, at, n);
+            const float* start = a.residual != nullptr ? residual : nullptr;
+            float* y = static_cast<float*>(a.y) + at;
+            if (straight && streamed) {
+                weighted_sum<type, true>(y, start, token, next, h, n);
+            } else {
+                weighted_sum<type, false>(straight ? y : sum, start, token, next, h, n);
+                if (!straight) store<type>(a.y, sum, at, n, streamed);
+            }
+        }
+    }
 }
 
 void unpermute(const Unpermute& a, std::int64_t first, std::int64_t last, bool stream) {
@@ -487,6 +563,31 @@ void unpermute_backward(const UnpermuteBackward& a, std::int64_t first, std::int
     else unpermute_backward_tokens<kBfloat16>(a, first, last, stream);
 }
 
+// A row, while the place of the next one is fetched into the cache.
+void copy_cached(char* to, const char* from, const char* next_to, std::int64_t bytes) {
+    std::int64_t i = 0;
+    for (; i + 64 <= bytes; i += 64) {
+        __builtin_prefetch(next_to + i, 1, 2);
+        Floats line[64 / sizeof(Floats)];
+        std::memcpy(line, from + i, 64);
+        std::memcpy(to + i, line, 64);
+    }
+    if (i < bytes) std::memcpy(to + i, from + i, static_cast<std::size_t>(bytes - i));
+}
+
+void permute(const Rows& table, const void* x, void* rows, std::int64_t row_bytes, std::int64_t first,
+             std::int64_t last, bool streamed) {
+    auto* to = static_cast<char*>(rows);
+    for (std::int64_t i = first * table.K; i < last * table.K; ++i) {
+        if (table.row[i] < 0) continue;
+        const char* from = static_cast<const char*>(x) + i / table.K * row_bytes;
+        char* here = to + table.row[i] * row_bytes;
+        const bool another = i + 1 < last * table.K && table.row[i + 1] >= 0;
+        if (streamed) copy_row(here, from, row_bytes, true);
+        else copy_cached(here, from, another ? to + table.row[i + 1] * row_bytes : here, row_bytes);
+    }
+}
+
 void permute_fp8(const PermuteFp8& a, std::int64_t first, std::int64_t last) {
     const std::int64_t blocks = (a.H + 127) / 128;
     alignas(64) float wide[128];
@@ -516,6 +617,6 @@ void permute_fp8(const PermuteFp8& a, std::int64_t first, std::int64_t last) {
 #ifndef MOECOMM_KERNELS
 #define MOECOMM_KERNELS kernels_baseline
 #endif
-const Kernels MOECOMM_KERNELS = {select, route_backward, unpermute, unpermute_backward, permute_fp8};
+const Kernels MOECOMM_KERNELS = {select, route_backward, permute, unpermute, unpermute_backward, permute_fp8};
 
 }  // namespace moecomm::gating

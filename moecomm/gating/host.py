@@ -44,16 +44,24 @@ def route_backward(
     return grad_logits
 
 
+def _rows(num_rows: int, width: int, dtype: Any) -> NDArray:
+    """[num_rows, width], uninitialised, from the start of a cache line on."""
+    num_bytes = num_rows * width * np.dtype(dtype).itemsize
+    memory = np.empty(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + num_bytes].view(dtype).reshape(num_rows, width)
+
+
 def permute(x: NDArray, row: NDArray, source: NDArray, threads: int) -> NDArray:
     """x [T, H] -> rows [N, H]."""
-    rows = np.empty((len(source), x.shape[1]), x.dtype)
+    rows = _rows(len(source), x.shape[1], x.dtype)
     _core.permute(x, row, source, rows, threads)
     return rows
 
 
 def permute_fp8(x: NDArray, row: NDArray, source: NDArray, threads: int) -> tuple[NDArray, NDArray]:
     """x [T, H] -> rows [N, H] uint8, the bits of e4m3, and scales [N, ceil(H / 128)]."""
-    rows = np.empty((len(source), x.shape[1]), np.uint8)
+    rows = _rows(len(source), x.shape[1], np.uint8)
     scales = np.empty((len(source), -(-x.shape[1] // 128)), np.float32)
     _core.permute_fp8(x, row, source, rows, scales, threads)
     return rows, scales
@@ -61,7 +69,7 @@ def permute_fp8(x: NDArray, row: NDArray, source: NDArray, threads: int) -> tupl
 
 def unpermute(rows: NDArray, row: NDArray, weight: Any, residual: Any, threads: int) -> NDArray:
     """rows [N, H] -> y [T, H]; weight None: 1."""
-    y = np.empty((len(row), rows.shape[1]), rows.dtype)
+    y = _rows(len(row), rows.shape[1], rows.dtype)
     _core.unpermute(rows, row, weight, residual, y, threads)
     return y
 
@@ -70,6 +78,6 @@ def unpermute_backward(
     grad_y: NDArray, rows: NDArray, row: NDArray, weight: NDArray, source: NDArray, threads: int
 ) -> tuple[NDArray, NDArray]:
     """grad_rows [N, H], grad_weight [T, K]."""
-    grad_rows, grad_weight = np.empty_like(rows), np.empty(row.shape, np.float32)
+    grad_rows, grad_weight = _rows(*rows.shape, rows.dtype), np.empty(row.shape, np.float32)
     _core.unpermute_backward(grad_y, rows, row, weight, source, grad_rows, grad_weight, threads)
     return grad_rows, grad_weight
