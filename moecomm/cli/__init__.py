@@ -1,14 +1,18 @@
-"""The command line: `topology` plans, `info` says what this machine has. Nothing here is needed to use the library."""
+"""The command line: `topology` and `plan` look ahead, `info` says what this machine has.
+
+Nothing here is needed to use the library.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from moecomm.cli import machine, topology
+from moecomm.cli import machine, plan, topology
 
 EXAMPLES = """examples:
   python -m moecomm topology --world-size 128 --tensor 8 --expert 128
+  python -m moecomm plan --ranks 128 --experts 128 --tensor 1,8
   python -m moecomm info
 """
 
@@ -22,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="command")
-    for name, command in (("topology", topology), ("info", machine)):
+    for name, command in (("topology", topology), ("plan", plan), ("info", machine)):
         of_command = commands.add_parser(
             name,
             help=command.SUMMARY,

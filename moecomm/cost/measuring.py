@@ -16,14 +16,14 @@ from moecomm.comm import Comm
 from moecomm.cost.links import Link, Links
 from moecomm.nodes import Nodes
 
-SMALL, SINGLE, LARGE, LONG = 16, 1024, 16384, 1 << 18
+SMALL, SINGLE, LARGE, LONG = 16, 1024, 16384, 1 << 19
 """Bytes a pair. Blocks of SINGLE and LARGE bytes are sent one by one, and all at once, by the libraries we know."""
 MAYBE_COMBINED = (256, 512)
 ROUNDS, BLOCKS, WAKES = 5, 4096, 50
-REPEATS, MANY = 3, 9
+REPEATS, MANY = 3, 7
 MOST_TOGETHER = 64
 """Ranks of the largest group that exchanges."""
-QUIET = 0.08
+QUIET = 0.1
 """Seconds for which the other ranks sleep while one or two work alone."""
 LEAST_WORK = 1e-9
 """Seconds: what a message takes at least, however the noise falls."""
@@ -178,7 +178,7 @@ def _all_to_all(group: Comm, size: int, rounds: int = 1) -> Body:
 
 
 def _count() -> None:
-    for _ in range(100_000):
+    for _ in range(200_000):
         pass
 
 

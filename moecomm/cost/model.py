@@ -29,10 +29,8 @@ Work = NDArray[np.float64]
 waited for, bytes copied, starts, wake-ups."""
 
 MOST_RANKS = 65536
-CHUNK_BYTES = 1 << 16
-"""The most that SharedAllToAll sends to another node in one message."""
-SLOTS = 4
-"""How many chunks have room in the memory that it shares."""
+NUM_SLOTS, CHUNK_BYTES, LEAST_CHUNK_BYTES, MOST_BYTES = 4, 1 << 20, 1 << 12, 1 << 26
+"""SharedAllToAll: chunks under way, the bytes of one for another node, and the memory that they may take in a node."""
 
 
 @dataclass(frozen=True)
@@ -253,17 +251,15 @@ def _uneven_hops(links: Links, sizes: Counts, size: int, block: float) -> tuple[
     return _Step(one, size * ones), _Step(two, size * twos)
 
 
-def _shared(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
+def _shared(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     """Two exchanges are under way at a time; the first chunk is copied in before them, the last one out after them."""
     p, num_nodes = int(sizes.sum()), len(sizes)
-    chunks = max(1, ceil(int(sizes.max()) ** 2 * block / CHUNK_BYTES))
+    chunks = max(1, ceil(int(sizes.max()) ** 2 * block / _chunk_bytes(num_nodes)))
     every = _work(copied=2 * p * block * (1 - 1 / chunks), wakes=2 * chunks)
     leader = _work()
     if num_nodes > 1:
         moved = size * (p - size) * block
-        chunk = min(CHUNK_BYTES, int(sizes.max()) ** 2 * block)
-        waits = ceil(chunks / 2) * _waits(links, (0, 1), (0, chunk))[1]
-        leader = _work((0, (num_nodes - 1) * chunks), (0, moved), (0, waits))
+        leader = _work((0, (num_nodes - 1) * chunks), (0, moved), (0, ceil(chunks / 2)))
     first_or_last = _all_alike(size, _work(copied=p * block / chunks))
     return [first_or_last, _Step(every + leader, size * every + leader), first_or_last]
 
@@ -273,7 +269,87 @@ def _no_staging(_sizes: Counts, _size: int, _block: float) -> float:
 
 
 def _one_buffer(sizes: Counts, _: int, block: float) -> float:
-    return float(sizes.sum() * block)
+    has_two_hops = len(sizes) > 1 and sizes.max() > 1
+    return float(sizes.sum() * block) if has_two_hops else 0
+
+
+def _slots(sizes: Counts, size: int, _: float) -> float:
+    return NUM_SLOTS * (2 * len(sizes) - 1) * _chunk_bytes(len(sizes)) / size
+
+
+def _chunk_bytes(num_nodes: int) -> int:
+    fits = MOST_BYTES // (NUM_SLOTS * (2 * num_nodes - 1)) // 64 * 64
+    return max(min(CHUNK_BYTES, fits), LEAST_CHUNK_BYTES)
+
+
+FEWEST_COMBINED and block < links.combine_below
+    return (_bruck if combines else _flat)(links, sizes, size, block)
+
+
+def _bruck(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
+    """In round k each rank sends to the one 2^k further all blocks whose way has this bit set."""
+    p = int(sizes.sum())
+    way = np.arange(p)
+    rank = _work(copied=2 * p * block)  # the blocks are rotated before, and put in order at the end
+    node = size * rank
+    for bit in range((p - 1).bit_length()):
+        moved = int((way >> bit & 1).sum()) * block
+        leaving = min(size, 1 << bit, p - (1 << bit)) if size < p else 0
+        waits = _waits(links, (1, 0), (moved, 0)), _waits(links, (0, 1), (0, moved))
+        one_inside = _work((1, 0), (moved, 0), waits[0], copied=2 * moved)
+        one_between = _work((0, 1), (0, moved), waits[1], copied=2 * moved)
+        rank = rank + (one_between if leaving else one_inside)
+        node = node + leaving * one_between + (size - leaving) * one_inside
+    return [_Step(rank, node)]
+
+
+def _hierarchical(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
+    p, num_nodes = int(sizes.sum()), len(sizes)
+    if num_nodes == 1 or sizes.max() == 1:
+        return _library(links, sizes, size, block)
+    if sizes.min() == sizes.max():
+        one = _library(links, np.array([size]), size, block * num_nodes)[0]
+        two = _library(links, np.ones(num_nodes, np.int64), 1, block * size)[0]
+        two = two._replace(node=size * two.node)
+    else:
+        one, two = _uneven_hops(links, sizes, size, block)
+    transform = _all_alike(size, _work(copied=p * block))
+    return [transform, one, transform, two]
+
+
+def _uneven_hops(links: Links, sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
+    """Local rank i forwards to the local ranks i, i + size, ... of each node: the first to most, the last to fewest."""
+    p = int(sizes.sum())
+    most, fewest = int(np.ceil(sizes / size).sum()), int((sizes // size).sum())
+    inside, between = (size - 1, 0), (0, most - 1)
+    waits = _waits(links, inside, ((p - fewest) * block / size, 0)), _waits(links, between, (0, size * block))
+    one = _work(inside, ((p - fewest) * block if size > 1 else 0, 0), waits[0])
+    ones = _work(inside, (p * (size - 1) / size * block, 0), waits[0])
+    two = _work(between, (0, (most - 1) * size * block), waits[1])
+    twos = _work((0, (p - size) / size), (0, (p - size) * block), waits[1])
+    return _Step(one, size * ones), _Step(two, size * twos)
+
+
+def _shared(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
+    """Two exchanges are under way at a time; the first chunk is copied in before them, the last one out after them."""
+    p, num_nodes = int(sizes.sum()), len(sizes)
+    chunks = max(1, ceil(int(sizes.max()) ** 2 * block / _chunk_bytes(num_nodes)))
+    every = _work(copied=2 * p * block * (1 - 1 / chunks), wakes=2 * chunks)
+    leader = _work()
+    if num_nodes > 1:
+        moved = size * (p - size) * block
+        leader = _work((0, (num_nodes - 1) * chunks), (0, moved), (0, ceil(chunks / 2)))
+    first_or_last = _all_alike(size, _work(copied=p * block / chunks))
+    return [first_or_last, _Step(every + leader, size * every + leader), first_or_last]
+
+
+def _no_staging(_sizes: Counts, _size: int, _block: float) -> float:
+    return 0
+
+
+def _one_buffer(sizes: Counts, _: int, block: float) -> float:
+    has_two_hops = len(sizes) > 1 and sizes.max() > 1
+    return float(sizes.sum() * block) if has_two_hops else 0
 
 
 def _slots(sizes: Counts, size: int, block: float) -> float:
