@@ -62,8 +62,7 @@ extern "C" __global__ void permute_fp8(const ELEMENT* __restrict__ x, const int*
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2)
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, distance));
-  float scale = amax / LARGEST;
-  if (!(scale > 0)) scale = 1;
+  const float scale = amax > 0 ? fmaxf(amax, 0x1p-100f) / LARGEST : 1;  // never so small that it rounds to 0
   Q quantised;
 #pragma unroll
   for (int n = 0; n < WIDTH; ++n) quantised.value[n] = to_e4m3(to_float(piece.value[n]) / scale);
