@@ -95,3 +95,14 @@ GPU_NODES = Links(
     combine_below=0,
 )
 """Assumed, not measured: nodes of 8 GPUs with NVLink (450 GB/s a GPU) and a network of 400 Gbit/s a GPU."""
+
+CPU_NODES = Links(
+    inside=Link(latency=0.3e-6, wait=0.3e-6, message=0.3e-6, bandwidth=8e9),
+    between=Link(latency=1.5e-6, wait=0.5e-6, message=0.5e-6, bandwidth=12e9),
+    node_bandwidth=25e9,
+    copy_bandwidth=8e9,
+    start=1e-6,
+    wake=5e-6,
+    cores_per_node=64,
+)
+"""Assumed, not measured: nodes of 64 cores, a rank on each, and a network of 200 Gbit/s."""
