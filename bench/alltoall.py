@@ -24,7 +24,7 @@ import numpy as np
 from harness import Column, Record
 from numpy.typing import NDArray
 
-from moecomm import AllToAll, Comm, FlatAllToAll, HierarchicalAllToAll, Nodes
+from moecomm import AllToAll, AutoAllToAll, Comm, FlatAllToAll, HierarchicalAllToAll, Nodes, SharedAllToAll
 from moecomm.transports import threads
 from moecomm.transports.wrappers import Timed
 
@@ -32,6 +32,8 @@ Counts: TypeAlias = NDArray[np.int64]
 Rows: TypeAlias = NDArray[np.int64]
 
 ROW_BYTES = 16
+NIC_CALLS = 10
+"""Calls behind the counters of a network interface."""
 
 
 class MpiAllToAll:
@@ -63,6 +65,8 @@ ALGORITHMS: dict[str, Callable[[Comm, Nodes], Algorithm]] = {
     "mpi": lambda comm, nodes: MpiAllToAll(),  # left out where there is no MPI
     "flat": lambda comm, nodes: FlatAllToAll(comm),
     "hierarchical": HierarchicalAllToAll,
+    "shared": SharedAllToAll,
+    "auto": AutoAllToAll,
 }
 """What is compared. The first is what the others are held against."""
 
@@ -111,6 +115,7 @@ class Traffic:
     def __init__(self, rank: int, counts: Counts, even: bool) -> None:
         ranks = np.arange(len(counts))
         self.even = even
+        self.all_rows = counts.sum()
         self.send_counts, self.recv_counts = counts[rank].copy(), counts[:, rank].copy()
         self.rows = labelled_rows(rank << 32 | ranks, self.send_counts)
         self.expected = labelled_rows(ranks << 32 | rank, self.recv_counts)
@@ -162,6 +167,15 @@ def count_sent(timed: Timed, algorithm: Algorithm, traffic: Traffic, same_node: 
     return harness.most_sent(timed, same_node, {"all_to_all", "all_to_allv"} if traffic.even else {"all_to_allv"})
 
 
+def chosen(algorithm: Algorithm, traffic: Traffic) -> str | None:
+    """What an algorithm that chooses takes for this."""
+    if not isinstance(algorithm, AutoAllToAll):
+        return None
+    p = len(traffic.send_counts)
+    mean = int(traffic.all_rows) * ROW_BYTES // p**2
+    return algorithm.choose("even" if traffic.even else "uneven", mean)
+
+
 def extra_bytes(comm: Comm, algorithm: Algorithm, traffic: Traffic) -> int | None:
     """The most that a call has allocated beside input and output, on the rank that allocates most."""
     if isinstance(comm, threads.ThreadComm):
@@ -174,12 +188,44 @@ def extra_bytes(comm: Comm, algorithm: Algorithm, traffic: Traffic) -> int | Non
     return int(harness.largest(comm, [peak - returned])[0])
 
 
-def measure(comm: Comm, nodes: Nodes, names: list[str], options: argparse.Namespace, progress: Any) -> Iterator[Record]:
+def tune(algorithms: dict[str, Algorithm], sizes: list[int], seconds: float) -> None:
+    """Let those that choose measure first. Collective."""
+    for algorithm in algorithms.values():
+        if isinstance(algorithm, AutoAllToAll):
+            algorithm.tune(sizes, seconds=seconds)
+
+
+def counted_twin(algorithm: Algorithm, name: str, timed: Timed, nodes: Nodes) -> Algorithm:
+    """The same on `timed`. MPI_Alltoall is handed what the flat algorithm hands on to it. Collective."""
+    if isinstance(algorithm, AutoAllToAll):
+        return AutoAllToAll(timed, nodes, table=algorithm.table)
+    return ALGORITHMS["flat" if name == "mpi" else name](timed, nodes)
+
+
+def nic_sent(comm: Comm, nodes: Nodes, call: Callable[[], object]) -> Record:
+    """What leaves all hosts in a call: packets and bytes of every interface but the loopback. Collective."""
+
+    def sent() -> NDArray[np.int64]:
+        comm.barrier()
+        reads = nodes.local_rank[comm.rank] == 0
+        return comm.all_reduce(harness.nic_counters() if reads else np.zeros(2, np.int64))
+
+    first, before = sent(), sent()
+    for _ in range(NIC_CALLS):
+        call()
+    packets, num_bytes = ((sent() - before) - (before - first)) / NIC_CALLS
+    return {"nic_packets": round(packets, 1), "nic_bytes": round(num_bytes, 1)}
+
+
+def measure(
+    comm: Comm, nodes: Nodes, num_hosts: int, names: list[str], options: argparse.Namespace, progress: Any
+) -> Iterator[Record]:
     """One record for each size and algorithm, as soon as it is measured."""
     timed = Timed(comm)
+    library = harness.mpi_family() if options.transport == "mpi" else None
     plain = {name: ALGORITHMS[name](comm, nodes) for name in names}
-    # MPI_Alltoall is handed what the flat algorithm hands on to it.
-    counted = {name: ALGORITHMS["flat" if name == "mpi" else name](timed, nodes) for name in names}
+    tune(plain, options.sizes, options.tune)
+    counted = {name: counted_twin(plain[name], name, timed, nodes) for name in names}
     for size in options.sizes:
         traffic = Traffic(comm.rank, row_counts(comm.size, size, options.skew), even=options.skew is None)
         calls = {name: partial(timed_call, comm, traffic, plain[name]) for name in names}
@@ -188,9 +234,13 @@ def measure(comm: Comm, nodes: Nodes, names: list[str], options: argparse.Namesp
             progress.clear()  # some time before the rows: the two go different ways to the terminal
         for name in names:
             yield {
-                "bench": "alltoall",
-                "algorithm": name,
+                "bench": "alltoall" if num_hosts == 1 else "cluster",
+                "algorithm": f"mpi:{options.forced}" if options.forced and name == "mpi" else name,
+                "chosen": chosen(plain[name], traffic),
                 "transport": options.transport,
+                "library": library,
+                "forced": options.forced,
+                "hosts": num_hosts,
                 "p": comm.size,
                 "ranks_per_node": int(nodes.sizes().max()),
                 "nodes": len(nodes),
@@ -201,6 +251,7 @@ def measure(comm: Comm, nodes: Nodes, names: list[str], options: argparse.Namesp
                 **harness.bandwidths(comm.size * size, comm.size, times["time_us"]),
                 **count_sent(timed, counted[name], traffic, nodes.same_node(comm.rank)),
                 "extra_bytes": extra_bytes(comm, plain[name], traffic),
+                **(nic_sent(comm, nodes, partial(traffic.call, plain[name])) if num_hosts > 1 else {}),
                 "date": harness.utc_now(),
             }
 
@@ -221,10 +272,10 @@ def benchmark(comm: Comm, options: argparse.Namespace) -> int:
     if options.out and not harness.can_append(options.out, comm):
         return 2
     nodes, num_hosts = harness.choose_nodes(comm, options.ranks_per_node)
-    names = [name for name in ALGORITHMS if name != "mpi" or options.transport == "mpi"]
+    names = [name for name in options.algorithms if name != "mpi" or options.transport == "mpi"]
     records = harness.report(
         comm,
-        lambda progress: measure(comm, nodes, names, options, progress),
+        lambda progress: measure(comm, nodes, num_hosts, names, options, progress),
         COLUMNS,
         setting(options, nodes, num_hosts),
         options.out,
@@ -274,6 +325,14 @@ def speeds(records: list[Record]) -> list[str]:
 # ---- starting ------------------------------------------------------------------------------------------------------
 
 
+def algorithm_names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in ALGORITHMS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ALGORITHMS)}")
+    return names
+
+
 def parse_options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     parser.add_argument(
@@ -288,6 +347,25 @@ def parse_options() -> argparse.Namespace:
         choices=("zipf",),
         help="uneven counts, Zipf(1) over the destinations, bytes a pair on average; the exchange of the counts is "
         "timed as well (mpi: MPI_Alltoall of the counts, then MPI_Alltoallv)",
+    )
+    parser.add_argument(
+        "--algorithms",
+        type=algorithm_names,
+        metavar="NAME,...",
+        default=",".join(ALGORITHMS),
+        help="what to compare, the first with the others (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tune",
+        type=float,
+        metavar="SECONDS",
+        default=10.0,
+        help="how long auto measures before it is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--forced",
+        metavar="NAME",
+        help="what the environment makes the MPI library do in this run: mpi is then called mpi:NAME in the rows",
     )
     options = harness.parse(parser)
     if any(size % ROW_BYTES or not size for size in options.sizes):

@@ -211,6 +211,24 @@ def most_sent(timed: Timed, same_node: NDArray[np.bool_], row_kinds: set[str]) -
     return dict(zip(numbers, most.tolist(), strict=True))
 
 
+def nic_counters() -> NDArray[np.int64]:
+    """Packets and bytes that this host has sent, through every interface but the loopback."""
+    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
+    fields = [line.split(":", 1)[1].split() for line in lines if line.split(":")[0].strip() != "lo"]
+    return np.array([sum(int(field[9]) for field in fields), sum(int(field[8]) for field in fields)], np.int64)
+
+
+def mpi_family() -> str:
+    """mpich or openmpi; anything else by the first words of its own name."""
+    from mpi4py import MPI
+
+    version = MPI.Get_library_version()
+    for family, word in {"openmpi": "Open MPI", "mpich": "MPICH"}.items():
+        if word in version:
+            return family
+    return version.splitlines()[0][:40]
+
+
 def largest(comm: Comm, values: ArrayLike) -> NDArray[Any]:
     """Element by element, the largest value that any rank has. Collective."""
     return np.asarray(comm.all_gather(np.asarray(values)[None])).max(axis=0)

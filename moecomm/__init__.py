@@ -1,7 +1,8 @@
 """moecomm moves Mixture-of-Experts tokens to their experts and back.
 
+    logits       -> route    -> Routing  which expert, what weight  gating/      route, expert_capacity
     x, Routing   -> exchange -> rows   tokens to experts and back   exchange/    RoutedExchange, TensorParallelExchange
-    rows, counts -> AllToAll -> rows   which hops                   all_to_all/  FlatAllToAll, HierarchicalAllToAll
+    rows, counts -> AllToAll -> rows   which hops                   all_to_all/  AutoAllToAll and what it chooses
     rows, counts -> Comm     -> rows   which wires                  transports/  threads, mpi, torch
 
     Topology, Nodes: who is where, as plain arithmetic; build_groups makes the Comms of a Topology
@@ -10,17 +11,18 @@ A layer knows only those below it. Importing this module loads numpy and nothing
 by the transport that needs them.
 """
 
-from moecomm.all_to_all import AllToAll, FlatAllToAll, HierarchicalAllToAll
+from moecomm.all_to_all import AllToAll, AutoAllToAll, FlatAllToAll, HierarchicalAllToAll, SharedAllToAll
 from moecomm.comm import Comm
 from moecomm.errors import CommError
 from moecomm.exchange import Plan, RoutedExchange, TensorParallelExchange
-from moecomm.gating import Routing
+from moecomm.gating import Routing, expert_capacity, route
 from moecomm.groups import Groups, build_groups, reduce_expert_gradient
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
 
 __all__ = [
     "AllToAll",
+    "AutoAllToAll",
     "Comm",
     "CommError",
     "FlatAllToAll",
@@ -30,8 +32,11 @@ __all__ = [
     "Plan",
     "RoutedExchange",
     "Routing",
+    "SharedAllToAll",
     "TensorParallelExchange",
     "Topology",
     "build_groups",
+    "expert_capacity",
     "reduce_expert_gradient",
+    "route",
 ]

@@ -18,8 +18,8 @@ MODULES = ["moecomm", *(module.name for module in pkgutil.walk_packages(moecomm.
 
 
 def test_the_public_names() -> None:
-    names = """AllToAll Comm CommError FlatAllToAll Groups HierarchicalAllToAll Nodes Plan RoutedExchange Routing
-        TensorParallelExchange Topology build_groups reduce_expert_gradient"""
+    names = """AllToAll AutoAllToAll Comm CommError FlatAllToAll Groups HierarchicalAllToAll Nodes Plan RoutedExchange Routing
+        TensorParallelExchange Topology build_groups expert_capacity reduce_expert_gradient route"""
     assert moecomm.__all__ == names.split()
 
 

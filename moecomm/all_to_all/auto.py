@@ -1,0 +1,236 @@
+"""The all-to-all that chooses: by the cost model at first, then by its own measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from moecomm import cost
+from moecomm.all_to_all.base import AllToAll, Route, agreed_nodes
+from moecomm.all_to_all.flat import FlatAllToAll
+from moecomm.all_to_all.hierarchical import HierarchicalAllToAll
+from moecomm.all_to_all.shared import SharedAllToAll, SharedRoute
+from moecomm.arrays import Array, Counts, on_host, row_bytes
+from moecomm.errors import CommError
+from moecomm.nodes import Nodes
+from moecomm.transports import as_comm
+
+Form = Literal["even", "uneven"]
+FORMS: tuple[Form, Form] = ("even", "uneven")
+
+TUNED_SIZES = tuple(16 << i for i in range(13))
+MOST_TUNED_BYTES = 1 << 26
+"""Of one rank's rows in a measurement."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """How long each algorithm took on the nodes that it was measured on.
+
+    node_sizes  ranks of each node
+    seconds     form -> bytes a pair of ranks, on average -> name of the algorithm -> median of the slowest rank's time
+    """
+
+    node_sizes: tuple[int, ...]
+    seconds: dict[Form, dict[int, dict[str, float]]]
+
+    def fastest(self, form: Form, bytes_per_pair: float, names: Iterable[str]) -> str | None:
+        """Of these names, the one that was fastest at the nearest size that was measured, None if none was."""
+        sizes = self.seconds.get(form, {})
+        if not sizes:
+            return None
+        size = min(sizes, key=lambda size: (abs(math.log2(size / max(bytes_per_pair, 1))), size))
+        measured = {name: seconds for name, seconds in sizes[size].items() if name in names}
+        return min(measured, key=lambda name: (measured[name], name)) if measured else None
+
+    def to_json(self) -> str:
+        """The table as text."""
+        return json.dumps({"node_sizes": self.node_sizes, "seconds": self.seconds}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """The table that `to_json` wrote. ValueError if the text is something else."""
+        try:
+            read = json.loads(text)
+            seconds = {
+                form: {int(size): {str(k): float(v) for k, v in times.items()} for size, times in sizes.items()}
+                for form, sizes in read["seconds"].items()
+            }
+            table = cls(tuple(map(int, read["node_sizes"])), seconds)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"Table.from_json: not a table of AutoAllToAll: {error!r}") from None
+        if not set(seconds) <= set(FORMS) or any(size < 1 for sizes in seconds.values() for size in sizes):
+            raise ValueError(f"Table.from_json: expected the forms {FORMS} and sizes >= 1, got {seconds}")
+        return table
+
+
+class AutoAllToAll(AllToAll):
+    """Each call takes the algorithm that should be fastest for its size. All ranks always take the same.
+
+    comm   an mpi4py communicator, a torch ProcessGroup or a moecomm Comm
+    nodes  the partition of its ranks into nodes, the same on every rank; None: the nodes found by Nodes.discover
+    links  what the cost model is told of the machine until `tune` has measured it, the same on every rank
+    table  what an earlier `tune` found on nodes of the same sizes, the same on every rank; None: nothing yet
+
+    There are "flat", "hierarchical", and "shared" where the ranks of each node can share memory. Arrays on a device
+    never take "shared". The size of a call is bytes a pair of ranks: of a block in the even form, the mean over all
+    pairs in the uneven form, where it is exchanged with the counts. Memory: that of the algorithm taken, and of
+    "shared" in any case.
+
+    The constructor is collective over comm. Raises ValueError on every rank if an argument is wrong or differs among
+    them.
+    """
+
+    def __init__(
+        self,
+        comm: object,
+        nodes: Nodes | None = None,
+        *,
+        links: cost.Links = cost.CPU_NODES,
+        table: Table | None = None,
+    ) -> None:
+        self.comm = as_comm(comm)
+        self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
+        self.comm.agree(f"{type(self).__name__}: links", repr(links))
+        self.comm.agree(f"{type(self).__name__}: table", table.to_json() if table else "None")
+        sizes = tuple(self.nodes.sizes().tolist())
+        if table is not None and table.node_sizes != sizes:
+            raise ValueError(
+                f"{type(self).__name__}: table is of nodes of {list(table.node_sizes)} ranks, expected "
+                f"{list(sizes)}{self.comm.where()}"
+            )
+        self.links = links
+        self.table = table or Table(sizes, {})
+        """What was measured so far."""
+        self.algorithms: dict[str, AllToAll] = {
+            "flat": FlatAllToAll(self.comm),
+            "hierarchical": HierarchicalAllToAll(self.comm, self.nodes),
+        }
+        """What there is to choose from."""
+        try:
+            self.algorithms["shared"] = SharedAllToAll(self.comm, self.nodes)
+        except CommError:
+            self.comm.check_usable(type(self).__name__)  # it is: no memory is shared
+        self._counts_by = self.algorithms.get("shared") or self.algorithms["hierarchical"]
+        self._chosen: dict[tuple[Form, int, bool], str] = {}
+
+    def choose(self, form: Form, bytes_per_pair: float) -> str:
+        """The name of the algorithm that rows in host memory would take. Not collective."""
+        return self._choose(form, int(bytes_per_pair), True)
+
+    def _choose(self, form: Form, bytes_per_pair: int, is_on_host: bool) -> str:
+        """Of few distinct sizes, so that a call only looks it up."""
+        key = form, bytes_per_pair, is_on_host
+        if key not in self._chosen:
+            if len(self._chosen) > 1000:
+                self._chosen.clear()
+            names = self._names(form, is_on_host)
+            self._chosen[key] = self.table.fastest(form, bytes_per_pair, names) or self._predicted(form, key[1], names)
+        return self._chosen[key]
+
+    def _names(self, form: Form, is_on_host: bool) -> list[str]:
+        """In the uneven form, what the counts were exchanged for, and the flat one, which knows them as well."""
+        names = [name for name in self.algorithms if is_on_host or name != "shared"]
+        if form == "uneven":
+            names = [name for name in names if name == "flat" or self.algorithms[name] is self._counts_by]
+        return names
+
+    def _predicted(self, form: Form, bytes_per_pair: int, names: list[str]) -> str:
+        costs = cost.predict(self.links, self.nodes, bytes_per_pair)
+        seconds = {name: costs[name].seconds for name in names}
+        if form == "even":
+            seconds["flat"] = costs["library"].seconds
+        return min(seconds, key=lambda name: (seconds[name], name))
+
+    def _even(self, x: Array, out: Array) -> None:
+        self.algorithms[self._choose("even", row_bytes(x), on_host(x))]._even(x, out)
+
+    def _route(self, send_counts: Counts) -> Route:
+        route = self._counts_by._route(send_counts)
+        if isinstance(route, SharedRoute):
+            num_rows = route.num_rows
+        else:
+            num_rows = int(self.comm.all_reduce(np.array([send_counts.sum()], np.int64))[0])
+        return _AutoRoute(send_counts, route.recv_counts, inner=route, num_rows=num_rows)
+
+    def _send(self, rows: Array, route: Route) -> Array:
+        return self._uneven(rows, route)._send(rows, _inner(route))
+
+    def _send_back(self, rows: Array, route: Route) -> Array:
+        return self._uneven(rows, route)._send_back(rows, _inner(route))
+
+    def _uneven(self, rows: Array, route: Route) -> AllToAll:
+        assert isinstance(route, _AutoRoute)
+        mean = route.num_rows * row_bytes(rows) // self.comm.size**2
+        return self.algorithms[self._choose("uneven", mean, on_host(rows))]
+
+    def tune(self, sizes: Iterable[int] = TUNED_SIZES, *, seconds: float = 5.0) -> Table:
+        """Measure every algorithm at every size, in turn, and choose by that from now on.
+
+        sizes    bytes a pair; what lies between is taken like the nearest. Left out if a rank had more than 64 MiB
+        seconds  for how long; every one is measured once in any case
+        returns  the new table, also in `table`: the same on every rank
+
+        Collective over comm. Raises ValueError on every rank if an argument is wrong or differs among them.
+        """
+        sizes = [int(size) for size in sizes]
+        self.comm.agree("AutoAllToAll.tune: sizes and seconds", repr((sizes, seconds)))
+        if not sizes or min(sizes) < 1 or not seconds >= 0:
+            raise ValueError(
+                f"AutoAllToAll.tune: sizes is {sizes}, seconds {seconds}, expected sizes >= 1, seconds >= 0"
+            )
+        sizes = [size for size in sizes if size * self.comm.size <= MOST_TUNED_BYTES] or [min(sizes)]
+        samples: dict[tuple[Form, int, str], list[float]] = defaultdict(list)
+        began = time.monotonic()
+        with self._failing_as_one():
+            while True:
+                for size in sizes:
+                    for form in FORMS:
+                        for name in self._names(form, True):
+                            taken, elapsed = self._measure(form, size, self.algorithms[name], began)
+                            samples[form, size, name].append(taken)
+                if elapsed > seconds:
+                    break
+        found: dict[Form, dict[int, dict[str, float]]] = {form: {size: {} for size in sizes} for form in FORMS}
+        for (form, size, name), taken_seconds in samples.items():
+            found[form][size][name] = float(np.median(taken_seconds))
+        self.table = Table(self.table.node_sizes, found)
+        self._chosen.clear()
+        return self.table
+
+    def _measure(self, form: Form, size: int, algorithm: AllToAll, began: float) -> tuple[float, float]:
+        """The slowest rank's seconds for one call, and rank 0's seconds since it began: the same on all ranks."""
+        rows = np.zeros((self.comm.size, size), np.uint8)
+        out = np.empty_like(rows)
+        ones = np.ones(self.comm.size, np.int64)
+        self.comm.barrier()
+        start = time.perf_counter()
+        if form == "even":
+            algorithm._even(rows, out)
+        else:
+            algorithm._send(rows, self._counts_by._route(ones))
+        now = time.perf_counter()
+        every = self.comm.all_gather(np.array([[now - start, time.monotonic() - began]]))
+        return float(every[:, 0].max()), float(every[0, 1])
+
+    def _free(self) -> None:
+        for algorithm in self.algorithms.values():
+            algorithm.free()
+
+
+@dataclass(frozen=True, eq=False)
+class _AutoRoute(Route):
+    inner: Route = field(kw_only=True)
+    num_rows: int = field(kw_only=True)
+
+
+def _inner(route: Route) -> Route:
+    assert isinstance(route, _AutoRoute)
+    return route.inner
