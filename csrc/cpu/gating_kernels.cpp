@@ -387,11 +387,7 @@ void route_backward(const RouteBackward& a, std::int64_t first, std::int64_t las
         load_block(s.x, b, a.logits, a.type, E, s.rows, nullptr);
         alignas(64) float lse[kLanes], dot[kLanes] = {}, total[kLanes] = {}, share_dot[kLanes] = {};
         for (int l = 0; l < kLanes; ++l) lse[l] = b.used[l] ? a.lse[t + l] : 0.0f;
-        for (int e = 0; e < E; ++e)
-            for (int l = 0; l < kLanes; ++l) {
-                const float x = s.x[e * kLanes + l] - lse[l];
-                s.term[e * kLanes + l] = exp_nonpositive(x < 0.0f ? x : 0.0f);
-            }
+        scores(kSoftmax, s.term, s.x, E, s.work);  // exp(x - lse) would be less exact where lse is large
         float* score = s.term;  // softmax
         if (a.score == kSigmoid) scores(kSigmoid, score = s.score, s.x, E, s.work);
         std::memset(s.key, 0, sizeof(float) * kLanes * static_cast<std::size_t>(E));

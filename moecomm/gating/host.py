@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm import _core
+from moecomm.gating.routing import check_status
 
 
 def route(logits: NDArray, bias: Any, mask: Any, top_k: int, choices: tuple[Any, ...]) -> tuple[NDArray, ...]:
@@ -26,8 +27,8 @@ def route(logits: NDArray, bias: Any, mask: Any, top_k: int, choices: tuple[Any,
     count, offset, load = np.empty(E, ints), np.empty(E + 1, ints), np.empty(E, ints)
     aux_loss, z_loss = np.empty((), floats), np.empty((), floats)
     out = (expert, weight, slot, row, source, count, offset, load, aux_loss, z_loss, lse)
-    status = _core.route(logits, bias, mask, *out, *choices)
-    return (*out, np.array(status, ints))
+    check_status(_core.route(logits, bias, mask, *out, *choices))
+    return (*out, np.zeros((), ints))
 
 
 def num_rows(T: int, E: int, K: int, capacity: int, align: int) -> int:  # noqa: N803

@@ -112,10 +112,12 @@ def values(
     E, K = logits.shape[1], expert.shape[1]
     x = logits[mask]
     largest = x.max(1, keepdims=True, initial=-np.inf)
+    terms = np.exp(x - largest)
+    total = terms.sum(1, keepdims=True)
     lse = np.zeros(len(logits), logits.dtype)
-    lse[mask] = (largest + np.log(np.exp(x - largest).sum(1, keepdims=True)))[:, 0]
+    lse[mask] = (largest + np.log(total))[:, 0]
     scores = np.zeros_like(logits)
-    scores[mask] = np.exp(x - lse[mask, None]) if score == "softmax" else 1 / (1 + np.exp(-x))
+    scores[mask] = terms / total if score == "softmax" else 1 / (1 + np.exp(-x))
     kept = np.where(expert >= 0, np.take_along_axis(scores, np.maximum(expert, 0), 1), 0)
     if normalize == "selected":
         kept = kept / np.maximum(kept.sum(1, keepdims=True), FLOOR[score])

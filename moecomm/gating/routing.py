@@ -49,13 +49,15 @@ class Routing:
 
         On the CPU `route` has done so; on a GPU this waits for the kernel.
         """
-        if self.status is not None and int(self.status):
-            raise ValueError("route: " + "; ".join(text for bit, text in PROBLEMS.items() if int(self.status) & bit))
+        check_status(0 if self.status is None else int(self.status))
         return self
 
 
-PROBLEMS = {1: "logits has a NaN or +inf, or a row of -inf alone", 2: "bias has a number that is not finite"}
-"""What the bits of Routing.status mean."""
+def check_status(status: int) -> None:
+    """Raise ValueError for what the bits of Routing.status say."""
+    problems = {1: "logits has a NaN or +inf, or a row of -inf alone", 2: "bias has a number that is not finite"}
+    if status:
+        raise ValueError("route: " + "; ".join(text for bit, text in problems.items() if status & bit))
 
 
 @dataclass(frozen=True)
