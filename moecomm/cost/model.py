@@ -83,7 +83,7 @@ def predict(links: Links, nodes: Place, bytes_per_pair: float) -> dict[str, Cost
 
     Raises ValueError for arguments that cannot be.
     """
-    node_of = _node_of("predict", nodes, bytes_per_pair)
+    node_of = _node_of(nodes)
     return predict_group(links, node_of, np.arange(len(node_of)), bytes_per_pair)
 
 
@@ -92,7 +92,13 @@ def predict_group(links: Links, node_of: Counts, group: Counts, bytes_per_pair: 
 
     node_of  [p] the node of each rank
     group    its ranks
+
+    Raises ValueError for more than 65,536 ranks, or bytes that are negative or not finite.
     """
+    if len(node_of) > MOST_RANKS:
+        raise ValueError(f"predict_group: node_of has {len(node_of)} ranks, expected at most {MOST_RANKS}")
+    if not 0 <= bytes_per_pair < inf:
+        raise ValueError(f"predict_group: bytes_per_pair is {bytes_per_pair!r}, expected a number >= 0")
     here, all_ranks = np.bincount(node_of[group]), np.bincount(node_of)
     at = np.flatnonzero(here)
     groups_per_node = float((all_ranks[at] / here[at]).max())  # they share the node's cores and its network
@@ -114,23 +120,24 @@ def predict_lanes(
 
     Raises ValueError for arguments that cannot be.
     """
-    node_of = _node_of("predict_lanes", nodes, min(bytes_per_pair, answer_bytes))
+    node_of = _node_of(nodes)
     ranks = np.arange(len(node_of))
     if tensor < 1 or len(ranks) % tensor:
         raise ValueError(f"predict_lanes: tensor is {tensor!r}, expected a divisor of the {len(ranks)} ranks")
+    on_lane = predict_group(links, node_of, ranks[::tensor], bytes_per_pair)
+    if tensor == 1 or answer_bytes == 0:
+        return on_lane
     gather = predict_group(links, node_of, ranks[:tensor], answer_bytes)["flat"]
-    lane = predict_group(links, node_of, ranks[::tensor], bytes_per_pair)
-    return {name: cost.then(gather) for name, cost in lane.items()}
+    return {name: cost.then(gather) for name, cost in on_lane.items()}
 
 
-def _node_of(call: str, nodes: Place, least_bytes: float) -> Counts:
-    """[p] the node of each rank, after checking what callers gave."""
-    p = nodes.world_size if isinstance(nodes, Nodes) else nodes[0]
-    if not 1 <= p <= MOST_RANKS or (not isinstance(nodes, Nodes) and nodes[1] < 1):
-        raise ValueError(f"{call}: nodes is {nodes!r}, expected 1 to {MOST_RANKS} ranks, at least 1 a node")
-    if not 0 <= least_bytes < inf:
-        raise ValueError(f"{call}: {least_bytes!r} bytes, expected a number >= 0")
-    return nodes.node_of if isinstance(nodes, Nodes) else np.arange(p) // nodes[1]
+def _node_of(nodes: Place) -> Counts:
+    """[p] the node of each rank."""
+    if isinstance(nodes, Nodes):
+        return nodes.node_of
+    if min(nodes) < 1:
+        raise ValueError(f"predict: nodes is {nodes!r}, expected at least 1 rank, and 1 a node")
+    return np.arange(nodes[0]) // nodes[1]
 
 
 # ---- from steps to seconds -------------------------------------------------------------------------------------------
