@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moecomm import Routing, route  # noqa: E402
-from moecomm.gating import Generator, Noise, ops, permute, permute_fp8, reference, unpermute  # noqa: E402
+from moecomm.gating import Generator, Noise, ops, permute, permute_fp8, reference, route_permute, unpermute  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHOICES: list[dict[str, Any]] = [
@@ -172,6 +172,26 @@ def flat(rows: Any) -> tuple[Any]:
 # ---- torch.compile -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{}, {"capacity": 3, "score": "sigmoid", "normalize": "selected"}], ids=str)
+def test_route_and_permute_in_one(options: dict[str, Any]) -> None:
+    grads = []
+    for fused in (False, True):
+        logits, x = (t.requires_grad_() for t in tensors(0, (30, 8), (30, 12)))
+        if fused:
+            routing, rows = route_permute(logits, x, 2, **options)
+        else:
+            routing = route(logits, 2, **options)
+            rows = permute(x, routing)
+        loss = (rows.square().sum() + routing.weight.square().sum() + routing.aux_loss) * routing.z_loss
+        grads.append((rows, *torch.autograd.grad(loss, (logits, x))))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    array_routing, array_rows = route_permute(logits.detach().numpy(), x.detach().numpy(), 2, **options)
+    assert np.array_equal(array_rows, rows.detach().numpy())
+    assert np.array_equal(array_routing.row, routing.row.numpy())
+    with pytest.raises(ValueError, match=r"route_permute: x has shape \(29, 12\), expected \(30, H\)"):
+        route_permute(logits, x[1:], 2)
+
+
 def layer(logits: Any, x: Any) -> tuple[Any, Any, Any]:
     routing = route(logits, 2, normalize="selected", capacity=8, drop="probability")
     y = unpermute(permute(x, routing) * 2, routing, x)
@@ -207,6 +227,7 @@ def test_operators_keep_torchs_rules() -> None:
     numbers = (0, 1, 1, 0.0, 1.0, 4, 0, 0, 0.0, 0, 0, 1, 1)
     for op, arguments in (
         (ops.route, (logits, None, None, None, 2, *numbers)),
+        (ops.route_permute, (x, logits, None, None, None, 2, *numbers)),
         (ops.permute, (x, table, source, 1)),
         (ops.permute_fp8, (x.detach(), table, source, 1)),
         (ops.unpermute, (rows, table, routing.weight.requires_grad_(), source, x, 1)),

@@ -79,6 +79,6 @@ def unpermute_backward(
     grad_y: NDArray, rows: NDArray, row: NDArray, weight: NDArray, source: NDArray, threads: int
 ) -> tuple[NDArray, NDArray]:
     """grad_rows [N, H], grad_weight [T, K]."""
-    grad_rows, grad_weight = _rows(*rows.shape, rows.dtype), np.empty(row.shape, np.float32)
+    grad_rows, grad_weight = _rows(rows.shape[0], rows.shape[1], rows.dtype), np.empty(row.shape, np.float32)
     _core.unpermute_backward(grad_y, rows, row, weight, source, grad_rows, grad_weight, threads)
     return grad_rows, grad_weight

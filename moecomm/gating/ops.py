@@ -11,15 +11,23 @@ from torch import Tensor
 
 from moecomm.gating import host
 
-Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+CHOICES = """int score, int num_groups, int top_groups, float floor, float scale, int capacity, int drop, int noise,
+    float noise_scale, int seed, int offset, int align, int threads"""
+"""As host.route takes them."""
+ROUTE = f"Tensor logits, Tensor? bias, Tensor? mask, Tensor? step, int top_k, {CHOICES}"
+FIELDS = "Tensor, " * 11 + "Tensor"
 """Of a Routing, in its order."""
 
 
-def operator(function: Any) -> Any:
-    """function as an operator that torch.compile knows, moecomm::<its name>."""
-    op = torch.library.custom_op(f"moecomm::{function.__name__}", function, mutates_args=())
-    op.kernel = function
-    return op
+def operator(schema: str) -> Any:
+    """The function below as an operator that torch.compile knows, moecomm::<its name>."""
+
+    def register(function: Any) -> Any:
+        op = torch.library.custom_op(f"moecomm::{function.__name__}", function, mutates_args=(), schema=schema)
+        op.kernel = function
+        return op
+
+    return register
 
 
 def call(op: Any, *arguments: Any) -> Any:
@@ -31,7 +39,7 @@ def call(op: Any, *arguments: Any) -> Any:
     return op.kernel(*arguments)
 
 
-def _numpy(tensor: Tensor | None) -> Any:
+def _numpy(tensor: Any) -> Any:
     """Its memory; bfloat16 as uint16."""
     if tensor is None:
         return None
@@ -47,27 +55,23 @@ def _tensor(array: Any, like: Tensor) -> Tensor:
 # ---- route ---------------------------------------------------------------------------------------------------------
 
 
-@operator
-def route(
-    logits: Tensor, bias: Tensor | None, mask: Tensor | None, step: Tensor | None, top_k: int, score: int,
-    num_groups: int, top_groups: int, floor: float, scale: float, capacity: int, drop: int, noise: int,
-    noise_scale: float, seed: int, offset: int, align: int, threads: int,
-) -> Fields:  # fmt: skip
-    """The fields of a Routing; the numbers are those of host.route."""
-    numbers = (score, num_groups, top_groups, floor, scale, capacity, drop, noise, noise_scale, seed)
+@operator(f"({ROUTE}) -> ({FIELDS})")
+def route(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *choices: Any) -> tuple[Tensor, ...]:
+    """The fields of a Routing."""
     if logits.is_cuda:
         from moecomm.gating import cuda
 
-        return cuda.route(logits, bias, mask, step, top_k, *numbers, offset, align)
-    offset += int(step) if step is not None else 0
-    arrays = host.route(_numpy(logits), _numpy(bias), _numpy(mask), top_k, (*numbers, offset, align, threads))
-    return tuple(map(torch.from_numpy, arrays))  # type: ignore[return-value]
+        return cuda.route(logits, bias, mask, step, top_k, *choices[:-1])
+    if step is not None:
+        choices = (*choices[:10], choices[10] + int(step), *choices[11:])
+    arrays = host.route(_numpy(logits), _numpy(bias), _numpy(mask), top_k, choices)
+    return tuple(map(torch.from_numpy, arrays))
 
 
 @route.register_fake
-def _(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *numbers: Any) -> Fields:
+def _fake_route(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *choices: Any) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    capacity, align = numbers[5], numbers[-2]
+    capacity, align = choices[5], choices[11]
 
     def ints(*shape: Any) -> Tensor:
         return logits.new_empty(shape, dtype=torch.int32)
@@ -80,10 +84,13 @@ def _(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *numbers: Any
     return *tables, ints(E), ints(E + 1), ints(E), floats(), floats(), floats(T), ints()
 
 
-@operator
+@operator(
+    """(Tensor grad_weight, Tensor grad_aux_loss, Tensor grad_z_loss, Tensor logits, Tensor expert, Tensor lse,
+    Tensor load, Tensor? mask, int score, float floor, float scale, int threads) -> Tensor"""
+)
 def route_backward(
     grad_weight: Tensor, grad_aux_loss: Tensor, grad_z_loss: Tensor, logits: Tensor, expert: Tensor, lse: Tensor,
-    load: Tensor, mask: Tensor | None, score: int, floor: float, scale: float, threads: int,
+    load: Tensor, mask: Any, score: int, floor: float, scale: float, threads: int,
 ) -> Tensor:  # fmt: skip
     """grad_logits [T, E]."""
     grads, saved = (grad_weight.contiguous(), grad_aux_loss, grad_z_loss), (expert, lse, load, mask)
@@ -101,16 +108,16 @@ def _(grad_weight: Tensor, grad_aux_loss: Tensor, grad_z_loss: Tensor, logits: T
     return torch.empty_like(logits)
 
 
-def _save_route(ctx: Any, inputs: tuple[Any, ...], output: Fields) -> None:
+def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, mask, _, _, score, _, _, floor, scale, *_, threads = inputs
-    expert, _, _, _, _, _, _, load, _, _, lse, _ = output
+    expert, _, _, row, _, _, _, load, _, _, lse, *_ = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, expert, lse, load, mask)
+    ctx.save_for_backward(logits, expert, lse, load, mask, row)
     ctx.choices = score, floor, scale, threads
 
 
 def _route_gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    logits, expert, lse, load, mask = ctx.saved_tensors
+    logits, expert, lse, load, mask, _ = ctx.saved_tensors
     grad = route_backward(grads[1], grads[8], grads[9], logits, expert, lse, load, mask, *ctx.choices)
     return grad, *(None,) * 17
 
@@ -120,7 +127,7 @@ route.register_autograd(_route_gradient, setup_context=_save_route)
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-@operator
+@operator("(Tensor x, Tensor row, Tensor source, int threads) -> Tensor")
 def permute(x: Tensor, row: Tensor, source: Tensor, threads: int) -> Tensor:
     """x [T, H] -> rows [N, H]."""
     if x.is_cuda:
@@ -136,7 +143,7 @@ def _(x: Tensor, row: Tensor, source: Tensor, threads: int) -> Tensor:
     return x.new_empty((source.shape[0], x.shape[1]))
 
 
-@operator
+@operator("(Tensor grad_rows, Tensor row, int threads) -> Tensor")
 def permute_backward(grad_rows: Tensor, row: Tensor, threads: int) -> Tensor:
     """grad_rows [N, H] -> grad_x [T, H]: the sum over each token's rows."""
     if grad_rows.is_cuda:
@@ -164,7 +171,7 @@ def _permute_gradient(ctx: Any, grad_rows: Tensor) -> tuple[Any, ...]:
 permute.register_autograd(_permute_gradient, setup_context=_save_permute)
 
 
-@operator
+@operator("(Tensor x, Tensor row, Tensor source, int threads) -> (Tensor, Tensor)")
 def permute_fp8(x: Tensor, row: Tensor, source: Tensor, threads: int) -> tuple[Tensor, Tensor]:
     """x [T, H] -> rows [N, H] float8_e4m3fn and scales [N, ceil(H / 128)]."""
     if x.is_cuda:
@@ -182,10 +189,8 @@ def _(x: Tensor, row: Tensor, source: Tensor, threads: int) -> tuple[Tensor, Ten
     return rows, x.new_empty((N, (H + 127) // 128), dtype=torch.float32)
 
 
-@operator
-def unpermute(
-    rows: Tensor, row: Tensor, weight: Tensor, source: Tensor, residual: Tensor | None, threads: int
-) -> Tensor:
+@operator("(Tensor rows, Tensor row, Tensor weight, Tensor source, Tensor? residual, int threads) -> Tensor")
+def unpermute(rows: Tensor, row: Tensor, weight: Tensor, source: Tensor, residual: Any, threads: int) -> Tensor:
     """rows [N, H] -> y [T, H]. source is for the backward pass."""
     if rows.is_cuda:
         from moecomm.gating import cuda_rows
@@ -200,7 +205,7 @@ def _(rows: Tensor, row: Tensor, *rest: Any) -> Tensor:
     return rows.new_empty((row.shape[0], rows.shape[1]))
 
 
-@operator
+@operator("(Tensor grad_y, Tensor rows, Tensor row, Tensor weight, Tensor source, int threads) -> (Tensor, Tensor)")
 def unpermute_backward(
     grad_y: Tensor, rows: Tensor, row: Tensor, weight: Tensor, source: Tensor, threads: int
 ) -> tuple[Tensor, Tensor]:
@@ -210,7 +215,8 @@ def unpermute_backward(
         from moecomm.gating import cuda_rows
 
         return cuda_rows.unpermute_backward(grad_y, rows, row, weight, source)
-    grads = host.unpermute_backward(*map(_numpy, (grad_y, rows, row, weight, source)), threads)
+    arrays = map(_numpy, (grad_y, rows, row, weight, source))
+    grads = host.unpermute_backward(*(*arrays, threads))
     return _tensor(grads[0], rows), torch.from_numpy(grads[1])
 
 
@@ -231,3 +237,35 @@ def _unpermute_gradient(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 
 
 unpermute.register_autograd(_unpermute_gradient, setup_context=_save_unpermute)
+
+
+# ---- both in one ---------------------------------------------------------------------------------------------------
+
+
+@operator(f"(Tensor x, {ROUTE}) -> ({FIELDS}, Tensor)")
+def route_permute(x: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The fields of a Routing, and the rows [N, H] of x [T, H]. On CUDA one launch."""
+    if x.is_cuda:
+        from moecomm.gating import cuda
+
+        return cuda.route_permute(x, logits, *rest[:-1])
+    fields = route.kernel(logits, *rest)
+    return *fields, permute.kernel(x, fields[3], fields[4], rest[-1])
+
+
+@route_permute.register_fake
+def _(x: Tensor, *of_route: Any) -> tuple[Tensor, ...]:
+    fields = _fake_route(*of_route)
+    return *fields, x.new_empty((fields[4].shape[0], x.shape[1]))
+
+
+def _save_both(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save_route(ctx, inputs[1:], output[:-1])
+
+
+def _gradient_of_both(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    grad_x = permute_backward(grads[-1], ctx.saved_tensors[-1], ctx.choices[-1])
+    return grad_x, *_route_gradient(ctx, *grads[:-1])
+
+
+route_permute.register_autograd(_gradient_of_both, setup_context=_save_both)

@@ -8,7 +8,7 @@ import numpy as np
 
 from moecomm.arrays import Array, dtype_name
 from moecomm.gating import host
-from moecomm.gating.route import DTYPES, contiguous
+from moecomm.gating.route import DTYPES, arguments, contiguous, route
 from moecomm.gating.routing import Routing
 
 
@@ -24,7 +24,7 @@ def permute(x: Array, routing: Routing, *, threads: int = 1) -> Array:
     Differentiable in x if that is float32, float16 or bfloat16. Not collective. Raises ValueError or TypeError if x
     does not fit the routing.
     """
-    x = _matrix("permute: x", x, routing, len(_tables("permute", routing).row))
+    x = _matrix("permute: x", x, routing.row, len(_tables("permute", routing).row))
     if isinstance(x, np.ndarray):
         rows = host.permute(x, routing.row, routing.source, threads)
     else:
@@ -32,6 +32,28 @@ def permute(x: Array, routing: Routing, *, threads: int = 1) -> Array:
 
         rows = ops.call(ops.permute, x, routing.row, routing.source, threads)
     return _by_expert(rows, routing)
+
+
+def route_permute(logits: Array, x: Array, top_k: int, **choices: Any) -> tuple[Routing, Array]:
+    """`route`, then `permute`: on a GPU in one launch.
+
+    logits, top_k, choices  as for route
+    x                       [T, H], as for permute
+    returns                 the routing, and the rows [N, H] or [E, C, H]
+
+    Differentiable in logits and x. Not collective. Raises what the two raise.
+    """
+    if isinstance(logits, np.ndarray):
+        routing = route(logits, top_k, **choices)
+        return routing, permute(x, routing, threads=choices.get("threads", 1))
+    from moecomm.gating import ops
+
+    given = arguments(logits, top_k, **{**(route.__kwdefaults__ or {}), **choices})
+    x = _matrix("route_permute: x", x, logits, len(logits))
+    of_route = (given.logits, given.bias, given.mask, given.step, top_k, *given.choices)
+    *fields, rows = ops.call(ops.route_permute, x, *of_route)
+    routing = Routing(*(*fields, choices.get("capacity")))
+    return routing, _by_expert(rows, routing)
 
 
 def permute_fp8(x: Array, routing: Routing, *, threads: int = 1) -> tuple[Array, Array]:
@@ -43,7 +65,7 @@ def permute_fp8(x: Array, routing: Routing, *, threads: int = 1) -> tuple[Array,
 
     Not differentiable. Raises ValueError or TypeError if x does not fit the routing.
     """
-    x = _matrix("permute_fp8: x", x, routing, len(_tables("permute_fp8", routing).row), DTYPES)
+    x = _matrix("permute_fp8: x", x, routing.row, len(_tables("permute_fp8", routing).row), DTYPES)
     if isinstance(x, np.ndarray):
         rows, scales = host.permute_fp8(x, routing.row, routing.source, threads)
     else:
@@ -69,9 +91,9 @@ def unpermute(rows: Array, routing: Routing, residual: Array | None = None, *, t
     routing = _tables("unpermute", routing)
     if routing.capacity is not None and rows.ndim == 3:
         rows = rows.reshape(-1, rows.shape[-1])
-    rows = _matrix("unpermute: rows", rows, routing, len(routing.source), DTYPES)
+    rows = _matrix("unpermute: rows", rows, routing.row, len(routing.source), DTYPES)
     if residual is not None:
-        residual = _matrix("unpermute: residual", residual, routing, len(routing.row), DTYPES)
+        residual = _matrix("unpermute: residual", residual, routing.row, len(routing.row), DTYPES)
         if residual.dtype != rows.dtype or residual.shape[1] != rows.shape[1]:
             got, wanted = (f"{dtype_name(a)} [..., {a.shape[1]}]" for a in (residual, rows))
             raise ValueError(f"unpermute: residual is {got}, expected {wanted} as rows are")
@@ -88,17 +110,18 @@ def _tables(call: str, routing: Routing) -> Routing:
     return routing
 
 
-def _matrix(name: str, array: Any, routing: Routing, num_rows: int, dtypes: tuple[str, ...] | None = None) -> Array:
-    """array, contiguous, if it is [num_rows, H] and beside the routing's tables."""
-    if isinstance(array, np.ndarray) != isinstance(routing.row, np.ndarray) or not hasattr(array, "dtype"):
-        wanted = type(routing.row).__name__
-        raise TypeError(f"{name} is a {type(array).__name__}, expected a {wanted} as the routing's tables are")
+def _matrix(name: str, array: Any, beside: Array, num_rows: int, dtypes: tuple[str, ...] | None = None) -> Array:
+    """array, contiguous, if it is [num_rows, H], of the kind of `beside` and on its device."""
+    if isinstance(array, np.ndarray) != isinstance(beside, np.ndarray) or not hasattr(array, "dtype"):
+        raise TypeError(
+            f"{name} is a {type(array).__name__}, expected a {type(beside).__name__} as the routing's tables"
+        )
     if array.ndim != 2 or array.shape[0] != num_rows:
         raise ValueError(f"{name} has shape {tuple(array.shape)}, expected ({num_rows}, H)")
     if dtypes and dtype_name(array) not in dtypes:
         raise TypeError(f"{name} has dtype {dtype_name(array)}, expected {', '.join(dtypes)}")
-    if not isinstance(array, np.ndarray) and array.device != routing.row.device:
-        raise ValueError(f"{name} is on {array.device}, expected {routing.row.device} as the routing is")
+    if not isinstance(array, np.ndarray) and array.device != beside.device:
+        raise ValueError(f"{name} is on {array.device}, expected {beside.device} as the routing is")
     return contiguous(array)
 
 

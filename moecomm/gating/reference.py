@@ -45,8 +45,8 @@ def route(
     if score == "sigmoid" or bias is not None or num_groups > 1:
         keys = scores32(noisy, score) + np.float32(0 if bias is None else bias)
     chosen = np.full((T, top_k), -1, np.int32)
-    for t in np.flatnonzero(mask):
-        chosen[t] = best(allowed(keys[t], num_groups, top_groups), top_k)
+    for token in np.flatnonzero(mask):
+        chosen[token] = best(allowed(keys[token], num_groups, top_groups), top_k)
     load = np.bincount(chosen[mask].ravel(), minlength=E).astype(np.int32)
 
     # Who stays, then the places in line.
@@ -64,12 +64,12 @@ def route(
     count = np.zeros(E, np.int32)
     in_line = [(t, k) for k in range(top_k) for t in range(T)] if drop == "choice" else list(np.ndindex(T, top_k))
     for t, k in in_line:
-        e = expert[t, k]
-        if e >= 0 and capacity is not None and count[e] == capacity:
+        to = expert[t, k]
+        if to >= 0 and capacity is not None and count[to] == capacity:
             expert[t, k] = -1
-        elif e >= 0:
-            slot[t, k] = count[e]
-            count[e] = count[e] + 1
+        elif to >= 0:
+            slot[t, k] = count[to]
+            count[to] += 1
 
     rows_each = -(-count // align) * align if capacity is None else np.full(E, capacity)
     offset = np.concatenate([[0], np.cumsum(rows_each)]).astype(np.int32)

@@ -77,8 +77,9 @@ def route(
     Source: Shazeer et al. 2017 (arXiv 1701.06538); GShard (2006.16668); DeepSpeed-MoE (2201.05596), section 5.4.
     """
     given = arguments(
-        logits, top_k, score, bias, num_groups, top_groups, normalize, scale, capacity, drop, mask, noise, generator,
-        align, threads,
+        logits, top_k, score=score, bias=bias, num_groups=num_groups, top_groups=top_groups, normalize=normalize,
+        scale=scale, capacity=capacity, drop=drop, mask=mask, noise=noise, generator=generator, align=align,
+        threads=threads,
     )  # fmt: skip
     if isinstance(logits, np.ndarray):
         fields = host.route(given.logits, given.bias, given.mask, top_k, given.choices)
@@ -86,7 +87,7 @@ def route(
         from moecomm.gating import ops
 
         fields = ops.call(ops.route, given.logits, given.bias, given.mask, given.step, top_k, *given.choices)
-    return Routing(*fields, capacity)
+    return Routing(*(*fields, capacity))
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, *, factor: float = 1.0, least: int = 4) -> int:
@@ -104,7 +105,7 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, *, factor: fl
 
 
 def arguments(
-    logits: Array, top_k: int, score: str, bias: Any, num_groups: int, top_groups: int, normalize: str, scale: float,
+    logits: Array, top_k: int, *, score: str, bias: Any, num_groups: int, top_groups: int, normalize: str, scale: float,
     capacity: int | None, drop: str, mask: Any, noise: Noise | None, generator: Generator | None, align: int,
     threads: int,
 ) -> Arguments:  # fmt: skip
