@@ -115,10 +115,9 @@ def num_sets(shape: Shape, stage: str, enough: int) -> int:
 def measure(shape: Shape, peer: Any, stage: str, rate: float, options: argparse.Namespace) -> Iterator[Record]:
     ceiling_us = ceiling(shape, stage, options.reps)
     for inputs, enough in (("memory", COLD_BYTES), ("cache", WARM_BYTES)):
-        if inputs == "cache" and shape.T > 512:
-            continue
         count = num_sets(shape, stage, enough)
-        if count * shape.least_bytes(stage) < enough:
+        too_small = inputs == "memory" and count * shape.least_bytes(stage) < enough
+        if too_small or (inputs == "cache" and shape.T > 512):
             continue
         sets = [Inputs(shape, peer, stage) for _ in range(count)]
         is_wrong = wrong(peer, stage, sets[-1])
@@ -141,8 +140,8 @@ def measure(shape: Shape, peer: Any, stage: str, rate: float, options: argparse.
 
 
 COLUMNS = [
-    Column("impl", "", "", -18), Column("stage", "", "", -14), Column("T", "T", "", 7), Column("E", "E", "", 5),
-    Column("k", "k", "", 3), Column("inputs", "in", "", 8), Column("time_us", "time", "us", 11, ".2f"),
+    Column("impl", "impl", "", 18), Column("stage", "stage", "", 15), Column("T", "T", "", 7), Column("E", "E", "", 5),
+    Column("k", "k", "", 3), Column("inputs", "inputs", "", 8), Column("time_us", "time", "us", 11, ".2f"),
     Column("eager_us", "eager", "us", 11, ".1f"), Column("floor_us", "floor", "us", 10, ".2f"),
     Column("shown_ceiling", "ceiling", "us", 10), Column("wrong", "#wrong", "", 7),
 ]  # fmt: skip
@@ -150,11 +149,11 @@ COLUMNS = [
 
 def main() -> int:
     options = parse()
-    ran_on = environment()
-    ran_on["machine"]["gpu"] = torch.cuda.get_device_name()
-    ran_on["versions"] |= {"cupy": sys.modules["cupy"].__version__ if "cupy" in sys.modules else None}
     rate = copy_rate()
-    print_header([*environment_lines(ran_on), f"  {ran_on['machine']['gpu']}: copies {rate / 1e12:.2f} TB/s"], COLUMNS)
+    ran_on = environment()
+    gpu = torch.cuda.get_device_name()
+    print_header([*environment_lines(ran_on), f"  {gpu}: copies {rate / 1e12:.2f} TB/s"], COLUMNS)
+    ran_on["machine"]["gpu"], ran_on["versions"]["cupy"] = gpu, sys.modules["cupy"].__version__
     num_wrong = 0
     for shape in shapes(options):
         for name in ["moecomm", *options.peers]:
