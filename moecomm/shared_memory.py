@@ -26,11 +26,13 @@ def shared_memory(comm: Comm, num_bytes: int) -> NDArray[np.uint8] | None:
         with contextlib.suppress(OSError, AttributeError):  # no such memory here, or not as much as this
             file = os.memfd_create(_name(nonce))
             os.posix_fallocate(file, 0, num_bytes)
-    owner = comm.all_gather(np.array([[os.getpid(), file, nonce]], np.int64))[0].tolist()
-    memory = _mapped(*owner, num_bytes)
-    everywhere = comm.all_gather(np.array([memory is not None])).all()
-    if file >= 0:
-        os.close(file)
+    try:
+        process, file_there, nonce = comm.all_gather(np.array([[os.getpid(), file, nonce]], np.int64))[0].tolist()
+        memory = _mapped(process, file_there, nonce, num_bytes)
+        everywhere = comm.all_gather(np.array([memory is not None])).all()
+    finally:
+        if file >= 0:
+            os.close(file)
     return memory if everywhere else None
 
 

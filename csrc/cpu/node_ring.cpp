@@ -93,8 +93,7 @@ void NodeRing::begin(const Transfer* transfer, const std::byte* src, std::byte* 
 }
 
 void NodeRing::fail() {
-    auto* failed = reinterpret_cast<std::uint32_t*>(memory_);
-    __atomic_store_n(failed, 1, __ATOMIC_RELEASE);
+    __atomic_store_n(failed(), 1, __ATOMIC_RELEASE);
     for (std::int64_t line = 1; line <= layout_.num_slots * num_counters; ++line)
         wake_all(reinterpret_cast<std::uint32_t*>(memory_ + line * line_bytes));
 }
@@ -105,12 +104,11 @@ bool NodeRing::reached(std::uint32_t* word, std::uint32_t value) {
     if (spin_us_ > 0)
         for (const std::int64_t end = now_us() + spin_us_; now_us() < end;)
             if (is_past(load(word), value)) return true;
-    const auto* failed = reinterpret_cast<const std::uint32_t*>(memory_);
     for (;;) {
         const std::uint32_t seen = load(word);
         if (is_past(seen, value)) return true;
         const std::int64_t left = deadline_ - now_us();
-        if (left <= 0 || load(failed)) return false;
+        if (left <= 0 || load(failed())) return false;
         sleep_while(word, seen, left);
     }
 }
@@ -156,11 +154,11 @@ bool NodeRing::takes_part(const std::vector<Stream>& streams, std::int64_t chunk
 
 NodeRing::Event NodeRing::step(std::int64_t timeout_us) {
     deadline_ = now_us() + timeout_us;
+    if (load(failed())) return Event::failed;
     Event event = Event::finished;
     while (advance(event)) {
     }
-    if (event == Event::timed_out && load(reinterpret_cast<std::uint32_t*>(memory_))) return Event::failed;
-    return event;
+    return event == Event::timed_out && load(failed()) ? Event::failed : event;
 }
 
 // One phase of a turn: turn t writes chunk t and reads chunk t - (num_slots - 1); those between are on their way.
@@ -210,8 +208,8 @@ bool NodeRing::advance(Event& event) {
     default:
         if (last >= 0) {
             const bool reads = takes_part(transfer_->recv, last);
-            const bool leaves_with_others = spin_us_ == 0 && last == transfer_->num_chunks - 1;
-            if ((reads || leaves_with_others) && !reached(counter(last, exchanged), use(last))) return false;
+            const bool is_end = last == transfer_->num_chunks - 1;   // nobody leaves before all have come
+            if ((reads || is_end) && !reached(counter(last, exchanged), use(last))) return false;
             if (reads) copy(transfer_->recv, last, incoming(last), false);
             add(counter(last, taken), num_ranks * use(last));
         }

@@ -61,8 +61,7 @@ public:
 
     // Go on until the transfer is finished, timeout_us have passed in waiting, or the caller, a leader, has to act:
     // start_exchange: start moving what is outgoing of chunk() to the other nodes. finish_exchange: see to it that what is
-    // incoming of chunk() is complete before the next step. Up to num_slots - 1 exchanges can be
-    // under way.
+    // incoming of chunk() is complete before the next step. Up to num_slots exchanges are under way.
     Event step(std::int64_t timeout_us);
 
     // Make step() return `failed` on every rank of the node, now and ever after.
@@ -75,6 +74,7 @@ public:
 
 private:
     enum Counter { written, exchanged, taken, num_counters };
+    std::uint32_t* failed() const { return reinterpret_cast<std::uint32_t*>(memory_); }
     std::uint32_t* counter(std::int64_t chunk, Counter) const;
     std::byte* slot(std::int64_t chunk) const;
     std::byte* outgoing(std::int64_t chunk) const { return slot(chunk); }

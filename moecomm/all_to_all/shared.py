@@ -20,7 +20,7 @@ from moecomm.nodes import Nodes
 from moecomm.shared_memory import shared_memory
 from moecomm.transports import as_comm
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 21
 """The most that goes to another node in one message."""
 
 NUM_SLOTS = 4
@@ -34,7 +34,7 @@ LEAST_CHUNK_BYTES = 1 << 12
 SPIN_US = 50
 """How long a rank that has a core of its own looks before it sleeps."""
 
-PAUSE = 50e-6
+PAUSE = 100e-6
 """Seconds between two looks of a leader that shares its core with others."""
 
 PATIENCE_US = 20_000
@@ -57,7 +57,7 @@ class SharedAllToAll(AllToAll):
 
     Rows must be in host memory. A rank that waits sleeps: where ranks share cores, those that have work get them.
 
-    Memory beside input and output: 4 (2 p/G - 1) chunks a node, 64 MiB at most (more than 8192 nodes: more). Uneven
+    Memory beside input and output: 4 (2 p/G - 1) chunks a node, 64 MiB at most (more than 2048 nodes: more). Uneven
     form: the counts of the node too, 16 p G bytes a rank.
 
     The constructor is collective over comm and splits it twice. In the uneven form the counts go the way of the rows.
@@ -75,7 +75,10 @@ class SharedAllToAll(AllToAll):
         self.leaders = leaders
         self._streams = Streams(self.nodes, self.comm.rank)
         self._node_comm = self.comm.split(self._streams.node, key=self._streams.local)
-        self._leader_comm = self.comm.split(min(self._streams.local, leaders), key=self._streams.node)
+        is_leader = self._streams.local < leaders
+        self._leader_comm = self.comm.split(
+            min(self._streams.local, leaders), key=self._streams.node if is_leader else None
+        )
         self._ring = self._make_ring()
         ones = np.ones((self._streams.num_local, self.comm.size), np.int64)
         self._even_counts = NodeCounts(ones, ones.T, int(self.nodes.sizes().max()) ** 2)
@@ -99,6 +102,8 @@ class SharedAllToAll(AllToAll):
         memory = shared_memory(self._node_comm, layout.num_bytes)
         everywhere = self.comm.all_gather(np.array([memory is not None])).all()
         if memory is None or not everywhere:
+            self._node_comm.free()
+            self._leader_comm.free()
             raise CommError(f"{type(self).__name__}: the ranks of a node share no memory{self.comm.where()}")
         self._memory = memory
         has_core = (os.cpu_count() or 1) >= num_ranks
@@ -126,12 +131,16 @@ class SharedAllToAll(AllToAll):
         )
 
     def _send(self, rows: Array, route: Route) -> Array:
-        assert isinstance(route, SharedRoute)
-        return self._moved(rows, route.counts, route.recv_counts)
+        return self._moved(rows, self._counts_of(route), route.recv_counts)
 
     def _send_back(self, rows: Array, route: Route) -> Array:
-        assert isinstance(route, SharedRoute)
-        return self._moved(rows, route.counts.reversed, route.send_counts)
+        return self._moved(rows, self._counts_of(route).reversed, route.send_counts)
+
+    def _counts_of(self, route: Route) -> NodeCounts:
+        if not isinstance(route, SharedRoute):
+            name = type(self).__name__
+            raise TypeError(f"{name}: route is a {type(route).__name__}, expected one of {name}{self.comm.where()}")
+        return route.counts
 
     def _moved(self, rows: Array, counts: NodeCounts, recv_counts: Counts) -> Array:
         out = empty_rows(int(recv_counts.sum()), rows)
