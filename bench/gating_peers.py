@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import moecomm
-from moecomm.gating import cuda, permute, unpermute
+from moecomm.gating import permute, route_permute, unpermute
 
 
 class Moecomm:
@@ -37,10 +37,7 @@ class Moecomm:
         return unpermute(rows, routing)
 
     def route_permute(self, logits: Tensor, x: Tensor) -> tuple[Any, Tensor]:
-        *fields, rows = cuda.route_permute(
-            x, logits, None, None, None, self.top_k, 0, 1, 1, 0.0, 1.0, -1, 0, 0, 0.0, 0, 0, 1
-        )
-        return moecomm.Routing(*fields), rows
+        return route_permute(logits, x, self.top_k)
 
     def whole(self, logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         routing, rows = self.route_permute(logits, x)

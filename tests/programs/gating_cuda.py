@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moecomm import Routing, route
-from moecomm.gating import Generator, Noise, cuda, permute, permute_fp8, reference, unpermute
+from moecomm.gating import Generator, Noise, permute, permute_fp8, reference, route_permute, unpermute
 
 options = argparse.ArgumentParser(description=__doc__)
 options.add_argument(
@@ -255,12 +255,11 @@ def check_fused() -> int:
     ):
         logits = random_logits(T, E).cuda()
         x = torch.randn(T, H, device="cuda").bfloat16()
-        numbers = (0, 1, 1, 0.0, 1.0, -1 if capacity is None else capacity, 0, 0, 0.0, 0, 0, 1)
-        *got, rows = cuda.route_permute(x, logits, None, None, None, K, *numbers)
-        wanted = cuda.route(logits, None, None, None, K, *numbers)
+        got, rows = route_permute(logits, x, K, capacity=capacity)
+        wanted = route(logits, K, capacity=capacity)
         what = (T, E, K, H, capacity)
-        check_routing(on_cpu(Routing(*got)), on_cpu(Routing(*wanted)), what)
-        assert torch.equal(rows, permute(x, Routing(*wanted))), what
+        check_routing(on_cpu(got), on_cpu(wanted), what)
+        assert torch.equal(rows, permute(x, wanted)), what
         cases += 1
     return cases
 
