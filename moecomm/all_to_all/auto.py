@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -189,15 +190,12 @@ class AutoAllToAll(AllToAll):
         sizes = [size for size in sizes if size * self.comm.size <= MOST_TUNED_BYTES] or [min(sizes)]
         samples: dict[tuple[Form, int, str], list[float]] = defaultdict(list)
         began = time.monotonic()
-        with self._failing_as_one():
-            while True:
-                for size in sizes:
-                    for form in FORMS:
-                        for name in self._names(form, True):
-                            taken, elapsed = self._measure(form, size, self.algorithms[name], began)
-                            samples[form, size, name].append(taken)
-                if elapsed > seconds:
-                    break
+        elapsed = 0.0
+        while elapsed <= seconds:
+            for size, form in itertools.product(sizes, FORMS):
+                for name in self._names(form, True):
+                    taken, elapsed = self._as_one(self._measure, form, size, self.algorithms[name], began)
+                    samples[form, size, name].append(taken)
         found: dict[Form, dict[int, dict[str, float]]] = {form: {size: {} for size in sizes} for form in FORMS}
         for (form, size, name), taken_seconds in samples.items():
             found[form][size][name] = float(np.median(taken_seconds))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moecomm.arrays import Array, Counts, as_rows, empty_rows
 from moecomm.comm import Comm, check_out
@@ -15,6 +14,8 @@ from moecomm.nodes import Nodes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +65,7 @@ class AllToAll(ABC):
         x, _, out = self.comm.checked(type(self).__name__, lambda: self._even_arguments(x, out))
         if out is None:
             out = empty_rows(x.shape[0], x)
-        with self._failing_as_one():
-            self._even(x, out)
+        self._as_one(self._even, x, out)
         return out
 
     def rows(self, rows: Array, send_counts: Sequence[int] | Counts) -> tuple[Array, Counts]:
@@ -81,9 +81,8 @@ class AllToAll(ABC):
         rows, send_counts = self.comm.checked(
             f"{type(self).__name__}.rows", lambda: self._rows_arguments(rows, send_counts)
         )
-        with self._failing_as_one():
-            route = self._route(send_counts)
-            return self._send(rows, route), route.recv_counts
+        route = self._as_one(self._route, send_counts)
+        return self._as_one(self._send, rows, route), route.recv_counts
 
     def route(self, send_counts: Sequence[int] | Counts) -> Route:
         """Exchange the counts alone, for rows that are to go this way several times, or back.
@@ -95,16 +94,14 @@ class AllToAll(ABC):
         send_counts, _ = self.comm.checked(
             f"{type(self).__name__}.route", lambda: (self.comm.counts("send_counts", send_counts), ())
         )
-        with self._failing_as_one():
-            return self._route(send_counts)
+        return self._as_one(self._route, send_counts)
 
     def send(self, rows: Array, route: Route) -> Array:
         """What `rows` returns, without exchanging the counts again. Collective over comm."""
         rows, _ = self.comm.checked(
             f"{type(self).__name__}.send", lambda: self._rows_arguments(rows, route.send_counts)
         )
-        with self._failing_as_one():
-            return self._send(rows, route)
+        return self._as_one(self._send, rows, route)
 
     def send_back(self, rows: Array, route: Route) -> Array:
         """The way back: rows ordered by the rank that they came from -> ordered as those given to `send`.
@@ -117,8 +114,7 @@ class AllToAll(ABC):
         rows, _ = self.comm.checked(
             f"{type(self).__name__}.send_back", lambda: self._rows_arguments(rows, route.recv_counts)
         )
-        with self._failing_as_one():
-            return self._send_back(rows, route)
+        return self._as_one(self._send_back, rows, route)
 
     def free(self) -> None:
         """Give back the groups that the constructor made. Collective. comm stays, but not for this all-to-all."""
@@ -148,13 +144,12 @@ class AllToAll(ABC):
     def _free(self) -> None:  # noqa: B027 - an algorithm that makes no groups leaves it out
         """Called once, by `free`."""
 
-    @contextmanager
-    def _failing_as_one(self) -> Iterator[None]:
+    def _as_one(self, step: Callable[..., T], *arguments: Any) -> T:
         """When a hop fails, no later call may start with another one: the ranks would meet in different hops."""
         if self._freed:
             raise CommError(f"{type(self).__name__}: it was freed{self.comm.where()}")
         try:
-            yield
+            return step(*arguments)
         except CommError as error:
             self.comm.failure = self.comm.failure or f"{type(self).__name__} failed: {error}"
             raise
