@@ -43,16 +43,16 @@ class Timing(NamedTuple):
         return sorted(self.samples_us)[len(self.samples_us) // 2]
 
 
-def replayed(calls: Sequence[Callable[[], Any]], reps: int) -> Timing:
-    """A call's share of the time of a graph of all `calls`. What they return lives until the end, as in a model."""
+def replayed(calls: Sequence[Callable[[], Any]], num: int, reps: int) -> Timing:
+    """A call's share of the time of a graph of `num` calls. What they return lives until the end: no two share memory."""
     for warm_up in calls[:2]:
         warm_up()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [each() for each in calls]
+        results = [calls[i % len(calls)]() for i in range(num)]
     graph.replay()
-    samples = [elapsed_us(graph.replay) / len(calls) for _ in range(reps)]
+    samples = [elapsed_us(graph.replay) / num for _ in range(reps)]
     del results
     return Timing(samples)
 
@@ -92,7 +92,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 def copy_rate() -> float:
     """Bytes read and written a second by a copy of 1 GiB."""
     a, b = (torch.randint(2**31, (2**28,), dtype=torch.int32, device="cuda") for _ in range(2))
-    timing = replayed([lambda: stream(a, b, 1, 1, a.nbytes), lambda: stream(b, a, 1, 1, a.nbytes)], 9)
+    timing = replayed([lambda: stream(a, b, 1, 1, a.nbytes), lambda: stream(b, a, 1, 1, a.nbytes)], 8, 9)
     return 2 * a.nbytes / timing.median * 1e6
 
 
@@ -105,11 +105,16 @@ def ceiling(shape: Shape, stage: str, reps: int) -> float | None:
     sources = [torch.randint(2**31, (reads * row_bytes // 4,), dtype=torch.int32, device="cuda") for _ in range(sets)]
     targets = [torch.empty(writes * row_bytes // 4, dtype=torch.int32, device="cuda") for _ in range(sets)]
     calls = [partial(stream, a, b, reads, writes, row_bytes) for a, b in zip(sources, targets, strict=True)]
-    return replayed(calls, reps).median
+    return replayed(calls, num_calls(shape, stage, sets), reps).median
 
 
 def num_sets(shape: Shape, stage: str, enough: int) -> int:
-    return max(2, min(-(-enough // shape.least_bytes(stage)), 192))
+    return max(2, min(-(-enough // shape.least_bytes(stage)), 320))
+
+
+def num_calls(shape: Shape, stage: str, sets: int) -> int:
+    """So many that the start of a graph, some 8 us, does not count, and that what they return fits the GPU."""
+    return max(sets, min(128, 16 * 2**30 // shape.least_bytes(stage)))
 
 
 def measure(shape: Shape, peer: Any, stage: str, rate: float, options: argparse.Namespace) -> Iterator[Record]:
@@ -122,7 +127,8 @@ def measure(shape: Shape, peer: Any, stage: str, rate: float, options: argparse.
         sets = [Inputs(shape, peer, stage) for _ in range(count)]
         is_wrong = wrong(peer, stage, sets[-1])
         calls = [partial(call, peer, stage, a) for a in sets]
-        timing, unrolled = replayed(calls, options.reps), eager(calls, options.reps)
+        timing = replayed(calls, num_calls(shape, stage, count), options.reps)
+        unrolled = eager(calls, options.reps)
         record = {
             "bench": "gating", "impl": peer.name, "stage": stage, **shape._asdict(), "dtype": "bfloat16",
             "inputs": inputs, "sets": len(sets), "time_us": round(timing.median, 3),
