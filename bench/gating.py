@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,13 +45,13 @@ class Timing(NamedTuple):
 
 
 def replayed(calls: Sequence[Callable[[], Any]], num: int, reps: int) -> Timing:
-    """A call's share of the time of a graph of `num` calls. What they return lives until the end: no two share memory."""
+    """A call's share of the time of a graph of `num` calls. What they return changes places as their inputs do."""
     for warm_up in calls[:2]:
         warm_up()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [calls[i % len(calls)]() for i in range(num)]
+        results = deque((calls[i % len(calls)]() for i in range(num)), maxlen=len(calls))
     graph.replay()
     samples = [elapsed_us(graph.replay) / num for _ in range(reps)]
     del results
@@ -113,7 +114,7 @@ def num_sets(shape: Shape, stage: str, enough: int) -> int:
 
 
 def num_calls(shape: Shape, stage: str, sets: int) -> int:
-    """So many that the start of a graph, some 8 us, does not count, and that what they return fits the GPU."""
+    """So many that the start of a graph, some 8 us, does not count."""
     return max(sets, min(128, 16 * 2**30 // shape.least_bytes(stage)))
 
 
