@@ -69,8 +69,8 @@ def test_the_library_combines_small_blocks() -> None:
 
 
 def test_shared_sends_one_message_a_chunk_from_each_node() -> None:
-    for block, chunks in ((0, 1), (1, 1), (4096, 1), (4097, 2), (65536, 16)):
-        cost = predict(NOTHING, (64, 16), block)["shared"]  # a stream has 16 x 16 blocks, a chunk is 1 MiB
+    for block, chunks in ((0, 1), (1, 1), (8192, 1), (8193, 2), (65536, 8)):
+        cost = predict(NOTHING, (64, 16), block)["shared"]  # a stream has 16 x 16 blocks, a chunk is 2 MiB
         assert cost.messages == (0, 3 * chunks)
         assert cost.bytes == (0, 16 * 48 * block)
     assert predict(NOTHING, (16, 16), 1000)["shared"].messages == (0, 0)
@@ -126,8 +126,13 @@ def test_latency_and_waits() -> None:
     assert seconds(links, 64, 16, 1)["hierarchical"] == pytest.approx(10.5 + 101)
     assert seconds(links, 16, 16, 1)["flat"] == pytest.approx(10.5)
     assert seconds(replace(links, combine_below=2), 64, 1, 1)["library"] == pytest.approx(6 * 101)
-    in_segments = replace(links, between=replace(between, segment=100))
-    assert seconds(in_segments, 64, 16, 400)["flat"] == pytest.approx(5 * 101)
+
+
+def test_what_fits_into_buffers_is_moved_with_the_message() -> None:
+    links = replace(NOTHING, between=replace(FREE, bandwidth=10, buffered=100), cores_per_node=16)
+    for block, beyond in ((0, 0), (100, 0), (101, 1), (400, 300)):
+        assert seconds(links, 64, 16, block)["flat"] == pytest.approx(48 * beyond / 10)
+    assert seconds(links, 64, 16, 100)["hierarchical"] == pytest.approx(3 * 1500 / 10)  # messages of 1,600 bytes
 
 
 def test_the_network_of_a_node_is_shared_and_overlaps_the_work() -> None:
@@ -189,7 +194,7 @@ def test_staging() -> None:
     costs = predict(GPU_NODES, (64, 16), 1000)
     assert costs["flat"].staging == 0
     assert costs["hierarchical"].staging == 64_000
-    assert costs["shared"].staging == 4 * 7 * 2**20 / 16
+    assert costs["shared"].staging == 4 * 7 * 2**21 / 16
     assert predict(GPU_NODES, (16, 16), 1000)["hierarchical"].staging == 0
 
 

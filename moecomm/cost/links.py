@@ -16,14 +16,14 @@ class Link:
     wait       work of a rank that waits for messages: it looks again and again, or gives the core up and gets it back
     message    work for each message, sender and receiver together
     bandwidth  bytes a second that one core can send and receive
-    segment    bytes of a message that move before its ranks have to wait again, as buffers are full; by default all
+    buffered   bytes of each message that fit into buffers, and are moved with the work for the message
     """
 
     latency: float
     wait: float
     message: float
     bandwidth: float
-    segment: float = 1e18
+    buffered: float = 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Links:
                       GPUs are counted as cores: the GPU does the work
     combine_below     the library's all-to-all combines blocks of fewer bytes (Bruck's algorithm); 0: it never does
 
-    Immutable. Raises ValueError for a figure that is negative, or 0 for a bandwidth, a segment or the cores.
+    Immutable. Raises ValueError for a figure that is negative, or 0 for a bandwidth or for the cores.
     """
 
     inside: Link
@@ -56,7 +56,7 @@ class Links:
         for name in ("inside", "between"):
             figures |= {f"{name}.{key}": value for key, value in asdict(figures.pop(name)).items()}
         for name, value in figures.items():
-            least = "> 0" if name.endswith(("bandwidth", "segment", "cores_per_node")) else ">= 0"
+            least = "> 0" if name.endswith(("bandwidth", "cores_per_node")) else ">= 0"
             if not isinstance(value, int | float) or math.isnan(value) or value < 0 or (value == 0 and least == "> 0"):
                 raise ValueError(f"Links: {name} is {value!r}, expected a number {least}")
 

@@ -39,16 +39,16 @@ def measure(comm: Comm, nodes: Nodes) -> Links:
     groups of up to 64 ranks. What takes longer in company, and not on the network, is work that ranks on the same cores
     do in turn. If no node has two ranks, or there is one node, both classes of links get the figures of the one found.
 
-    Takes 3 to 5 seconds for 64 ranks on 2 cores, 1 where each has its own. Collective over comm.
+    Takes about 5 seconds for 64 ranks on 2 cores, 1 where each has its own. Collective over comm.
     Raises ValueError on every rank unless nodes is the same partition of at least two ranks on all of them.
     """
     comm.agree("measure: nodes", repr(nodes))
     if nodes.world_size != comm.size or comm.size == 1:
         raise ValueError(f"measure: nodes has {nodes.world_size} ranks, expected {max(2, comm.size)}{comm.where()}")
     clock = _Clock(comm)
-    turns = max(1.0, clock.together(_count) / clock.alone([0], _count))
-    wake = clock.alone([0], _wake_a_thread) / (2 * WAKES)
-    copy_bandwidth = turns * BLOCKS * SINGLE / clock.together(_copying())
+    counting, waking, copying = clock.together(_count, _wake_a_thread, _copying())
+    turns = max(1.0, counting / clock.alone([0], _count))
+    copy_bandwidth = turns * BLOCKS * SINGLE / copying
 
     node, local, most = nodes.node_of, nodes.local_rank, int(nodes.sizes().max())
     per_node = min(most, max(1, MOST_TOGETHER // len(nodes)))  # ranks of a node in a group across nodes
@@ -70,8 +70,8 @@ def measure(comm: Comm, nodes: Nodes) -> Links:
         between=links[-1],
         node_bandwidth=node_bandwidth,
         copy_bandwidth=copy_bandwidth,
-        start=max(0.0, last.one - last.round) / turns,
-        wake=wake,
+        start=max(0.0, min(each.one - each.round for each in times)) / turns,
+        wake=waking / (2 * WAKES * turns) + links[0].wait,  # it has to get its core back, as after a wait
         cores_per_node=most / turns,
         combine_below=last.combine_below,
     )
@@ -92,17 +92,16 @@ class _Times:
         first_pair = np.flatnonzero(pairs == pairs[0]).tolist()
         pair, group = comm.split(int(pairs[comm.rank])), comm.split(int(groups[comm.rank]))
         self.alone, self.long_alone = (clock.alone(first_pair, _all_to_all(pair, size)) for size in (SMALL, LONG))
-        self.one, self.long = clock.together(_all_to_all(pair, SMALL), MANY), clock.together(_all_to_all(pair, LONG))
-        self.single, self.large = (clock.together(_all_to_all(group, size)) for size in (SINGLE, LARGE))
-        several = clock.together(_all_to_all(pair, SMALL, ROUNDS))
+        self.one, several, self.long, self.single, self.large, *combined = clock.together(
+            *(_all_to_all(pair, size, rounds) for size, rounds in ((SMALL, 1), (SMALL, ROUNDS), (LONG, 1))),
+            *(_all_to_all(group, size) for size in (SINGLE, LARGE, *MAYBE_COMBINED)),
+        )
         self.round = max(several - self.one, 0.0) / (ROUNDS - 1)
         self.combine_below = 0.0
-        for size in MAYBE_COMBINED:
-            seconds = clock.together(_all_to_all(group, size))
-            if seconds > 0.7 * self.single:
-                break
-            self.combine_below = size + 1
-            self.round = min(self.round, seconds / (self.largest_group - 1).bit_length())
+        for size, seconds in zip(MAYBE_COMBINED, combined, strict=True):
+            if seconds < 0.7 * self.single:
+                self.combine_below = size + 1
+                self.round = min(self.round, seconds / (self.largest_group - 1).bit_length())
         pair.free()
         group.free()
 
@@ -118,12 +117,12 @@ class _Times:
         latency = max(self.alone - message, 0.0)
         wait = max((self.round - latency) / turns - message, LEAST_WORK)
 
-        moved = others * (LARGE - SINGLE)
+        work = (_beside(self.long, network * LONG) - self.one) / turns
+        bandwidth = LONG / max(work, LONG / copy_bandwidth)
         work = (_beside(self.large, network * others * LARGE) - self.single) / turns
-        work -= same_node * (LARGE - SINGLE) / inside.bandwidth if inside else 0.0
-        bandwidth = moved / max(work, moved / copy_bandwidth)
-        work = (_beside(self.long, network * LONG) - self.one) / turns - LONG / bandwidth
-        return Link(latency, wait, message, bandwidth, LONG * wait / max(work, LEAST_WORK))
+        work -= same_node * max(LARGE - inside.buffered, 0) / inside.bandwidth if inside else 0.0
+        buffered = min(max(LARGE - work * bandwidth / others, 0.0), float(LARGE))
+        return Link(latency, wait, message, bandwidth, buffered)
 
 
 def _beside(seconds: float, network: float) -> float:
@@ -137,33 +136,32 @@ class _Clock:
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
 
-    def together(self, body: Body, repeats: int = REPEATS) -> float:
-        """All ranks at once."""
-        return self._slowest(_samples(body, self.comm.barrier, repeats))
+    def together(self, *bodies: Body) -> list[float]:
+        """All ranks at once. The bodies take turns, as in a program, where no call follows another of its kind."""
+        samples = np.array([[_seconds(body, self.comm.barrier) for body in bodies] for _ in range(REPEATS)])
+        return self._slowest(samples)
 
     def alone(self, ranks: list[int], body: Body) -> float:
         """These ranks, while the others sleep."""
         mine = self.comm.rank in ranks
         self.comm.barrier()
         time.sleep(QUIET / 2 if mine else QUIET)  # until the others sleep
-        return self._slowest(_samples(body, _nothing, MANY) if mine else np.zeros((1, MANY)))
+        samples = np.array([[_seconds(body) if mine else 0.0] for _ in range(MANY)])
+        return self._slowest(samples)[0]
 
-    def _slowest(self, samples: NDArray[np.float64]) -> float:
-        return float(np.median(self.comm.all_gather(samples).max(axis=0)))
+    def _slowest(self, samples: NDArray[np.float64]) -> list[float]:
+        """samples [repeats, bodies] -> [bodies]. The first may be long, as connections and buffers are made."""
+        every = self.comm.all_gather(samples[None]).max(axis=0)
+        medians: list[float] = np.median(every, axis=0).tolist()
+        return medians
 
 
-def _samples(body: Body, before: Body, repeats: int) -> NDArray[np.float64]:
-    """[1, repeats] seconds. The first may be long, as connections and buffers are made: the median leaves it out."""
-    seconds = []
-    for _ in range(repeats):
+def _seconds(body: Body, before: Body | None = None) -> float:
+    if before is not None:
         before()
-        start = time.perf_counter()
-        body()
-        seconds.append(time.perf_counter() - start)
-    return np.array([seconds])
-
-
-def _nothing() -> None: ...
+    start = time.perf_counter()
+    body()
+    return time.perf_counter() - start
 
 
 def _all_to_all(group: Comm, size: int, rounds: int = 1) -> Body:

@@ -29,7 +29,7 @@ Work = NDArray[np.float64]
 waited for, bytes copied, starts, wake-ups."""
 
 MOST_RANKS = 65536
-NUM_SLOTS, CHUNK_BYTES, LEAST_CHUNK_BYTES, MOST_BYTES = 4, 1 << 20, 1 << 12, 1 << 26
+NUM_SLOTS, CHUNK_BYTES, LEAST_CHUNK_BYTES, MOST_BYTES = 4, 1 << 21, 1 << 12, 1 << 26
 """SharedAllToAll: chunks under way, the bytes of one for another node, and the memory that they may take in a node."""
 
 
@@ -160,23 +160,22 @@ def _cost(links: Links, sizes: Counts, block: float, algorithm: _Algorithm, grou
 
 
 def _parts(links: Links, step: _Step, groups_per_node: float) -> Work:
-    """Seconds for messages inside, messages between nodes, copies, and calls with wake-ups."""
-    inside, between = links.inside, links.between
-    prices = _work(
-        (inside.message, between.message),
-        (1 / inside.bandwidth, 1 / between.bandwidth),
-        (inside.wait, between.wait),
-        1 / links.copy_bandwidth,
-        links.start,
-        links.wake,
-    )
-    work = max(step.rank * prices, step.node * prices * groups_per_node / links.cores_per_node, key=np.sum)
+    """Seconds for messages inside, messages between nodes, copies, and starts with wake-ups."""
+    share = groups_per_node / links.cores_per_node
+    work = max(_priced(links, step.rank), share * _priced(links, step.node), key=np.sum)
     network = step.node[3] * groups_per_node / links.node_bandwidth
-    not_hidden = hypot(work.sum(), network) - work.sum()
-    latency = step.rank[4:6] * (inside.latency, between.latency)
-    return np.array(
-        [work[0:6:2].sum() + latency[0], work[1:6:2].sum() + latency[1] + not_hidden, work[6], sum(work[7:])]
-    )
+    latency = step.rank[4:6] * (links.inside.latency, links.between.latency)
+    between = latency[1] + hypot(work.sum(), network) - work.sum()
+    return work + np.array([latency[0], between, 0, 0])
+
+
+def _priced(links: Links, work: Work) -> Work:
+    """Seconds of work inside, between, for copies and for starts. What fits into buffers is moved for nothing."""
+    both = (links.inside, links.between)
+    messages, waits = [link.message for link in both], [link.wait for link in both]
+    moved = np.maximum(work[2:4] - work[0:2] * [link.buffered for link in both], 0)
+    over_links = work[0:2] * messages + moved / [link.bandwidth for link in both] + work[4:6] * waits
+    return np.array([*over_links, work[6] / links.copy_bandwidth, work[7] * links.start + work[8] * links.wake])
 
 
 # ---- the algorithms --------------------------------------------------------------------------------------------------
@@ -197,16 +196,15 @@ def _all_alike(size: int, rank: Work) -> _Step:
     return _Step(rank, size * rank)
 
 
-def _flat(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
+def _flat(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     peers = size - 1, int(sizes.sum()) - size
     moved = peers[0] * block, peers[1] * block
-    return [_all_alike(size, _work(peers, moved, _waits(links, peers, (block, block)), copied=block))]
+    return [_all_alike(size, _work(peers, moved, _one_wait(*peers), copied=block))]
 
 
-def _waits(links: Links, messages: tuple[float, float], longest: tuple[float, float]) -> tuple[float, float]:
-    """Messages are under way together, so all of them are waited for once, and once more for each segment."""
-    inside = longest[0] / links.inside.segment + (messages[1] == 0) if messages[0] else 0.0
-    return inside, 1 + longest[1] / links.between.segment if messages[1] else 0.0
+def _one_wait(inside: float, between: float) -> tuple[float, float]:
+    """All messages are under way together; those between nodes take longer."""
+    return (0, 1) if between else (1 if inside else 0, 0)
 
 
 def _library(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
@@ -214,7 +212,7 @@ def _library(links: Links, sizes: Counts, size: int, block: float) -> list[_Step
     return (_bruck if combines else _flat)(links, sizes, size, block)
 
 
-def _bruck(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
+def _bruck(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     """In round k each rank sends to the one 2^k further all blocks whose way has this bit set."""
     p = int(sizes.sum())
     way = np.arange(p)
@@ -223,9 +221,8 @@ def _bruck(links: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     for bit in range((p - 1).bit_length()):
         moved = int((way >> bit & 1).sum()) * block
         leaving = min(size, 1 << bit, p - (1 << bit)) if size < p else 0
-        waits = _waits(links, (1, 0), (moved, 0)), _waits(links, (0, 1), (0, moved))
-        one_inside = _work((1, 0), (moved, 0), waits[0], copied=2 * moved)
-        one_between = _work((0, 1), (0, moved), waits[1], copied=2 * moved)
+        one_inside = _work((1, 0), (moved, 0), (1, 0), copied=2 * moved)
+        one_between = _work((0, 1), (0, moved), (0, 1), copied=2 * moved)
         rank = rank + (one_between if leaving else one_inside)
         node = node + leaving * one_between + (size - leaving) * one_inside
     return [_Step(rank, node)]
@@ -240,21 +237,20 @@ def _hierarchical(links: Links, sizes: Counts, size: int, block: float) -> list[
         two = _library(links, np.ones(num_nodes, np.int64), 1, block * size)[0]
         two = two._replace(node=size * two.node)
     else:
-        one, two = _uneven_hops(links, sizes, size, block)
+        one, two = _uneven_hops(sizes, size, block)
     transform = _all_alike(size, _work(copied=p * block))
     return [transform, one, transform, two]
 
 
-def _uneven_hops(links: Links, sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
+def _uneven_hops(sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
     """Local rank i forwards to the local ranks i, i + size, ... of each node: the first to most, the last to fewest."""
     p = int(sizes.sum())
     most, fewest = int(np.ceil(sizes / size).sum()), int((sizes // size).sum())
-    inside, between = (size - 1, 0), (0, most - 1)
-    waits = _waits(links, inside, ((p - fewest) * block / size, 0)), _waits(links, between, (0, size * block))
-    one = _work(inside, ((p - fewest) * block if size > 1 else 0, 0), waits[0])
-    ones = _work(inside, (p * (size - 1) / size * block, 0), waits[0])
-    two = _work(between, (0, (most - 1) * size * block), waits[1])
-    twos = _work((0, (p - size) / size), (0, (p - size) * block), waits[1])
+    waits = _one_wait(size - 1, 0)
+    one = _work((size - 1, 0), ((p - fewest) * block if size > 1 else 0, 0), waits)
+    ones = _work((size - 1, 0), (p * (size - 1) / size * block, 0), waits)
+    two = _work((0, most - 1), (0, (most - 1) * size * block), (0, 1))
+    twos = _work((0, (p - size) / size), (0, (p - size) * block), (0, 1))
     return _Step(one, size * ones), _Step(two, size * twos)
 
 
