@@ -154,13 +154,13 @@ def to_e4m3(x: NDArray) -> tuple[NDArray, NDArray]:
     N, H = x.shape
     blocks = np.zeros((N, -(-H // 128) * 128), np.float32)
     blocks[:, :H] = x
-    blocks = blocks.reshape(N, -1, 128)
+    blocks = blocks.reshape(N, -(-H // 128), 128)
     amax = np.abs(blocks).max(2)
     scale = np.where(amax > 0, np.maximum(amax, np.float32(2.0**-100)) / np.float32(448), np.float32(1))
     quotient = np.minimum(np.abs(blocks / scale[:, :, None]), 448).astype(np.float64)
     step = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(quotient, 2.0**-9))), -6) - 3)
     rounded = np.copysign(np.rint(quotient / step) * step, blocks)  # rint: ties to even
-    return rounded.reshape(N, -1)[:, :H].astype(np.float32), scale
+    return rounded.reshape(N, scale.shape[1] * 128)[:, :H].astype(np.float32), scale
 
 
 # ---- csrc/gating/score.h, bit for bit ------------------------------------------------------------------------------
@@ -224,11 +224,12 @@ def fma32(a: Any, b: Any, c: Any) -> NDArray:
     a, b, c = (np.asarray(v, np.float32).astype(np.float64) for v in (a, b, c))
     product = a * b  # exact: 24 + 24 bits
     total = product + c
-    rest = total - product
-    error = (product - (total - rest)) + (c - rest)
+    with np.errstate(invalid="ignore"):
+        rest = total - product
+        error = (product - (total - rest)) + (c - rest)
     bits = np.atleast_1d(total).view(np.int64)
     step = np.where((error > 0) == (total > 0), 1, -1)
-    odd = np.where((error != 0) & (bits % 2 == 0), bits + step, bits)
+    odd = np.where((error != 0) & np.isfinite(total) & (bits % 2 == 0), bits + step, bits)
     return odd.view(np.float64).reshape(np.shape(total)).astype(np.float32)
 
 
