@@ -13,7 +13,7 @@ from moecomm import _core
 from moecomm.gating.routing import check_status
 
 
-def route(logits: NDArray, bias: Any, mask: Any, top_k: int, choices: tuple[Any, ...]) -> tuple[NDArray, ...]:
+def route(logits: NDArray, bias: Any, mask: Any, top_k: int, choices: tuple[Any, ...]) -> tuple[Any, ...]:
     """The fields of a Routing in the order of ops.py. Raises ValueError for logits or a bias that nothing follows from.
 
     choices  score, num_groups, top_groups, floor, scale, capacity, drop, noise, its scale, seed, offset, align, threads
