@@ -17,7 +17,10 @@ from moecomm.gating import Generator, Noise, permute, permute_fp8, reference, ro
 
 options = argparse.ArgumentParser(description=__doc__)
 options.add_argument(
-    "checks", nargs="*", metavar="CHECK", help="route, rows, fused, layer, graph, bad_logits; default: all"
+    "checks",
+    nargs="*",
+    metavar="CHECK",
+    help="route, route_gradient, rows, fused, layer, graph, bad_logits; default: all",
 )
 options.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(4), "little"))
 options = options.parse_args()
@@ -101,6 +104,30 @@ def check_route() -> int:
                 wanted = reference.route(logits.double().numpy(), K, **arrays, **choices)
                 check_routing(got, wanted, (T, E, K, dtype, choices))
             cases += 1
+    return cases
+
+
+def check_route_gradient() -> int:
+    """Through weights and losses, on the GPU and on the CPU."""
+    cases = 0
+    for (T, E, K), score, normalize in itertools.product(
+        [(1, 4, 1), (65, 7, 3), (200, 128, 1), (300, 256, 8), (40, 1000, 32)],
+        ("softmax", "sigmoid"),
+        ("none", "selected"),
+    ):
+        kept = torch.from_numpy(draw.random(T) < 0.8) if draw.random() < 0.5 else None
+        choices = {"score": score, "normalize": normalize, "scale": 1.5, "capacity": max(T * K // E, 1)}
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[draw.integers(3)]
+        logits, direction = random_logits(T, E).to(dtype), torch.randn(T, K)
+        grads = []
+        for device in ("cpu", "cuda"):
+            leaf = logits.to(device).requires_grad_()
+            routing = route(leaf, K, mask=None if kept is None else kept.to(device), **choices)
+            loss = (routing.weight * direction.to(device)).sum() + 2 * routing.aux_loss + 0.1 * routing.z_loss
+            grads.append(torch.autograd.grad(loss, leaf)[0])
+        wrong = error(grads[1], grads[0])
+        assert wrong < {torch.float32: 1e-5}.get(dtype, 5e-3), (wrong, T, E, K, dtype, kept is not None, choices)
+        cases += 1
     return cases
 
 
@@ -278,7 +305,7 @@ def check_bad_logits() -> None:
         raise AssertionError(f"{bad} in the logits went unseen")
 
 
-for name in options.checks or ("route", "rows", "fused", "layer", "graph", "bad_logits"):
+for name in options.checks or ("route", "route_gradient", "rows", "fused", "layer", "graph", "bad_logits"):
     cases = globals()[f"check_{name}"]()
     torch.cuda.synchronize()
     print(f"{name}: as defined" + (f", {cases} cases" if cases else ""), flush=True)
