@@ -38,7 +38,18 @@ def check_comm(run: Run, sizes: Iterable[int] = (1, 2, 3, 4), make: Make = np.as
     sizes  numbers of ranks to try
     make   the kind of array to move
     """
-    checks = (_equal_blocks, _uneven_rows, _dtypes, _gathers, _reduces, _splits, _node_keys, _refuses, _is_freed)
+    checks = (
+        _equal_blocks,
+        _uneven_rows,
+        _started,
+        _dtypes,
+        _gathers,
+        _reduces,
+        _splits,
+        _node_keys,
+        _refuses,
+        _is_freed,
+    )
     for size in sizes:
         for check in checks:
             run(size, lambda comm, check=check: check(comm, make))  # type: ignore[misc]
@@ -117,6 +128,21 @@ def _uneven_rows(comm: Comm, make: Make) -> None:
         _same(rows, sent_rows(counts, comm.rank), "all_to_all changed its input", comm)
         as_lists = comm.all_to_all(rows, counts[comm.rank].tolist(), counts[:, comm.rank].tolist())
         _same(as_lists, received_rows(counts, comm.rank), "all_to_all with counts in lists", comm)
+
+
+def _started(comm: Comm, make: Make) -> None:
+    """Two at a time, while other ranks wait elsewhere."""
+    under_way = []
+    for counts in list(count_matrices(comm.size))[:2]:
+        rows = make(sent_rows(counts, comm.rank))
+        out = make(np.empty_like(received_rows(counts, comm.rank)))
+        started = comm.start(rows, out, counts[comm.rank].copy(), counts[:, comm.rank].copy())
+        under_way.append((started, rows, out, received_rows(counts, comm.rank)))
+    for started, _, out, wanted in under_way:
+        while not started.done():
+            comm.progress()
+            comm.waiting("check_comm", 0.0)
+        _same(out, wanted, "a started all_to_all", comm)
 
 
 def _dtypes(comm: Comm, make: Make) -> None:
