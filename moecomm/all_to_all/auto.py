@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -27,6 +26,7 @@ Form = Literal["even", "uneven"]
 FORMS: tuple[Form, Form] = ("even", "uneven")
 
 TUNED_SIZES = tuple(16 << i for i in range(13))
+LEAST_ROUNDS = 2
 MOST_TUNED_BYTES = 1 << 26
 """Of one rank's rows in a measurement."""
 
@@ -176,7 +176,7 @@ class AutoAllToAll(AllToAll):
         """Measure every algorithm at every size, in turn, and choose by that from now on.
 
         sizes    bytes a pair; what lies between is taken like the nearest. Left out if a rank had more than 64 MiB
-        seconds  for how long; every one is measured once in any case
+        seconds  for how long, the same for each size; each algorithm is called three times in any case
         returns  the new table, also in `table`: the same on every rank
 
         Collective over comm. Raises ValueError on every rank if an argument is wrong or differs among them.
@@ -189,13 +189,14 @@ class AutoAllToAll(AllToAll):
             )
         sizes = [size for size in sizes if size * self.comm.size <= MOST_TUNED_BYTES] or [min(sizes)]
         samples: dict[tuple[Form, int, str], list[float]] = defaultdict(list)
-        began = time.monotonic()
-        elapsed = 0.0
-        while elapsed <= seconds:
-            for size, form in itertools.product(sizes, FORMS):
-                for name in self._names(form, True):
+        for size in sizes:
+            began, elapsed, rounds = time.monotonic(), 0.0, 0
+            while rounds <= LEAST_ROUNDS or elapsed < seconds / len(sizes):
+                for form, name in [(form, name) for form in FORMS for name in self._names(form, True)]:
                     taken, elapsed = self._as_one(self._measure, form, size, self.algorithms[name], began)
-                    samples[form, size, name].append(taken)
+                    if rounds > 0:  # the first only warms up
+                        samples[form, size, name].append(taken)
+                rounds += 1
         found: dict[Form, dict[int, dict[str, float]]] = {form: {size: {} for size in sizes} for form in FORMS}
         for (form, size, name), taken_seconds in samples.items():
             found[form][size][name] = float(np.median(taken_seconds))
