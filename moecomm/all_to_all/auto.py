@@ -189,10 +189,11 @@ class AutoAllToAll(AllToAll):
             )
         sizes = [size for size in sizes if size * self.comm.size <= MOST_TUNED_BYTES] or [min(sizes)]
         samples: dict[tuple[Form, int, str], list[float]] = defaultdict(list)
+        candidates = [(form, name) for form in FORMS for name in self._names(form, True)]
         for size in sizes:
             began, elapsed, rounds = time.monotonic(), 0.0, 0
             while rounds <= LEAST_ROUNDS or elapsed < seconds / len(sizes):
-                for form, name in [(form, name) for form in FORMS for name in self._names(form, True)]:
+                for form, name in candidates:
                     taken, elapsed = self._as_one(self._measure, form, size, self.algorithms[name], began)
                     if rounds > 0:  # the first only warms up
                         samples[form, size, name].append(taken)
