@@ -126,4 +126,4 @@ def _matrix(name: str, array: Any, beside: Array, num_rows: int, dtypes: tuple[s
 
 
 def _by_expert(rows: Array, routing: Routing) -> Array:
-    return rows if routing.capacity is None else rows.reshape(-1, routing.capacity, rows.shape[1])
+    return rows if routing.capacity is None else rows.reshape(len(routing.count), routing.capacity, rows.shape[1])
