@@ -212,7 +212,7 @@ def test_random_transfers_over_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
 
     use_chunks_of(64, monkeypatch)
     for seed in range(6):
-        mpi_run(MPI.COMM_WORLD.size, lambda comm, seed=seed: random_transfers(comm, seed, rounds=200), None)
+        mpi_run(MPI.COMM_WORLD.size, lambda comm, seed=seed: random_transfers(comm, seed, rounds=100), None)
 
 
 def test_conformance_over_gloo() -> None:
