@@ -185,8 +185,11 @@ void scores(Score kind, float* score, float* x, int E, float* work) {
         for (int l = 0; l < kLanes; ++l) score[e * kLanes + l] = mul(score[e * kLanes + l], inverse[l]);
 }
 
-// The index [16] of the largest of n keys [n][16], ties to the lowest.
-void best(std::int32_t* index, std::int32_t* key, int n) {
+constexpr std::int32_t kTaken = INT_MIN;  // below every key
+inline std::int32_t to_key(float x) { return static_cast<std::int32_t>(ordered(x) ^ 0x80000000u); }
+
+// The index [16] of the largest of n keys [n][16], ties to the lowest; then those keys are taken.
+void take_best(std::int32_t* index, std::int32_t* key, int n) {
     for (int l = 0; l < kLanes; l += kWidth) {
         Ints top = ints(key + l), at = {};
         for (int e = 1; e < n; ++e) {
@@ -196,11 +199,14 @@ void best(std::int32_t* index, std::int32_t* key, int n) {
             at = larger ? at * 0 + e : at;
         }
         ints(index + l) = at;
+        // A vector cannot be loaded soon after a part of it was stored: few keys are written as vectors.
+        for (int e = 0; n <= 32 && e < n; ++e) {
+            Ints& k = ints(key + e * kLanes + l);
+            k = at == e ? at * 0 + kTaken : k;
+        }
     }
+    for (int l = 0; n > 32 && l < kLanes; ++l) key[index[l] * kLanes + l] = kTaken;
 }
-
-constexpr std::int32_t kTaken = INT_MIN;  // below every key
-inline std::int32_t to_key(float x) { return static_cast<std::int32_t>(ordered(x) ^ 0x80000000u); }
 
 // Takes the keys of all groups out but the top_groups whose two largest values have the largest sum.
 void keep_top_groups(std::int32_t* key, const float* value, int E, int num_groups, int top_groups, float* work) {
@@ -219,10 +225,7 @@ void keep_top_groups(std::int32_t* key, const float* value, int E, int num_group
             group_key[g * kLanes + l] = to_key(add(first, second));
         }
     alignas(64) std::int32_t index[kLanes];
-    for (int i = 0; i < top_groups; ++i) {
-        best(index, group_key, num_groups);
-        for (int l = 0; l < kLanes; ++l) group_key[index[l] * kLanes + l] = kTaken;
-    }
+    for (int i = 0; i < top_groups; ++i) take_best(index, group_key, num_groups);
     for (int e = 0; e < E; ++e)
         for (int l = 0; l < kLanes; ++l)
             key[e * kLanes + l] = group_key[e / members * kLanes + l] == kTaken ? key[e * kLanes + l] : kTaken;
@@ -333,11 +336,10 @@ void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) 
 
     alignas(64) std::int32_t index[kLanes];
     for (int k = 0; k < K; ++k) {
-        best(index, key, E);
+        take_best(index, key, E);
         std::int32_t* chosen = out.chosen + (a.drop == kByChoice ? k * E : 0);
         for (int l = 0; l < b.n; ++l) {
             const int e = index[l];
-            key[e * kLanes + l] = kTaken;
             const std::int64_t i = (b.t + l) * K + k;
             a.expert[i] = b.used[l] ? e : -1;
             a.weight[i] = b.used[l] ? s.score[e * kLanes + l] : 0.0f;
