@@ -14,7 +14,7 @@ import pytest
 from conftest import LIMIT, PROGRAMS, gloo_run, mpi_run, mpirun
 
 from moecomm import Comm, CommError, FlatAllToAll, Nodes, shared_memory, testing
-from moecomm._core import Transfer
+from moecomm._core import Event, NodeRing, RingLayout, Transfer
 from moecomm.all_to_all import SharedAllToAll, shared, streams
 from moecomm.transports import threads
 from moecomm.transports.wrappers import Checked, Timed
@@ -661,6 +661,66 @@ def test_a_rank_that_never_comes_over_mpi(how: str) -> None:
     assert sum(line.startswith("then: SharedAllToAll: this Comm cannot be used") for line in lines) == 3, job.stdout
     assert "first: SharedAllToAll, call " in job.stdout
     assert "waited 2.0 s for the other" in job.stdout
+
+
+# ---- the ring alone -------------------------------------------------------------------------------------------------
+
+
+def numbers(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def transfer(pieces: list[list[int]], *, total: int = 10, rows: int = 10, num_chunks: int = 1) -> Transfer:
+    """Of one node and one rank; the same comes back as goes."""
+    side = numbers(total), numbers(len(pieces)), np.array(pieces, np.int64).reshape(-1, 3), rows
+    return Transfer(*side, *side, 2, 64, num_chunks)
+
+
+def ring_of_one() -> NodeRing:
+    layout = RingLayout(num_ranks=1, num_nodes=1, num_slots=4, num_leaders=1, window=64)
+    return NodeRing(np.zeros(layout.num_bytes, np.uint8), layout, local_rank=0, node=0, spin_us=0)
+
+
+def test_a_ring_that_has_failed_stays_so() -> None:
+    ring, whole = ring_of_one(), transfer([[0, 10, 0]])
+    src, dst = np.arange(20, dtype=np.uint8), np.zeros(20, np.uint8)
+    ring.begin(whole, src, dst)
+    assert [ring.step(0) for _ in range(3)] == [Event.start_exchange, Event.finish_exchange, Event.finished]
+    assert (dst == src).all()
+    ring.fail()
+    for _ in range(2):
+        ring.begin(whole, src, dst)
+        assert ring.step(0) == Event.failed
+
+
+def test_a_transfer_that_cannot_be_is_refused() -> None:
+    for pieces in ([[0, 11, 0]], [[5, 6, 0]], [[0, 5, 6]], [[0, 5, 0], [4, 2, 5]], [[-1, 2, 0]], [[0, 1, -1]]):
+        with pytest.raises(ValueError, match="a piece lies outside its stream or rows, or over another"):
+            transfer(pieces)
+    with pytest.raises(ValueError, match="longer than all chunks"):
+        transfer([], total=33)
+    with pytest.raises(ValueError, match="too few pieces"):
+        Transfer(
+            numbers(1),
+            numbers(1),
+            np.zeros((0, 3), np.int64),
+            1,
+            *(numbers(0),) * 2,
+            numbers(0, 0, 0)[None],
+            0,
+            1,
+            64,
+            1,
+        )
+    ring, whole, bytes_20 = ring_of_one(), transfer([[0, 10, 0]]), np.zeros(20, np.uint8)
+    for src, dst in ((bytes_20[1:], bytes_20), (bytes_20, bytes_20[1:])):
+        with pytest.raises(ValueError, match="src or dst does not fit the transfer"):
+            ring.begin(whole, src, dst)
+    wide = Transfer(*(numbers(0), numbers(0), np.zeros((0, 3), np.int64), 0) * 2, 1, 128, 1)
+    with pytest.raises(ValueError, match="does not fit the ring"):
+        ring.begin(wide, bytes_20[:0], bytes_20[:0])
+    with pytest.raises(ValueError, match="memory is too small"):
+        NodeRing(bytes_20, RingLayout(1, 1, 4, 1, 64), 0, 0, 0)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
