@@ -145,6 +145,7 @@ def measure(shape: Shape, peer: Any, stage: str, rate: float, options: argparse.
             record |= {"peak_bytes": peak_bytes(calls[0])}
         yield record
         del sets, calls
+        torch.cuda.empty_cache()
 
 
 COLUMNS = [
@@ -175,7 +176,6 @@ def main() -> int:
                     num_wrong += record["wrong"]
                     if options.out:
                         append(options.out, record | ran_on)
-                torch.cuda.empty_cache()
     print_comment([f" wrong rows: {num_wrong}"])
     return 1 if num_wrong else 0
 
