@@ -112,6 +112,11 @@ def test_the_nearest_size_decides() -> None:
     assert table.fastest("uneven", 16, ("a",)) is None
 
 
+def test_flat_need_not_be_quite_the_fastest() -> None:
+    for other, chosen in ((1.0, "flat"), (0.9, "flat"), (0.85, "shared")):
+        assert Table((1,), {"even": {16: {"flat": 1.0, "shared": other}}}).fastest("even", 16, NAMES) == chosen
+
+
 def test_json_gives_the_table_back() -> None:
     table = always("shared", Nodes.of_size(2, 5))
     assert Table.from_json(table.to_json()) == table

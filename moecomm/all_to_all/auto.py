@@ -27,6 +27,9 @@ FORMS: tuple[Form, Form] = ("even", "uneven")
 
 TUNED_SIZES = tuple(16 << i for i in range(13))
 LEAST_ROUNDS = 2
+MARGIN = 1.15
+"""By how much measurements of the same differ where ranks share cores."""
+
 MOST_TUNED_BYTES = 1 << 26
 """Of one rank's rows in a measurement."""
 
@@ -43,13 +46,16 @@ class Table:
     seconds: dict[Form, dict[int, dict[str, float]]]
 
     def fastest(self, form: Form, bytes_per_pair: float, names: Iterable[str]) -> str | None:
-        """Of these names, the one that was fastest at the nearest size that was measured, None if none was."""
+        """Of these names, the one that was fastest at the nearest size that was measured, None if none was.
+
+        "flat" counts as such unless another took less than 1 / MARGIN of its time: it needs no memory.
+        """
         sizes = self.seconds.get(form, {})
         if not sizes:
             return None
         size = min(sizes, key=lambda size: (abs(math.log2(size / max(bytes_per_pair, 1))), size))
         measured = {name: seconds for name, seconds in sizes[size].items() if name in names}
-        return min(measured, key=lambda name: (measured[name], name)) if measured else None
+        return min(measured, key=lambda name: (measured[name] / (MARGIN if name == "flat" else 1), name), default=None)
 
     def to_json(self) -> str:
         """The table as text."""
