@@ -7,8 +7,10 @@
 //
 // THREADS, BLOCKS   threads of a block; blocks that a multiprocessor must hold, for the compiler's register budget
 // GRID              1: many blocks, all resident at once; 0: one block
+// SLICES            with ROWS: clusters, each of which decides for all tokens and moves its slice of every row
 // MASK              1: masked tokens get no experts
 // NORMALIZE         1: a token's kept weights are divided by their sum
+// ALIGNED           1: each expert's rows end at a multiple of `align`
 // CAPACITY          1: an expert keeps at most `capacity` assignments; DROP: 0 position, 1 choice, 2 probability, 3 random
 // WORDS32           words of 32 tokens that a block counts at once
 // CHUNKED           1: a block has more tokens than that
@@ -27,6 +29,7 @@ constexpr int STEP = THREADS / K * K;                      // assignments that a
 constexpr bool CHOICE_MAJOR = DROP == 1 && K > 1;          // slots: all first choices, then all second ones, ...
 constexpr bool RANKED = CAPACITY && DROP >= 2;             // the largest keys stay
 constexpr bool DIRECT = !CHOICE_MAJOR && !CHUNKED;         // bits are set while selecting, and kept
+constexpr bool WEIGHTS_LATER = NORMALIZE || CAPACITY;      // a weight depends on other choices of its token, or on drops
 constexpr int PASSES = CHOICE_MAJOR ? K : 1;
 constexpr unsigned NOTHING = 0xffffffffu;                  // the choice of a masked token
 
@@ -57,6 +60,12 @@ struct Arguments {
   int num_tokens, tokens_per_block, capacity, align, num_rows, row_bytes;
 };
 
+#if CLUSTER && __CUDA_ARCH__ >= 900
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
 // The weights of the block's tokens. score[] of a dropped assignment is 0.
 __device__ inline void write_weights(const Arguments& a, const float* score, int n, float* weight) {
   for (int base = 0; base < n; base += STEP) {
@@ -73,16 +82,30 @@ __device__ inline void write_weights(const Arguments& a, const float* score, int
   }
 }
 
-// What follows from total[E] for the rows of each expert: begin[E + 1]. Returns the number of choices. For one warp.
-__device__ inline unsigned scan_experts(const Arguments& a, const unsigned* total, unsigned* begin) {
-  constexpr int EACH = (E + 31) / 32;
+constexpr int EACH = (E + 31) / 32;  // experts of a lane
+
+// The EACH numbers of a lane, 0 beyond the last expert.
+__device__ inline void load_experts(const unsigned* from, int first, unsigned (&value)[EACH]) {
+  if constexpr (E % 128 == 0) {
+#pragma unroll
+    for (int i = 0; i < EACH; i += 4)
+      *reinterpret_cast<uint4*>(value + i) = *reinterpret_cast<const uint4*>(from + i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) value[i] = first + i < E ? from[i] : 0;
+  }
+}
+
+// Where the rows of each expert begin, from total[E]: begin[E + 1]. For one warp. Returns the sum of total.
+__device__ inline unsigned scan_experts(const unsigned* total, int align, unsigned* begin) {
   const int lane = threadIdx.x % 32;
-  unsigned chosen = 0, rows = 0, size[EACH];
+  unsigned chosen = 0, rows = 0;
+  alignas(16) unsigned size[EACH];
+  load_experts(total + lane * EACH, lane * EACH, size);
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    size[i] = lane * EACH + i < E ? total[lane * EACH + i] : 0;
     chosen += size[i];
-    if (!CAPACITY && a.align > 1) size[i] = (size[i] + a.align - 1) / a.align * a.align;
+    if (ALIGNED) size[i] = (size[i] + align - 1) / align * align;
     rows += size[i];
   }
   unsigned end = rows;
@@ -101,17 +124,49 @@ __device__ inline unsigned scan_experts(const Arguments& a, const unsigned* tota
   return __reduce_add_sync(ALL, chosen);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route(const Arguments a) {
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
+  return value;
+}
+
+// Sums over a warp: of aux and z as floats in x and y, of the problems seen in z.
+__device__ inline uint4 add_losses(uint4 part) {
+  const float aux = warp_sum(__uint_as_float(part.x)), z = warp_sum(__uint_as_float(part.y));
+  return make_uint4(__float_as_uint(aux), __float_as_uint(z), __reduce_or_sync(ALL, part.z), 0);
+}
+
+// num_chosen: choices of all tokens that are not masked.
+__device__ inline float mean_aux(uint4 sum, unsigned num_chosen) {
+  const float over_tokens = num_chosen ? static_cast<float>(K) / static_cast<float>(num_chosen) : 0.0f;
+  return static_cast<float>(E) / K * (__uint_as_float(sum.x) * over_tokens) * over_tokens;
+}
+
+__device__ inline void write_z(const Arguments& a, uint4 sum, unsigned num_chosen) {
+  *a.z_loss = num_chosen ? __uint_as_float(sum.y) * K / static_cast<float>(num_chosen) : 0.0f;
+  *a.status = sum.z;
+}
+
+#if GRID && !CLUSTER
+#define WAIT_FOR_ALL board.wait_for_all()
+#else
+#define WAIT_FOR_ALL __syncthreads()
+#endif
+
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(const Arguments a) {
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ float warp_loss[2][WARPS];
-  __shared__ unsigned warp_bad[WARPS], num_chosen;
+  __shared__ uint4 warp_losses[WARPS], block_losses[CLUSTER ? CLUSTER : 1], words[CLUSTER ? CLUSTER * PACKED : 1];
+  __shared__ unsigned long long counts_arrived, losses_arrived;
+  __shared__ unsigned num_chosen;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = threadIdx.x % LANES;
-  const int first = blockIdx.x * a.tokens_per_block;
+  const int blocks = CLUSTER ? CLUSTER : gridDim.x, block = blockIdx.x % blocks, slice = CLUSTER ? blockIdx.x / blocks : 0;
+  const bool writes = SLICES == 1 || slice == 0;  // all slices find the same
+  const int first = block * a.tokens_per_block;
   const int tokens = max(0, min(a.tokens_per_block, a.num_tokens - first)), n = tokens * K;
   const int64 first_assignment = static_cast<int64>(first) * K;
 #if ROWS
-  unsigned char* const ring = shared;
-  unsigned* bits = reinterpret_cast<unsigned*>(shared + static_cast<int64>(SLOTS) * a.row_bytes);  // [WORDS32, E]
+  const int part_bytes = a.row_bytes / SLICES;
+  unsigned* bits = reinterpret_cast<unsigned*>(shared + SLOTS * part_bytes);  // [WORDS32, E]
 #else
   unsigned* bits = reinterpret_cast<unsigned*>(shared);
 #endif
@@ -123,11 +178,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route(const Argume
   unsigned* const own = begin + E + 1;
   unsigned* const pick = SPILL ? reinterpret_cast<unsigned*>(a.row) + first_assignment : own;
   float* const score = SPILL ? a.weight + first_assignment : reinterpret_cast<float*>(own + a.tokens_per_block * K);
-  float* const scratch = reinterpret_cast<float*>(own + (SPILL ? 0 : 2 * a.tokens_per_block * K));
-  uint4* const barriers = a.board + 1;
-  uint4* const losses = barriers + 2 * gridDim.x;
-  uint4* const counts = losses + gridDim.x * WARPS;
-  const unsigned launch = GRID ? *reinterpret_cast<const volatile unsigned*>(a.board) + 1 : 0;
+  unsigned* const part = own + (SPILL ? 0 : 2 * a.tokens_per_block * K);
+  float* const scratch = reinterpret_cast<float*>(part + (GRID && !CLUSTER ? PART : 0));
+#if GRID && !CLUSTER
+  Board board(a.board);
+#endif
   moecomm::Generator generator{a.seed, a.generator_offset};
   if ((NOISE || RANKED) && a.offset_tensor) generator.offset += static_cast<unsigned long long>(*a.offset_tensor);
 
@@ -139,9 +194,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route(const Argume
   for (int i = threadIdx.x; i < WORDS32 * E; i += THREADS) bits[i] = 0;
 #if ROWS
   __shared__ unsigned long long arrived[BULK ? SLOTS : 1];
-  const Copier copier{a.x + static_cast<int64>(first) * a.row_bytes, ring, arrived, tokens, a.row_bytes};
+  const Copier copier{a.x + static_cast<int64>(first) * a.row_bytes + slice * part_bytes, shared, arrived, tokens,
+                      a.row_bytes, part_bytes};
   copier.prepare();
+  if (CLUSTER) copier.start();  // few tokens: their rows do not keep logits waiting
 #endif
+  if (CLUSTER && threadIdx.x == 0) {
+    expect(&counts_arrived, CLUSTER * PACKED * 16);
+    expect(&losses_arrived, CLUSTER * 16);
+  }
+  if (CLUSTER) cluster_arrive();  // its shared memory is ready for what others send
   __syncthreads();
   float mean[VALUES] = {}, z = 0.0f;
   bool bad = false;
@@ -161,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route(const Argume
     const unsigned long long element = static_cast<unsigned long long>(first + local) * E;
     const Token token = choose(x, row, element, member, live ? 1.0f : 0.0f, how, mean);
     if (local >= tokens) continue;
-    if (member == 0) {
+    if (member == 0 && writes) {
       a.lse[first + local] = live ? token.lse : 0.0f;
       if (live) z = fmaf(token.lse, token.lse, z);
     }
@@ -171,15 +233,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route(const Argume
       const int j = s * LANES + member;
       if (j >= K) continue;
       pick[local * K + j] = live ? token.expert[s] : NOTHING;
-      score[local * K + j] = live ? token.score[s] : 0.0f;
+      if (WEIGHTS_LATER) score[local * K + j] = live ? token.score[s] : 0.0f;
+      if (!CAPACITY && writes) {
+        const int64 assignment = first_assignment + local * K + j;
+        a.expert[assignment] = live ? token.expert[s] : -1;
+        if (!NORMALIZE) a.weight[assignment] = live ? moecomm::mul(a.scale, token.score[s]) : 0.0f;
+      }
       if (DIRECT && live) atomicOr(&bits[local / 32 * E + token.expert[s]], 1u << local % 32);
     }
   }
   if (BIAS)
     for (int e = threadIdx.x; e < E; e += THREADS) bad |= !(fabsf(a.bias[e]) < INFINITE);
+  z = warp_sum(z);
+  const unsigned problems = __any_sync(ALL, bad) ? 1 : 0;
+  if (lane == 0) warp_losses[warp] = make_uint4(0, __float_as_uint(z), problems, 0);
   __syncthreads();
 #if ROWS
-  copier.start();
+  if (!CLUSTER) copier.start();
 #endif
 
   // ---- count ----
@@ -216,62 +286,99 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route(const Argume
         }
       if (!DIRECT) __syncthreads();
     }
-    if (GRID) publish_counts(counted, counts + static_cast<int64>(pass) * RECORDS * gridDim.x, launch);
-    if (GRID && PASSES > 1) {  // each pass is counted from 0
+#if GRID && !CLUSTER
+    board.publish(pass, [&](int e) { return counted[e]; });
+    if (PASSES > 1) {  // each pass is counted from 0
       __syncthreads();
       for (int e = threadIdx.x; e < E; e += THREADS) counted[e] = 0;
     }
-  }
-  if (!CAPACITY) {
-    write_weights(a, score, n, a.weight + first_assignment);
-    for (int i = threadIdx.x; i < n; i += THREADS)
-      a.expert[first_assignment + i] = pick[i] == NOTHING ? -1 : static_cast<int>(pick[i] & 1023);
+#endif
   }
 
   // ---- exchange ----
-  if (GRID) {
-    __syncthreads();
-    for (int pass = 0; pass < PASSES; ++pass) {
-      collect_counts(counts + static_cast<int64>(pass) * RECORDS * gridDim.x, launch, total, before);
-      __syncthreads();
-      if (PASSES > 1) {
-        for (int i = threadIdx.x; i < n; i += THREADS)
-          if (i % K == pass && pick[i] != NOTHING) {
-            const unsigned e = pick[i] & 1023;
-            a.slot[first_assignment + i] = counted[e] + before[e] + (pick[i] >> 10);
-          }
-        __syncthreads();
-        for (int e = threadIdx.x; e < E; e += THREADS) counted[e] += total[e];
-        __syncthreads();
-      }
-    }
-    if (PASSES > 1)
-      for (int e = threadIdx.x; e < E; e += THREADS) total[e] = counted[e];
-    if (PASSES > 1) __syncthreads();
-  }
+#if CLUSTER
+  cluster_wait();
+  share_counts(counted, block, words, &counts_arrived);
+  if (!CAPACITY && NORMALIZE && writes) write_weights(a, score, n, a.weight + first_assignment);
+  await(&counts_arrived);
+  add_shared_counts(words, block, total, before);
+  __syncthreads();
+#else
+  if (!CAPACITY && NORMALIZE) write_weights(a, score, n, a.weight + first_assignment);
+#endif
+#if GRID && !CLUSTER
   if (warp == 0) {
-    const unsigned chosen = scan_experts(a, total, begin);
-    if (lane == 0) num_chosen = chosen;
+    const uint4 sum = add_losses(lane < WARPS ? warp_losses[lane] : make_uint4(0, 0, 0, 0));
+    if (lane == 0) board.losses[block] = sum;
   }
+  board.wait_for_all();
+  for (int pass = 0; pass < PASSES; ++pass) {
+    board.collect(pass, total, before, part);
+    __syncthreads();
+    if (PASSES > 1) {
+      for (int i = threadIdx.x; i < n; i += THREADS)
+        if (i % K == pass && pick[i] != NOTHING) {
+          const unsigned e = pick[i] & 1023;
+          a.slot[first_assignment + i] = counted[e] + before[e] + (pick[i] >> 10);
+        }
+      __syncthreads();
+      for (int e = threadIdx.x; e < E; e += THREADS) counted[e] += total[e];
+      __syncthreads();
+    }
+  }
+  if (PASSES > 1) {
+    for (int e = threadIdx.x; e < E; e += THREADS) total[e] = counted[e];
+    __syncthreads();
+  }
+#endif
   float aux = 0.0f;
+  if (warp * TEAMS_OF_WARP < tokens) {
 #pragma unroll
-  for (int i = 0; i < VALUES; ++i)
-    if (expert_of(i, member) < E) aux = fmaf(mean[i], static_cast<float>(total[expert_of(i, member)]), aux);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    aux += __shfl_xor_sync(ALL, aux, step);
-    z += __shfl_xor_sync(ALL, z, step);
+    for (int i = 0; i < VALUES; ++i)
+      if (expert_of(i, member) < E) aux = fmaf(mean[i], static_cast<float>(total[expert_of(i, member)]), aux);
+    aux = warp_sum(aux);
   }
-  unsigned problems = __any_sync(ALL, bad) ? 1 : 0;
-  if (lane == 0) {
-    if (GRID) write_record(losses + blockIdx.x * WARPS + warp, __float_as_uint(aux), __float_as_uint(z), problems, launch);
-    warp_loss[0][warp] = aux;
-    warp_loss[1][warp] = z;
-    warp_bad[warp] = problems;
+  if (lane == 0) warp_losses[warp].x = __float_as_uint(aux);
+  if (warp == WARPS - 1) {  // where it can be, a warp without tokens
+    const unsigned chosen = scan_experts(total, a.align, begin);
+    if (lane == 0) num_chosen = chosen;
   }
   __syncthreads();
 
   // ---- emit ----
+#if GRID && !CLUSTER
+  unsigned long long share = 0, earlier = 0;
+#endif
+  if (warp == 0 && writes) {
+    const uint4 sum = add_losses(lane < WARPS ? warp_losses[lane] : make_uint4(0, 0, 0, 0));
+#if CLUSTER
+    if (lane == 0) send(0, block_losses + block, sum, &losses_arrived);
+#elif GRID
+    share = Board::aux_share(mean_aux(sum, num_chosen));
+    if (lane == 0) earlier = board.add_aux(share);
+#else
+    if (lane == 0) *a.aux_loss = mean_aux(sum, num_chosen);
+    if (lane == 0) write_z(a, sum, num_chosen);
+#endif
+  }
+#if GRID && !CLUSTER
+  if (warp == WARPS - 1 && block == 0) {
+    uint4 sum = make_uint4(0, 0, 0, 0);
+    for (int other = lane; other < blocks; other += 32) {
+      const uint4 loss = __ldcg(board.losses + other);
+      sum.y = __float_as_uint(__uint_as_float(sum.y) + __uint_as_float(loss.y));
+      sum.z |= loss.z;
+    }
+    sum = add_losses(sum);
+    if (lane == 0) write_z(a, sum, num_chosen);
+  }
+#endif
+  if (block == 0 && writes)
+    for (int e = threadIdx.x; e <= E; e += THREADS) {
+      if (e < E) a.load[e] = total[e];
+      if (e < E) a.count[e] = CAPACITY ? min(static_cast<int>(total[e]), a.capacity) : total[e];
+      a.offset[e] = CAPACITY ? e * a.capacity : begin[e];
+    }
   const auto rank_of = [&](int i) {
     if (!DIRECT) return pick[i] >> 10;
     const int local = i / K, at = local / 32 * E + static_cast<int>(pick[i]);
@@ -285,12 +392,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route(const Argume
             DROP == 2 ? moecomm::ordered(score[i])
                       : moecomm::random_word(generator, moecomm::kDrop, static_cast<unsigned long long>(first_assignment + i));
       }
-    wait_for_all(barriers, launch);
-    for (int e = blockIdx.x; e < E; e += gridDim.x)
+    WAIT_FOR_ALL;
+    for (int e = block; e < E; e += blocks)
       if (total[e] > a.capacity) keep_largest(a.key + begin[e], total[e], a.capacity, a.place + begin[e]);
-    wait_for_all(barriers + gridDim.x, launch);
+    WAIT_FOR_ALL;
   }
-  for (int i = threadIdx.x; i < n; i += THREADS) {
+  for (int i = THREADS - 1 - threadIdx.x; i < n; i += THREADS) {  // the first warps are busy: few choices are for the last
     const unsigned picked = pick[i];
     const int64 assignment = first_assignment + i;
     int slot = -1, to = -1;
@@ -304,88 +411,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) route(const Argume
       if (CAPACITY && slot >= a.capacity) slot = -1;
       if (slot >= 0) {
         to = (CAPACITY ? static_cast<int>(e) * a.capacity : begin[e]) + slot;
-        a.source[to] = static_cast<int>(assignment);
+        if (writes) a.source[to] = static_cast<int>(assignment);
       }
       if (CAPACITY && slot < 0) score[i] = 0.0f;
     }
+    if (ROWS) pick[i] = to;
+    if (!writes) continue;
     a.slot[assignment] = slot;
     if (CAPACITY) a.expert[assignment] = slot < 0 ? -1 : static_cast<int>(picked & 1023);
     a.row[assignment] = to;
-    if (ROWS) pick[i] = to;
   }
   if (CAPACITY || ROWS) __syncthreads();
 #if ROWS
-  copier.finish(pick, a.rows);
+  copier.finish(pick, a.rows + slice * part_bytes);
 #endif
-  if (CAPACITY) write_weights(a, score, n, a.weight + first_assignment);
+  if (CAPACITY && writes) write_weights(a, score, n, a.weight + first_assignment);
 
   // Rows that hold nothing: behind each expert's last one, and behind all experts.
   const auto empty_row = [&](int r) {
 #if ROWS
-    zero_row(a.rows, r, a.row_bytes);
+    zero_part(a.rows + static_cast<int64>(r) * a.row_bytes + slice * part_bytes, part_bytes);
 #endif
-    if (lane == 0) a.source[r] = -1;
+    if (lane == 0 && writes) a.source[r] = -1;
   };
-  const int blocks = gridDim.x, parts = max(1, blocks / E);
-  if (CAPACITY || a.align > 1)
-    for (int unit = blockIdx.x; unit < E * parts; unit += blocks) {
+  const int parts = max(1, blocks / E);
+  if (CAPACITY || ALIGNED)
+    for (int unit = block; unit < E * parts; unit += blocks) {
       const int e = unit / parts, kept = CAPACITY ? min(static_cast<int>(total[e]), a.capacity) : total[e];
       const int start = CAPACITY ? e * a.capacity : begin[e], end = CAPACITY ? start + a.capacity : begin[e + 1];
       for (int r = start + kept + unit % parts * WARPS + warp; r < end; r += parts * WARPS) empty_row(r);
     }
-  if (!CAPACITY)
-    for (int r = begin[E] + blockIdx.x * WARPS + warp; r < a.num_rows; r += blocks * WARPS) empty_row(r);
+  if (!CAPACITY && (MASK || ALIGNED))
+    for (int r = begin[E] + block * WARPS + warp; r < a.num_rows; r += blocks * WARPS) empty_row(r);
 
-  // ---- what concerns all tokens: block 0 ----
-  if (blockIdx.x > 0) return;
-  for (int e = threadIdx.x; e <= E; e += THREADS) {
-    if (e < E) a.load[e] = total[e];
-    if (e < E) a.count[e] = CAPACITY ? min(static_cast<int>(total[e]), a.capacity) : total[e];
-    a.offset[e] = CAPACITY ? e * a.capacity : begin[e];
+#if CLUSTER
+  if (block == 0 && writes && warp == 0) {
+    await(&losses_arrived);
+    const uint4 sum = add_losses(lane < CLUSTER ? block_losses[lane] : make_uint4(0, 0, 0, 0));
+    if (lane == 0) *a.aux_loss = mean_aux(sum, num_chosen);
+    if (lane == 0) write_z(a, sum, num_chosen);
   }
-  if (GRID) {
-    constexpr int BATCH = 5;
-    aux = z = 0.0f;
-    problems = 0;
-    for (int at = threadIdx.x; at < blocks * WARPS; at += THREADS * BATCH) {
-      uint4 record[BATCH];
-      await_records(losses, at, THREADS, blocks * WARPS, launch, record);
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        aux += __uint_as_float(record[i].x);
-        z += __uint_as_float(record[i].y);
-        problems |= record[i].z;
-      }
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      aux += __shfl_xor_sync(ALL, aux, step);
-      z += __shfl_xor_sync(ALL, z, step);
-    }
-    problems = __reduce_or_sync(ALL, problems);
-    __syncthreads();
-    if (lane == 0) {
-      warp_loss[0][warp] = aux;
-      warp_loss[1][warp] = z;
-      warp_bad[warp] = problems;
-    }
-    __syncthreads();
+#elif GRID
+  if (threadIdx.x == 0 && (earlier & 4095) == blocks - 1) {  // the last one
+    *a.aux_loss = static_cast<float>((earlier + share) >> 12) * 9.094947017729282e-13f;
+    board.close(RANKED ? 3 : 1);
   }
-  if (warp == 0) {
-    aux = lane < WARPS ? warp_loss[0][lane] : 0.0f;
-    z = lane < WARPS ? warp_loss[1][lane] : 0.0f;
-    problems = __reduce_or_sync(ALL, lane < WARPS ? warp_bad[lane] : 0);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      aux += __shfl_xor_sync(ALL, aux, step);
-      z += __shfl_xor_sync(ALL, z, step);
-    }
-    if (lane == 0) {
-      const float counting = static_cast<float>(num_chosen / K);  // tokens that are not masked
-      *a.aux_loss = counting > 0.0f ? static_cast<float>(E) / K * (aux / counting) / counting : 0.0f;
-      *a.z_loss = counting > 0.0f ? z / counting : 0.0f;
-      *a.status = problems;
-      if (GRID) a.board[0].x = launch;
-    }
-  }
+#endif
 }

@@ -1,7 +1,7 @@
 // Rows of x on their way through shared memory to the rows of their experts, while and after the block decides.
 //
 // BULK  1: the copy engine moves whole rows (sm_90; rows are multiples of 16 bytes); 0: threads move WORDs
-// SLOTS  rows of x that a block holds at once, for BULK
+// SLOTS  rows of x, or parts of them, that a block holds at once, for BULK
 #pragma once
 #include "rows.cuh"
 
@@ -11,14 +11,15 @@ __device__ inline unsigned shared_address(const void* p) { return static_cast<un
 
 #if BULK && __CUDA_ARCH__ >= 900
 
-constexpr int COPIERS = SLOTS < 8 ? SLOTS : 8;  // warps whose first lane moves rows: copier c has tokens c, c + COPIERS, ...
+// Warps whose first lane moves rows: copier c has tokens c, c + COPIERS, ...
+constexpr int COPIERS = SLOTS < 8 ? (SLOTS < WARPS ? SLOTS : WARPS) : (WARPS < 8 ? WARPS : 8);
 constexpr int DEPTH = SLOTS / COPIERS;          // rows that a copier has under way
 
 struct Copier {
-  const unsigned char* x;  // the block's first row
-  unsigned char* ring;     // SLOTS rows
+  const unsigned char* x;       // the block's first row, its part of it
+  unsigned char* ring;          // SLOTS parts
   unsigned long long* arrived;  // SLOTS barriers
-  int tokens, row_bytes;
+  int tokens, row_bytes, part_bytes;
 
   __device__ static bool works() { return threadIdx.x % 32 == 0 && threadIdx.x / 32 < COPIERS; }
   __device__ int number() const { return threadIdx.x / 32; }
@@ -27,7 +28,7 @@ struct Copier {
     if (!works()) return;
     for (int d = 0; d < DEPTH; ++d)
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrived + number() * DEPTH + d)));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
   }
 
   // Starts to load this copier's n-th row.
@@ -35,10 +36,10 @@ struct Copier {
     const int token = number() + n * COPIERS, slot = number() * DEPTH + n % DEPTH;
     if (token >= tokens) return;
     const unsigned barrier = shared_address(arrived + slot);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(row_bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(part_bytes) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(ring + static_cast<int64>(slot) * row_bytes)),
-                 "l"(x + static_cast<int64>(token) * row_bytes), "r"(row_bytes), "r"(barrier)
+                     shared_address(ring + static_cast<int64>(slot) * part_bytes)),
+                 "l"(x + static_cast<int64>(token) * row_bytes), "r"(part_bytes), "r"(barrier)
                  : "memory");
   }
 
@@ -52,7 +53,7 @@ struct Copier {
     if (!works()) return;
     for (int n = 0; number() + n * COPIERS < tokens; ++n) {
       const int token = number() + n * COPIERS, slot = number() * DEPTH + n % DEPTH;
-      const unsigned from = shared_address(ring + static_cast<int64>(slot) * row_bytes);
+      const unsigned from = shared_address(ring + static_cast<int64>(slot) * part_bytes);
       asm volatile(
           "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
               shared_address(arrived + slot)),
@@ -63,7 +64,7 @@ struct Copier {
         if (to >= 0)
           asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
                            rows + static_cast<int64>(to) * row_bytes),
-                       "r"(from), "r"(row_bytes)
+                       "r"(from), "r"(part_bytes)
                        : "memory");
       }
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -86,27 +87,28 @@ struct Copier {
   const unsigned char* x;
   unsigned char* ring;
   unsigned long long* arrived;
-  int tokens, row_bytes;
+  int tokens, row_bytes, part_bytes;
 
   __device__ void prepare() const {}
   __device__ void start() const {}
 
   __device__ void finish(const unsigned* row, unsigned char* rows) const {
-    const int words = row_bytes / static_cast<int>(sizeof(Word));
-    for (int token = threadIdx.x / 32; token < tokens; token += THREADS / 32)
-      for (int i = threadIdx.x % 32; i < words; i += 32) {
-        const Word word = reinterpret_cast<const Word*>(x)[static_cast<int64>(token) * words + i];
+    for (int token = threadIdx.x / 32; token < tokens; token += THREADS / 32) {
+      const Word* const from = reinterpret_cast<const Word*>(x + static_cast<int64>(token) * row_bytes);
+      for (int i = threadIdx.x % 32; i < part_bytes / static_cast<int>(sizeof(Word)); i += 32) {
+        const Word word = from[i];
         for (int j = 0; j < K; ++j) {
           const int to = static_cast<int>(row[token * K + j]);
-          if (to >= 0) reinterpret_cast<Word*>(rows)[static_cast<int64>(to) * words + i] = word;
+          if (to >= 0) reinterpret_cast<Word*>(rows + static_cast<int64>(to) * row_bytes)[i] = word;
         }
       }
+    }
   }
 };
 
 #endif
 
-__device__ inline void zero_row(unsigned char* rows, int row, int row_bytes) {  // by one warp
-  Word* to = reinterpret_cast<Word*>(rows + static_cast<int64>(row) * row_bytes);
-  for (int i = threadIdx.x % 32; i < row_bytes / static_cast<int>(sizeof(Word)); i += 32) to[i] = Word{};
+__device__ inline void zero_part(unsigned char* part, int part_bytes) {  // by one warp
+  for (int i = threadIdx.x % 32; i < part_bytes / static_cast<int>(sizeof(Word)); i += 32)
+    reinterpret_cast<Word*>(part)[i] = Word{};
 }

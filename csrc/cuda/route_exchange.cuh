@@ -1,136 +1,218 @@
-// How the blocks of one launch tell each other what they counted, without a barrier and without clearing memory.
+// How the blocks of one launch tell each other what they counted.
 //
-// A record is 16 bytes, written and read as a whole: three words and the number of the launch. Who needs a record reads
-// it until it bears the number of this launch. Launches that share a `board` run one after the other; it starts as zeros.
+// All blocks of a launch run at once. They write their counts to the board and wait for each other; then each adds up
+// what it needs. Launches that share a board run one after the other; it starts as zeros and is never cleared: its
+// counters go on from launch to launch. A few blocks can instead be a cluster (sm_90), and write into each other's
+// shared memory.
 //
 // THREADS     threads of a block
+// CLUSTER     blocks of a cluster; 0: no clusters, the board is used
 // COUNT_BITS  8, 16 or 32: wide enough for the tokens of a block
 #pragma once
-#include "rows.cuh"
+#include "route_select.cuh"
 
 constexpr int WARPS = THREADS / 32;
-constexpr int COUNTS = 96 / COUNT_BITS;  // of one record
-constexpr int RECORDS = (E + COUNTS - 1) / COUNTS;
+constexpr int COUNTS = 32 / COUNT_BITS;  // of one word
+constexpr int VECTORS = (E * COUNT_BITS + 127) / 128;  // 16-byte words that hold a block's counts
+constexpr int SUMS = COUNT_BITS == 32 ? 4 : 8;         // words that hold a vector's counts summed over blocks
+constexpr int SPREAD = VECTORS <= 32 ? 1 << log2_up(VECTORS) : 32;  // lanes that share a row
+constexpr int ROWS_AT_ONCE = VECTORS <= 32 ? THREADS / SPREAD : WARPS;
 
-__device__ inline uint4 read_record(const uint4* from) {
-  uint4 r;
-#if __CUDA_ARCH__ >= 700
-  asm volatile("{ .reg .b128 t; ld.relaxed.gpu.global.b128 t, [%4]; .reg .b64 lo, hi; mov.b128 {lo, hi}, t; "
-               "mov.b64 {%0, %1}, lo; mov.b64 {%2, %3}, hi; }"
-               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-               : "l"(from)
-               : "memory");
-#endif
-  return r;
-}
+constexpr int PART = 2 * WARPS * VECTORS * SUMS <= 16384 ? 2 * WARPS * VECTORS * SUMS : 0;  // words; 0: add at once
 
-__device__ inline void write_record(uint4* to, unsigned x, unsigned y, unsigned z, unsigned launch) {
-  asm volatile("{ .reg .b128 t; .reg .b64 lo, hi; mov.b64 lo, {%1, %2}; mov.b64 hi, {%3, %4}; mov.b128 t, {lo, hi}; "
-               "st.relaxed.gpu.global.b128 [%0], t; }" ::"l"(to),
-               "r"(x), "r"(y), "r"(z), "r"(launch)
-               : "memory");
-}
+struct Header {
+  unsigned arrivals, arrivals_before;  // at the barriers of all launches; when this launch began
+  unsigned long long aux;              // what blocks have added, in units of 2^-40, times 4096, + their number
+};
 
-// The records with the numbers first .. first + count * stride; all are on their way before the first is looked at.
-template <int COUNT>
-__device__ inline void await_records(const uint4* board, int first, int stride, int end, unsigned launch,
-                                     uint4 (&record)[COUNT]) {
-#pragma unroll
-  for (int n = 0; n < COUNT; ++n) {
-    record[n] = make_uint4(0, 0, 0, launch);
-    if (first + n * stride < end) record[n] = read_record(board + first + n * stride);
+struct Board {
+  Header* header;
+  uint4* losses;     // [blocks]
+  unsigned* counts;  // [passes, blocks, VECTORS * 4]
+  unsigned before, barriers = 0;
+
+  __device__ explicit Board(uint4* board)
+      : header(reinterpret_cast<Header*>(board)), losses(board + 1),
+        counts(reinterpret_cast<unsigned*>(board + 1 + gridDim.x)) {
+    before = *reinterpret_cast<volatile unsigned*>(&header->arrivals_before);
   }
-#pragma unroll
-  for (int n = 0; n < COUNT; ++n)
-    while (record[n].w != launch) record[n] = read_record(board + first + n * stride);
-}
 
-// Publishes count[E] (shared memory) of this block: one record a thread.
-__device__ inline void publish_counts(const unsigned* count, uint4* board, unsigned launch) {
-  for (int v = threadIdx.x; v < RECORDS; v += THREADS) {
-    unsigned word[3] = {0, 0, 0};
-#pragma unroll
-    for (int c = 0; c < COUNTS; ++c)
-      if (v * COUNTS + c < E) word[c * COUNT_BITS / 32] |= count[v * COUNTS + c] << (c * COUNT_BITS % 32);
-    write_record(board + static_cast<int64>(v) * gridDim.x + blockIdx.x, word[0], word[1], word[2], launch);
+  // All blocks wait for each other; what they wrote before is visible after.
+  __device__ void wait_for_all() {
+    ++barriers;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      asm volatile("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&header->arrivals) : "memory");
+      unsigned seen;
+      do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(&header->arrivals) : "memory");
+      while (static_cast<int>(seen - before - barriers * gridDim.x) < 0);
+    }
+    __syncthreads();
   }
-}
 
-// Adds up what all blocks published: total[E], and before[E] of the blocks that precede this one. A lane looks at
-// BLOCKS_EACH blocks for each of NUMBERS records, all in flight together.
-template <int NUMBERS, int BLOCKS_EACH>
-__device__ inline void collect(const uint4* board, unsigned launch, int v, unsigned* total, unsigned* before) {
-  constexpr int SUMS = COUNT_BITS == 32 ? 3 : 6;  // 8 bits: two counts in a word, 16 bits each
-  const int lane = threadIdx.x % 32, blocks = gridDim.x;
-  unsigned all[NUMBERS][SUMS] = {}, preceding[NUMBERS][SUMS] = {};
-  for (int first = lane; first - lane < blocks; first += 32 * BLOCKS_EACH) {
-    uint4 record[NUMBERS][BLOCKS_EACH];
+  // Adds a block's share of the aux loss, at most 1024, as an integer: the sum does not depend on the order. The result
+  // is what the earlier ones had added. For one thread.
+  __device__ unsigned long long add_aux(unsigned long long share) const { return atomicAdd(&header->aux, share); }
+
+  __device__ static unsigned long long aux_share(float aux) {
+    return (aux >= 0.0f && aux <= 1024.0f ? __float2ull_rn(aux * 1099511627776.0f) << 12 : 0) + 1;
+  }
+
+  // For the last block, when all have read the header; all_barriers: how often a launch waits for all.
+  __device__ void close(unsigned all_barriers) const {
+    header->arrivals_before = before + all_barriers * gridDim.x;
+    header->aux = 0;
+  }
+
+  template <typename Count>
+  __device__ void publish(int pass, Count count) const {
+    unsigned* const row = counts + (static_cast<int64>(pass) * gridDim.x + blockIdx.x) * VECTORS * 4;
+    for (int w = threadIdx.x; w * COUNTS < E; w += THREADS) {
+      unsigned word = 0;
 #pragma unroll
-    for (int r = 0; r < NUMBERS; ++r)
+      for (int c = 0; c < COUNTS; ++c)
+        if (w * COUNTS + c < E) word |= count(w * COUNTS + c) << (c * COUNT_BITS % 32);
+      row[w] = word;
+    }
+  }
+
+  // Into shared memory: total[E], and preceding[E] of the blocks before this one. part: PART words.
+  __device__ void collect(int pass, unsigned* total, unsigned* preceding, unsigned* part) const {
+    constexpr int AT_ONCE = 5;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = gridDim.x;
+    const uint4* const rows = reinterpret_cast<const uint4*>(counts) + static_cast<int64>(pass) * blocks * VECTORS;
+    const auto expert = [](int s, int v) { return v * (16 / (COUNT_BITS / 8)) + (COUNT_BITS == 8 ? s / 2 * 4 + s % 2 : s); };
+    if (!PART) {
+      for (int e = threadIdx.x; e < E; e += THREADS) total[e] = preceding[e] = 0;
+      __syncthreads();
+    }
+    for (int v = lane % SPREAD; v - lane % SPREAD < VECTORS; v += SPREAD) {
+      unsigned all[SUMS] = {}, earlier[SUMS] = {};
+      for (int first = threadIdx.x / SPREAD; first < blocks; first += ROWS_AT_ONCE * AT_ONCE) {
+        uint4 row[AT_ONCE];
 #pragma unroll
-      for (int n = 0; n < BLOCKS_EACH; ++n) {
-        record[r][n] = make_uint4(0, 0, 0, launch);
-        if (v + r * WARPS < RECORDS && first + n * 32 < blocks)
-          record[r][n] = read_record(board + static_cast<int64>(v + r * WARPS) * blocks + first + n * 32);
-      }
+        for (int n = 0; n < AT_ONCE; ++n) {
+          row[n] = make_uint4(0, 0, 0, 0);
+          const int r = first + n * ROWS_AT_ONCE;
+          if (r < blocks && v < VECTORS) row[n] = __ldcg(rows + static_cast<int64>(r) * VECTORS + v);
+        }
 #pragma unroll
-    for (int r = 0; r < NUMBERS; ++r)
+        for (int n = 0; n < AT_ONCE; ++n) {
+          const unsigned word[4] = {row[n].x, row[n].y, row[n].z, row[n].w};
+          const bool precedes = first + n * ROWS_AT_ONCE < static_cast<int>(blockIdx.x);
 #pragma unroll
-      for (int n = 0; n < BLOCKS_EACH; ++n) {
-        while (record[r][n].w != launch)
-          record[r][n] = read_record(board + static_cast<int64>(v + r * WARPS) * blocks + first + n * 32);
-        const unsigned word[3] = {record[r][n].x, record[r][n].y, record[r][n].z};
-        const bool precedes = first + n * 32 < static_cast<int>(blockIdx.x);
-#pragma unroll
-        for (int s = 0; s < SUMS; ++s) {
-          unsigned part;
-          if constexpr (COUNT_BITS == 8) part = word[s / 2] >> (8 * (s % 2)) & 0x00ff00ffu;
-          if constexpr (COUNT_BITS == 16) part = word[s / 2] >> (16 * (s % 2)) & 0xffffu;
-          if constexpr (COUNT_BITS == 32) part = word[s];
-          all[r][s] += part;
-          if (precedes) preceding[r][s] += part;
+          for (int s = 0; s < SUMS; ++s) {
+            unsigned value;
+            if constexpr (COUNT_BITS == 8) value = word[s / 2] >> (8 * (s % 2)) & 0x00ff00ffu;  // two counts
+            if constexpr (COUNT_BITS == 16) value = word[s / 2] >> (16 * (s % 2)) & 0xffffu;
+            if constexpr (COUNT_BITS == 32) value = word[s];
+            all[s] += value;
+            if (precedes) earlier[s] += value;
+          }
         }
       }
+#pragma unroll
+      for (int step = 16; step >= SPREAD; step /= 2)
+#pragma unroll
+        for (int s = 0; s < SUMS; ++s) {
+          all[s] += __shfl_xor_sync(0xffffffffu, all[s], step);
+          earlier[s] += __shfl_xor_sync(0xffffffffu, earlier[s], step);
+        }
+      if (lane >= SPREAD || v >= VECTORS) continue;
+#pragma unroll
+      for (int s = 0; s < SUMS; ++s)
+        if (!PART) {  // COUNT_BITS is 16 or 32, or E beyond 512
+          const int e = expert(s, v);
+          if (e < E) atomicAdd(total + e, COUNT_BITS == 8 ? all[s] & 0xffffu : all[s]);
+          if (e < E) atomicAdd(preceding + e, COUNT_BITS == 8 ? earlier[s] & 0xffffu : earlier[s]);
+          if (COUNT_BITS == 8 && e + 2 < E) atomicAdd(total + e + 2, all[s] >> 16);
+          if (COUNT_BITS == 8 && e + 2 < E) atomicAdd(preceding + e + 2, earlier[s] >> 16);
+        } else {
+          part[(2 * warp * SUMS + s) * VECTORS + v] = all[s];
+          part[((2 * warp + 1) * SUMS + s) * VECTORS + v] = earlier[s];
+        }
+    }
+    if (!PART) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2 * SUMS * VECTORS; i += THREADS) {
+      unsigned sum = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) sum += part[w * 2 * SUMS * VECTORS + i];
+      unsigned* const to = i < SUMS * VECTORS ? total : preceding;
+      const int e = expert(i / VECTORS % SUMS, i % VECTORS);
+      if (e < E) to[e] = COUNT_BITS == 8 ? sum & 0xffffu : sum;
+      if (COUNT_BITS == 8 && e + 2 < E) to[e + 2] = sum >> 16;
+    }
   }
+};
+
+// ---- in a cluster --------------------------------------------------------------------------------------------------
+
+constexpr int PACKED = (E + 7) / 8;  // 16-byte words that hold E counts of 16 bits
+
+#if CLUSTER && __CUDA_ARCH__ >= 900
+
+__device__ inline unsigned shared_place(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Makes `arrived` ready to be awaited once, after `bytes` have been sent to this block. For one thread.
+__device__ inline void expect(unsigned long long* arrived, int bytes) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster; "
+               "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_place(arrived)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Sends a word into the shared memory of block `rank` of the cluster, to the addresses that `to` and `arrived` have here.
+__device__ inline void send(int rank, const uint4* to, uint4 word, const unsigned long long* arrived) {
+  asm volatile("{ .reg .b32 there, bell; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 bell, %1, %2; "
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3, %4, %5, %6}, [bell]; }" ::"r"(
+                   shared_place(to)),
+               "r"(shared_place(arrived)), "r"(rank), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+}
+
+__device__ inline void await(const unsigned long long* arrived) {
+  asm volatile(
+      "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0; @!done bra again; }" ::"r"(
+          shared_place(arrived))
+      : "memory");
+}
+
+#else
+
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+__device__ inline void expect(unsigned long long*, int) {}
+__device__ inline void send(int, uint4*, uint4, unsigned long long*) {}
+__device__ inline void await(unsigned long long*) {}
+
+#endif
+
+// Hands this block's counts to every block of the cluster: words [CLUSTER, PACKED] there.
+__device__ inline void share_counts(const unsigned* count, int rank, uint4* words, unsigned long long* arrived) {
+  for (int i = threadIdx.x; i < CLUSTER * PACKED; i += THREADS) {
+    const int first = i % PACKED * 8;
+    unsigned word[4] = {};
 #pragma unroll
-  for (int r = 0; r < NUMBERS; ++r) {
-#pragma unroll
-    for (int s = 0; s < SUMS; ++s) {
-      all[r][s] = __reduce_add_sync(0xffffffffu, all[r][s]);
-      preceding[r][s] = __reduce_add_sync(0xffffffffu, preceding[r][s]);
-    }
-    if (lane < 2) {
-      unsigned* to = lane == 0 ? total : before;
-#pragma unroll
-      for (int c = 0; c < COUNTS; ++c) {
-        const int s = COUNT_BITS == 8 ? c / 4 * 2 + c % 2 : c, e = (v + r * WARPS) * COUNTS + c;
-        unsigned value = lane == 0 ? all[r][s] : preceding[r][s];
-        if (COUNT_BITS == 8) value = c / 2 % 2 ? value >> 16 : value & 0xffffu;
-        if (e < E) to[e] = value;
-      }
-    }
+    for (int c = 0; c < 8; ++c)
+      if (first + c < E) word[c / 2] |= count[first + c] << (c % 2 * 16);
+    send(i / PACKED, words + rank * PACKED + i % PACKED, make_uint4(word[0], word[1], word[2], word[3]), arrived);
   }
 }
 
-__device__ inline void collect_counts(const uint4* board, unsigned launch, unsigned* total, unsigned* before) {
-  if (gridDim.x <= 32) {
-    for (int v = threadIdx.x / 32; v < RECORDS; v += 3 * WARPS) collect<3, 1>(board, launch, v, total, before);
-  } else {
-    for (int v = threadIdx.x / 32; v < RECORDS; v += WARPS) collect<1, 5>(board, launch, v, total, before);
-  }
-}
-
-// All blocks wait for each other; what they wrote to global memory before is visible after.
-__device__ inline void wait_for_all(uint4* board, unsigned launch) {
-  __syncthreads();
-  if (gridDim.x == 1) return;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    write_record(board + blockIdx.x, 0, 0, 0, launch);
-  }
-  for (int block = threadIdx.x; block < gridDim.x; block += THREADS)
-    while (read_record(board + block).w != launch) {
+__device__ inline void add_shared_counts(const uint4* words, int rank, unsigned* total, unsigned* before) {
+  for (int e = threadIdx.x; e < E; e += THREADS) {
+    unsigned all = 0, preceding = 0;
+#pragma unroll
+    for (int block = 0; block < CLUSTER; ++block) {
+      const unsigned count = reinterpret_cast<const unsigned short*>(words + block * PACKED)[e];
+      all += count;
+      if (block < rank) preceding += count;
     }
-  __threadfence();
-  __syncthreads();
+    total[e] = all;
+    before[e] = preceding;
+  }
 }

@@ -47,11 +47,22 @@ __device__ inline T over_lanes(T value, Combine combine) {
   return value;
 }
 
-__device__ inline float largest_of(const float (&x)[VALUES]) {
-  float best = x[0];
+// A lane's own values, combined pairwise: short chains of dependent instructions.
+template <int N, typename Combine>
+__device__ inline float fold(const float (&value)[N], Combine combine) {
+  float part[N];
 #pragma unroll
-  for (int i = 1; i < VALUES; ++i) best = fmaxf(best, x[i]);
-  return over_lanes(best, [](float a, float b) { return fmaxf(a, b); });
+  for (int i = 0; i < N; ++i) part[i] = value[i];
+#pragma unroll
+  for (int step = 1; step < N; step *= 2)
+#pragma unroll
+    for (int i = 0; i + step < N; i += 2 * step) part[i] = combine(part[i], part[i + step]);
+  return part[0];
+}
+
+__device__ inline float largest_of(const float (&x)[VALUES]) {
+  const auto larger = [](float a, float b) { return fmaxf(a, b); };
+  return over_lanes(fold(x, larger), larger);
 }
 
 // The sum of the team's terms. EXACT: the upper half is added onto the lower half of the experts until one is left.
@@ -77,12 +88,12 @@ __device__ inline float sum_of(const float (&term)[VALUES]) {
       for (int j = 0; j < half; ++j) part[j] = moecomm::add(part[j], part[j + half]);
     return part[0];
   } else {
-    float sum = term[0];
-#pragma unroll
-    for (int i = 1; i < VALUES; ++i) sum += term[i];
-    return over_lanes(sum, [](float a, float b) { return a + b; });
+    const auto sum = [](float a, float b) { return a + b; };
+    return over_lanes(fold(term, sum), sum);
   }
 }
+
+__device__ inline float reciprocal(float x) { return EXACT ? moecomm::div(1.0f, x) : __fdividef(1.0f, x); }
 
 __device__ inline float softmax_term(float x, float largest) {
   if constexpr (EXACT) return moecomm::softmax_term(x, largest);
@@ -100,8 +111,13 @@ __device__ inline void choose_by_rounds(float (&key)[VALUES], int lane, int (&ex
     const float largest = largest_of(key);
     int first = 1 << 30;
 #pragma unroll
-    for (int i = VALUES - 1; i >= 0; --i)
-      if (key[i] == largest) first = expert_of(i, lane);
+    for (int c = CHUNKS - 1; c >= 0; --c) {
+      int here = 1 << 30;
+#pragma unroll
+      for (int i = CHUNK - 1; i >= 0; --i)
+        if (key[c * CHUNK + i] == largest) here = expert_of(c * CHUNK + i, lane);
+      first = min(first, here);
+    }
     first = over_lanes(first, [](int a, int b) { return min(a, b); });
     first = min(first, E - 1);  // only NaN logits can leave less than K experts to choose from
 #pragma unroll
@@ -118,7 +134,7 @@ __device__ inline void choose_by_rounds(float (&key)[VALUES], int lane, int (&ex
 constexpr int INDEX_BITS = log2_up(E);
 constexpr unsigned INDEX_MASK = (1u << INDEX_BITS) - 1;
 constexpr int LENGTH = 1 << log2_up(VALUES);
-constexpr bool SORTED = LANES == 32 && K >= 3 && LENGTH <= 16;
+constexpr bool SORTED = LANES == 32 && K >= 3 && K < 32 && LENGTH <= 16;
 constexpr bool LOSSLESS = sizeof(ELEMENT) == 2 && KEYS_ARE_LOGITS && NOISE == 0;  // the low bits of a 16-bit logit are 0
 
 __device__ inline void sort_descending(unsigned (&word)[LENGTH]) {  // Batcher's odd-even merge sort
@@ -146,13 +162,10 @@ __device__ inline bool choose_from_sorted(const float (&key)[VALUES], int lane, 
       word[i] = (moecomm::ordered(key[i]) & ~INDEX_MASK) | (INDEX_MASK - expert_of(i, lane));
   }
   sort_descending(word);
-  unsigned last = INDEX_MASK;  // differs from every first key
-  bool distinct = true;
+  unsigned mine[PER_LANE] = {};
 #pragma unroll
   for (int j = 0; j < K + !LOSSLESS; ++j) {
     const unsigned largest = __reduce_max_sync(ALL, word[0]);
-    if (j > 0) distinct = distinct && ((last ^ largest) > INDEX_MASK);
-    last = largest;
     if (word[0] == largest) {
 #pragma unroll
       for (int i = 0; i + 1 < LENGTH; ++i) word[i] = word[i + 1];
@@ -160,9 +173,13 @@ __device__ inline bool choose_from_sorted(const float (&key)[VALUES], int lane, 
     }
 #pragma unroll
     for (int s = 0; s < PER_LANE; ++s)
-      if (j == s * LANES + lane) expert[s] = min(INDEX_MASK - (largest & INDEX_MASK), E - 1u);
+      if (j == s * LANES + lane) mine[s] = largest;
   }
-  return LOSSLESS || distinct;
+#pragma unroll
+  for (int s = 0; s < PER_LANE; ++s) expert[s] = min(INDEX_MASK - (mine[s] & INDEX_MASK), E - 1u);
+  if (LOSSLESS) return true;  // else lane j has the j-th word, and lane K the best of the rest
+  const unsigned previous = __shfl_up_sync(ALL, mine[0], 1);
+  return !__any_sync(ALL, lane > 0 && lane <= K && (previous ^ mine[0]) <= INDEX_MASK);
 }
 
 // ---- groups --------------------------------------------------------------------------------------------------------
@@ -239,7 +256,7 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) term[i] = softmax_term(x[i], largest);
     sum = sum_of(term);
-    inverse = moecomm::div(1.0f, sum);
+    inverse = reciprocal(sum);
   }
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) {
@@ -289,9 +306,9 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) term[i] = softmax_term(x[i], largest);
     sum = sum_of(term);
-    inverse = moecomm::div(1.0f, sum);
+    inverse = reciprocal(sum);
   }
-  token.lse = largest + moecomm::log_positive(sum);
+  token.lse = largest + __logf(sum);  // 1 <= sum <= E
   token.bad = !(sum < INFINITE) || largest == -INFINITE;
   if constexpr (EXACT) {
 #pragma unroll
