@@ -32,7 +32,7 @@ Counts: TypeAlias = NDArray[np.int64]
 Rows: TypeAlias = NDArray[np.int64]
 
 ROW_BYTES = 16
-NIC_CALLS = 10
+NIC_CALLS = 3
 """Calls behind the counters of a network interface."""
 
 
