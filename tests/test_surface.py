@@ -18,8 +18,9 @@ MODULES = ["moecomm", *(module.name for module in pkgutil.walk_packages(moecomm.
 
 
 def test_the_public_names() -> None:
-    names = """AllToAll AutoAllToAll Comm CommError FlatAllToAll Groups HierarchicalAllToAll Nodes Plan RoutedExchange Routing
-        TensorParallelExchange Topology build_groups expert_capacity reduce_expert_gradient route"""
+    names = """AllToAll AutoAllToAll Comm CommError FlatAllToAll Groups HierarchicalAllToAll Nodes Plan RoutedExchange
+        Routing SharedAllToAll TensorParallelExchange Topology build_groups expert_capacity
+        reduce_expert_gradient route"""
     assert moecomm.__all__ == names.split()
 
 

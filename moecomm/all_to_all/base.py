@@ -94,7 +94,7 @@ class AllToAll(ABC):
         send_counts, _ = self.comm.checked(
             f"{type(self).__name__}.route", lambda: (self.comm.counts("send_counts", send_counts), ())
         )
-        return self._as_one(self._route, send_counts)
+        return self._as_one(self._route, send_counts.copy())  # the route outlives the call
 
     def send(self, rows: Array, route: Route) -> Array:
         """What `rows` returns, without exchanging the counts again. Collective over comm."""

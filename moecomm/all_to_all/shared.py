@@ -14,7 +14,7 @@ from moecomm._core import Event, NodeRing, RingLayout
 from moecomm.all_to_all.base import AllToAll, Route, agreed_nodes
 from moecomm.all_to_all.streams import NodeCounts, Streams, Way
 from moecomm.arrays import Array, Counts, as_bytes, empty_rows, is_torch, on_host, row_bytes
-from moecomm.comm import Started
+from moecomm.comm import Comm, Started
 from moecomm.errors import CommError
 from moecomm.nodes import Nodes
 from moecomm.shared_memory import shared_memory
@@ -39,6 +39,9 @@ PAUSE = 100e-6
 
 PATIENCE_US = 20_000
 """How long a rank sleeps before it lets the transport move on what others may wait for."""
+
+MOST_CORES = 4096
+"""Of a node, as far as it matters who has one."""
 
 MOST_WAYS = 32
 """Transfers of equal counts that are kept, by row size."""
@@ -106,7 +109,7 @@ class SharedAllToAll(AllToAll):
             self._leader_comm.free()
             raise CommError(f"{type(self).__name__}: the ranks of a node share no memory{self.comm.where()}")
         self._memory = memory
-        has_core = (os.cpu_count() or 1) >= num_ranks
+        has_core = _num_cores(self._node_comm) >= num_ranks
         self._pause = 0.0 if has_core else PAUSE
         return NodeRing(memory, layout, self._streams.local, self._streams.node, SPIN_US if has_core else 0)
 
@@ -202,3 +205,10 @@ class SharedRoute(Route):
 def _check_on_host(rows: Array, name: str) -> None:
     if is_torch(rows) and not on_host(rows):
         raise TypeError(f"{name} is on {rows.device}, expected rows in host memory, which the ranks of a node share")
+
+
+def _num_cores(comm: Comm) -> int:
+    """How many cores the ranks of a node may run on, together. Collective."""
+    mine = np.zeros((1, MOST_CORES), np.uint8)
+    mine[0, [core % MOST_CORES for core in os.sched_getaffinity(0)]] = 1
+    return int(comm.all_gather(mine).any(axis=0).sum())

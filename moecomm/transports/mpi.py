@@ -60,6 +60,7 @@ class MpiComm(Comm):
         weakref.finalize(self, _free_types, self._row_types).atexit = False  # MPI is gone by then
         self._calls = 0
         self._pending: Any = None
+        self._under_way: set[_Request] = set()  # MPI may write to their buffers, whoever has lost interest
 
     def check_usable(self, call: str) -> None:
         if self.failure is None and self._comm == MPI.COMM_NULL:
@@ -116,7 +117,9 @@ class MpiComm(Comm):
                 [send, (send_counts, _starts(send_counts)), row],
                 [recv, (recv_counts, _starts(recv_counts)), row],
             )
-        return _Request(self, request)
+        started = _Request(self, request, (rows, out))
+        self._under_way.add(started)
+        return started
 
     def progress(self) -> None:
         with self._errors("progress"):
@@ -184,13 +187,17 @@ class MpiComm(Comm):
 
 
 class _Request:
-    def __init__(self, comm: MpiComm, request: Any) -> None:
+    def __init__(self, comm: MpiComm, request: Any, buffers: tuple[Array, Array]) -> None:
         self._comm = comm
         self._request = request
+        self._buffers = buffers
 
     def done(self) -> bool:
         with self._comm._errors("all_to_all"):
-            return bool(self._request.Test())
+            is_done = bool(self._request.Test())
+        if is_done:
+            self._comm._under_way.discard(self)
+        return is_done
 
 
 def _host_bytes(rows: Array) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -75,9 +75,17 @@ class TorchComm(Comm):
             self.failure = f"{name} failed: {error}"
             raise CommError(f"{name}: {error}{self.where()}") from error
         self._pending = work, buffers  # torch may still write there
+        self._give_up(name)
+
+    def _give_up(self, name: str) -> NoReturn:
         atexit.register(_leave)  # torch would wait for the others again before it lets Python end
         self.failure = f"{name} waited {self._limit} s for the other {self.size - 1} rank(s) to come and send"
         raise CommError(f"{self.failure}{self.where()}")
+
+    def waiting(self, call: str, seconds: float) -> None:
+        self.check_usable(call)
+        if self._limit is not None and seconds > self._limit:
+            self._give_up(call)
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
         send, recv = self._movable(rows), self._movable(out)
