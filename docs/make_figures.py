@@ -10,10 +10,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from gating_figure import gating_svg
+
 from moecomm import Nodes, Topology
 from moecomm.draw import lanes_svg, topology_svg, traffic_svg, two_hops_svg
 
 FOLDER = Path(__file__).parent / "figures"
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 EQUAL = Nodes.of_size(4, 16)
 UNEQUAL = Nodes.of_size(4, 10)
@@ -35,6 +38,7 @@ def draw() -> dict[str, str]:
         "topology_sliced_experts": topology_svg(SLICED, "expert", ranks_per_node=4),
         "topology_pipeline": topology_svg(STAGES, "expert_data", ranks_per_node=4),
         "lanes": lanes_svg(Topology(16, tensor=2, expert=16)),
+        "gating_h200": gating_svg(RESULTS / "gating_h200.jsonl"),
     }
     for axis in ("tensor", "data", "expert", "expert_data", "expert_lane"):
         figures[f"topology_{axis}"] = topology_svg(TOPOLOGY, axis, ranks_per_node=4)
