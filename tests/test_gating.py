@@ -221,6 +221,18 @@ def test_float16_and_strides() -> None:
     same(route(logits[::2, ::-1], 3), reference.route(logits[::2, ::-1].astype(np.float64), 3))
 
 
+@pytest.mark.parametrize("drop", ["position", "choice", "probability", "random"])
+def test_threads_change_nothing(drop: Any) -> None:
+    """Enough tokens for several threads to start."""
+    logits = draw(np.random.default_rng(8), 40001, 32)
+    one, *others = (
+        route(logits, 4, drop=drop, capacity=4000, generator=Generator(2), threads=threads) for threads in (1, 2, 3, 16)
+    )
+    for other in others:
+        for name in EXACT + ROUNDED:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
+
+
 def test_noise_draws_in_proportion() -> None:
     """With Gumbel noise of scale 1 a choice is a draw from the softmax; another offset is another draw."""
     logits = np.tile(np.log(np.array([1, 2, 3, 4], np.float32)), (20000, 1))

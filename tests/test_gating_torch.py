@@ -169,6 +169,17 @@ def flat(rows: Any) -> tuple[Any]:
     return (rows.reshape(-1, rows.shape[-1]),)
 
 
+def test_threads_change_no_gradient() -> None:
+    """Enough rows for several threads to start."""
+    grads = []
+    for threads in (1, 3):
+        logits, x = (t.requires_grad_() for t in tensors(6, (20001, 64), (20001, 192)))
+        routing, rows = route_permute(logits, x, 2, normalize="selected", threads=threads)
+        y = unpermute(rows.square(), routing, x, threads=threads)
+        grads.append(torch.autograd.grad(y.square().sum() + routing.aux_loss, (logits, x)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 # ---- torch.compile -------------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,15 @@
 #include "gating.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cinttypes>
 #include <cmath>
+#include <condition_variable>
 #include <cstdio>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -31,16 +34,59 @@ const Kernels& kernels() {
 #endif
 }
 
-// body(part, first, last) over [0, n) in `threads` contiguous parts, each at least `grain` long.
+// Hands out [0, n) piece by piece. Each thread calls body(take), which calls take(first, last) until that says false.
+// Threads that come late find nothing left and are not waited for: another library's may be spinning on their cores.
+class Pieces {
+public:
+    Pieces(std::int64_t n, std::int64_t size) : n_(n), size_(size) {}
+
+    bool take(std::int64_t& first, std::int64_t& last) {
+        first = next_.fetch_add(size_);
+        last = std::min(n_, first + size_);
+        return first < n_;
+    }
+
+    bool enter() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        working_ += !closed_;
+        return !closed_;
+    }
+
+    void leave() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        --working_;
+        left_.notify_one();
+    }
+
+    void close() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        closed_ = true;
+        left_.wait(lock, [this] { return working_ == 0; });
+    }
+
+private:
+    const std::int64_t n_, size_;
+    std::atomic<std::int64_t> next_{0};
+    std::mutex mutex_;
+    std::condition_variable left_;
+    int working_ = 0;
+    bool closed_ = false;
+};
+
+// Uses a thread more for every `grain` of n, up to `threads`: to start one costs up to 100 us.
 template <class Body>
 void in_parts(std::int64_t n, int threads, std::int64_t grain, const Body& body) {
-    const auto parts = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, n / grain)));
-    const auto begin = [&](int part) { return n * part / parts; };
-    std::vector<std::thread> others;
-    for (int part = 1; part < parts; ++part)
-        others.emplace_back([&, part] { body(part, begin(part), begin(part + 1)); });
-    body(0, 0, begin(1));
-    for (auto& other : others) other.join();
+    const std::int64_t parts = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, n / grain));
+    const auto pieces = std::make_shared<Pieces>(n, parts == 1 ? n : std::max<std::int64_t>(1, n / (8 * parts)));
+    const auto take = [p = pieces.get()](std::int64_t& first, std::int64_t& last) { return p->take(first, last); };
+    for (std::int64_t part = 1; part < parts; ++part)
+        std::thread([pieces, &take, &body] {
+            if (!pieces->enter()) return;  // take and body are gone
+            body(take);
+            pieces->leave();
+        }).detach();
+    body(take);
+    pieces->close();
 }
 
 struct Floats {              // aligned to 64 bytes
@@ -129,10 +175,11 @@ int route(const Route& a, int threads) {
     for (std::int64_t c = 0; c < num_chunks; ++c)
         chunks[c] = {c * kChunk, std::min(a.T, (c + 1) * kChunk), &next[c * counts], &share[c * a.E], 0.0, false};
 
-    const std::int64_t grain = std::max<std::int64_t>(1, 65536 / (kChunk * a.E));  // a thread costs about 20 us
-    in_parts(num_chunks, threads, grain, [&](int, std::int64_t first, std::int64_t last) {
+    const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (kChunk * a.E));
+    in_parts(num_chunks, threads, grain, [&](const auto& take) {
         const Floats scratch(scratch_floats(a.E));
-        for (std::int64_t c = first; c < last; ++c) kernels().select(a, chunks[c], scratch.get());
+        for (std::int64_t first, last; take(first, last);)
+            for (std::int64_t c = first; c < last; ++c) kernels().select(a, chunks[c], scratch.get());
     });
     if (std::any_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return c.bad; })) return 1;
 
@@ -171,17 +218,17 @@ int route(const Route& a, int threads) {
         a.count[e] = a.capacity < 0 ? free : static_cast<std::int32_t>(std::min<std::int64_t>(free, a.capacity));
     }
     lay_out_rows(a);
-    in_parts(num_chunks, threads, std::max<std::int64_t>(1, 32768 / (kChunk * a.K)),
-             [&](int, std::int64_t first, std::int64_t last) {
-                 for (std::int64_t c = first; c < last; ++c) place(a, chunks[c].first, chunks[c].last, chunks[c].chosen);
-             });
+    in_parts(num_chunks, threads, std::max<std::int64_t>(1, (1 << 16) / (kChunk * a.K)), [&](const auto& take) {
+        for (std::int64_t first, last; take(first, last);)
+            for (std::int64_t c = first; c < last; ++c) place(a, chunks[c].first, chunks[c].last, chunks[c].chosen);
+    });
     return 0;
 }
 
 void route_backward(const RouteBackward& a, int threads) {
-    in_parts(a.T, threads, std::max<std::int64_t>(16, 65536 / a.E), [&](int, std::int64_t first, std::int64_t last) {
+    in_parts(a.T, threads, std::max<std::int64_t>(16, (1 << 18) / a.E), [&](const auto& take) {
         const Floats scratch(scratch_floats(a.E));
-        kernels().route_backward(a, first, last, scratch.get());
+        for (std::int64_t first, last; take(first, last);) kernels().route_backward(a, first, last, scratch.get());
     });
 }
 
@@ -189,7 +236,7 @@ void route_backward(const RouteBackward& a, int threads) {
 
 namespace {
 
-constexpr std::int64_t kGrainBytes = 1 << 18;
+constexpr std::int64_t kGrainBytes = 4 << 20;
 
 // The last-level cache as this machine (maybe a virtual one) has it; sysconf tells of the whole processor.
 std::int64_t cache_bytes() {
@@ -252,16 +299,18 @@ static void end_of_stream() {
 
 void permute(const Rows& table, const void* x, void* rows, std::int64_t row_bytes, int threads) {
     const bool stream = streams((table.T + table.N) * row_bytes);
-    in_parts(table.T, threads, grain(row_bytes * (table.K + 1)), [&](int, std::int64_t first, std::int64_t last) {
-        kernels().permute(table, x, rows, row_bytes, first, last, stream);
+    in_parts(table.T, threads, grain(row_bytes * (table.K + 1)), [&](const auto& take) {
+        for (std::int64_t first, last; take(first, last);)
+            kernels().permute(table, x, rows, row_bytes, first, last, stream);
         end_of_stream();
     });
     clear_empty_rows(table, rows, row_bytes, 0, table.N);
 }
 
 void permute_fp8(const PermuteFp8& a, int threads) {
-    in_parts(a.table.T, threads, grain(4 * a.H), [&](int, std::int64_t first, std::int64_t last) {
-        kernels().permute_fp8(a, first, last);
+    in_parts(a.table.T, threads, grain(4 * a.H), [&](const auto& take) {
+        for (std::int64_t first, last; take(first, last);)
+            kernels().permute_fp8(a, first, last);
     });
     clear_empty_rows(a.table, a.rows, a.H, 0, a.table.N);
     for (std::int64_t n = 0, blocks = (a.H + 127) / 128; n < a.table.N; ++n)
@@ -271,8 +320,9 @@ void permute_fp8(const PermuteFp8& a, int threads) {
 void unpermute(const Unpermute& a, int threads) {
     const std::int64_t row_bytes = a.H * bytes_of(a.type);
     const bool stream = streams((a.table.T + a.table.N) * row_bytes);
-    in_parts(a.table.T, threads, grain(row_bytes * (a.table.K + 1)), [&](int, std::int64_t first, std::int64_t last) {
-        kernels().unpermute(a, first, last, stream);
+    in_parts(a.table.T, threads, grain(row_bytes * (a.table.K + 1)), [&](const auto& take) {
+        for (std::int64_t first, last; take(first, last);)
+            kernels().unpermute(a, first, last, stream);
         end_of_stream();
     });
 }
@@ -280,8 +330,9 @@ void unpermute(const Unpermute& a, int threads) {
 void unpermute_backward(const UnpermuteBackward& a, int threads) {
     const std::int64_t row_bytes = a.H * bytes_of(a.type);
     const bool stream = streams(2 * a.table.N * row_bytes);
-    in_parts(a.table.T, threads, grain(row_bytes * (2 * a.table.K + 1)), [&](int, std::int64_t first, std::int64_t last) {
-        kernels().unpermute_backward(a, first, last, stream);
+    in_parts(a.table.T, threads, grain(row_bytes * (2 * a.table.K + 1)), [&](const auto& take) {
+        for (std::int64_t first, last; take(first, last);)
+            kernels().unpermute_backward(a, first, last, stream);
         end_of_stream();
     });
     clear_empty_rows(a.table, a.grad_rows, row_bytes, 0, a.table.N);

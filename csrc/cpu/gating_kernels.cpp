@@ -123,6 +123,8 @@ void transpose(float* out, const float* const* row, int E) {
     for (int l = 0; l < kLanes; l += 4)
         for (int e = 0; e < E; e += 4) {
 #ifdef __SSE2__
+            if (e % 16 == 0)  // the next 16 tokens: theirs follow these
+                for (int i = 0; i < 4; ++i) __builtin_prefetch(row[l + i] + kLanes * E + e, 0, 2);
             __m128 a = _mm_loadu_ps(row[l] + e), b = _mm_loadu_ps(row[l + 1] + e);
             __m128 c = _mm_loadu_ps(row[l + 2] + e), d = _mm_loadu_ps(row[l + 3] + e);
             _MM_TRANSPOSE4_PS(a, b, c, d);
