@@ -27,7 +27,10 @@ def gating_svg(results: Path, experts: int = 128) -> str:
     shapes = sorted({(r["T"], r["k"]) for r in whole if r["impl"] != "moecomm"})
     y = MARGIN + 62.0
     for tokens, top_k in shapes:
-        group = {r["impl"]: r for r in whole if (r["T"], r["k"]) == (tokens, top_k)}
+        group: dict[str, Any] = {}
+        for record in whole:  # the first: of the run that the others are in
+            if (record["T"], record["k"]) == (tokens, top_k):
+                group.setdefault(record["impl"], record)
         canvas.text((MARGIN, y + 13), f"{tokens} tokens, k = {top_k}", bold=True)
         floor = length(group["moecomm"]["floor_us"])
         top = y
