@@ -146,6 +146,14 @@ def test_extreme_logits() -> None:
             assert np.isfinite(got.weight).all()
 
 
+@pytest.mark.parametrize("kind", ["gumbel", "jitter"])
+def test_noise_leaves_impossible_experts_impossible(kind: Any) -> None:
+    logits = draw(np.random.default_rng(3), 64, 8)
+    logits[:, 2:5] = -np.inf
+    got = check_quietly(logits, 3, noise=Noise(kind), generator=Generator(1))
+    assert got.load[2:5].sum() == 0
+
+
 def check_quietly(logits: NDArray, top_k: int, **chosen: Any) -> Routing:
     """`check`, where the definition overflows on its way; z_loss may be beyond float32."""
     with np.errstate(all="ignore"):

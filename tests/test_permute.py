@@ -16,6 +16,7 @@ KINDS: list[dict[str, Any]] = [
     {},
     {"align": 8},
     {"capacity": 5},
+    {"capacity": 0},
     {"capacity": 9, "drop": "choice", "normalize": "selected"},
     {"capacity": 3, "drop": "random", "generator": Generator(4)},
 ]
@@ -54,7 +55,7 @@ def test_unpermute(options: dict[str, Any], dtype: str) -> None:
         for width in WIDTHS:
             rows = rows_of(rng, len(routing.source), width, dtype)
             for residual in (None, rows_of(rng, num_tokens, width, dtype)):
-                given = rows if "capacity" not in options else rows.reshape(8, -1, width)
+                given = rows if "capacity" not in options else rows.reshape(8, options["capacity"], width)
                 y = unpermute(given, routing, residual, threads=2)
                 np.testing.assert_array_equal(y, reference.unpermute(rows, routing, residual))
 
