@@ -1,120 +1,25 @@
-"""CUDA kernels: compiled at run time by NVRTC through cupy, launched on torch's current stream.
+"""route on CUDA: one launch from logits to everything in Routing, and one for its backward pass.
 
-A kernel is specialised for its shape and options by macros, so a new combination costs a compilation of a few seconds.
-The result is kept in cupy's cache on disk and, loaded, for the life of the process. Nothing here waits for the device,
-and all memory comes from torch.
+csrc/cuda/route.cu says how. Here: which kernel and how many blocks for a shape, and the memory. Nothing waits for the
+device, all memory comes from torch, and launches go to torch's current stream.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import gcd
 from typing import Any
 
-Macros = tuple[tuple[str, object], ...]
+from moecomm.gating.kernel import Kernel as Kernel
 
-
-def source_folder() -> Path:
-    """Where the folders cuda and gating with the sources are: in an installed package, or in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "csrc"
-    return installed if installed.is_dir() else package.parent / "csrc"
-
-
-@cache
-def read_source(name: str) -> str:
-    """The text of csrc/cuda/<name> with the project's own #include files written out, so that a cache sees them change."""
-    seen: set[Path] = set()
-
-    def text(path: Path) -> str:
-        if path in seen:
-            return ""
-        seen.add(path)
-        return re.sub(
-            r'^#include "(.+)"$', lambda found: text((path.parent / found[1]).resolve()), path.read_text(), flags=re.M
-        ).replace("#pragma once\n", "")
-
-    return text((source_folder() / "cuda" / name).resolve())
-
-
-def compiler_options(macros: Macros) -> tuple[str, ...]:
-    """The options of NVRTC for these macros. Sources contract a * b + c only where they say so."""
-    return ("-std=c++17", "--fmad=false", "-diag-suppress=177", *(f"-D{name}={value}" for name, value in macros))
-
-
-@cache
-def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, Any]:
-    """The driver's handle of a kernel, and the module that must live as long."""
-    import cupy
-    import torch
-    from cupy_backends.cuda.api import driver
-
-    if torch.cuda.is_current_stream_capturing():
-        described = " ".join(f"{key}={value}" for key, value in macros)
-        raise RuntimeError(
-            f"{name} ({source}: {described}) is not loaded, and a kernel cannot be loaded while a CUDA graph is captured: "
-            "call moecomm.gating.compile for these shapes, or run the operation once before the capture"
-        )
-    with cupy.cuda.Device(device):
-        module = cupy.RawModule(code=read_source(source), options=compiler_options(macros), backend="nvrtc")
-        function = int(module.get_function(name).kernel.ptr)
-        # All the shared memory that a block may ask for (CU_FUNC_ATTRIBUTE_ and cudaDevAttr numbers).
-        most = cupy.cuda.runtime.deviceGetAttribute(97, device) - driver.funcGetAttribute(1, function)
-        driver.funcSetAttribute(function, 8, most)
-    return function, module
-
-
-class Kernel:
-    """One function of csrc/cuda/<source>, compiled with these macros: `Kernel("unpermute.cu", "unpermute", (("TOP_K", 8),))`.
-
-    Loading happens at the first call, or by `load`, once for each device.
-    """
-
-    def __init__(self, source: str, name: str, macros: Macros = ()) -> None:
-        self.source, self.name, self.macros = source, name, macros
-
-    def load(self) -> int:
-        """Compile and load for the current device. Raises RuntimeError while a CUDA graph is captured."""
-        import torch
-
-        return _load(self.source, self.name, self.macros, torch.cuda.current_device())[0]
-
-    def __call__(self, grid: int, block: int, args: Sequence[Any], shared_bytes: int = 0) -> None:
-        """Launch on torch's current stream, with `shared_bytes` of dynamic shared memory.
-
-        args  a tensor: its address; None: a null pointer; int: 64 bits, right for every integer parameter up to that;
-              float: 32 bits; a ctypes object, a struct say: itself
-        """
-        import torch
-        from cupy_backends.cuda.api import driver
-
-        function = self.load()
-        values = [_argument(arg) for arg in args]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        stream = torch.cuda.current_stream().cuda_stream
-        driver.launchKernel(
-            function, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-        )
-
-
-def _argument(value: Any) -> Any:
-    if value is None:
-        return ctypes.c_void_p(0)
-    if isinstance(value, int):
-        return ctypes.c_longlong(value)
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return value if isinstance(value, (ctypes._SimpleCData, ctypes.Structure)) else ctypes.c_void_p(value.data_ptr())
-
-
-# ---- the board on which the blocks of a launch tell each other what they counted ---------------------------------------
+# ---- the board on which the blocks of a launch tell each other what they counted -----------------------------------
 
 _boards: dict[tuple[int, int, int], Any] = {}
 _spare_boards: dict[int, list[Any]] = {}
+SPARE_BOARDS = 8
 
 
 def _capture_number(stream: int) -> int:
@@ -129,8 +34,8 @@ def _capture_number(stream: int) -> int:
 def _board(records: int) -> Any:
     """Zeros at first, then what the last launch left: of this stream alone, since launches on it follow each other.
 
-    A graph may be replayed on any stream, so each capture has boards of its own. They cannot be allocated while it
-    runs: spare ones are, by `compile` and by every call outside a capture. Boards live as long as the process.
+    A graph may be replayed on any stream, so each capture has a board of its own. It cannot be allocated while the
+    capture runs: spare ones are, by every call outside a capture. Boards live as long as the process.
     """
     import torch
 
@@ -142,7 +47,7 @@ def _board(records: int) -> Any:
         return board
     if capture:
         if not spares or len(spares[-1]) < records:
-            raise RuntimeError("route: no board is left for this CUDA graph: call it once before each capture, for warming up")
+            raise RuntimeError("route: a CUDA graph needs the operation run once, uncaptured, before each capture")
         board = spares.pop()
     else:
         if board is None or len(board) < records:
@@ -155,43 +60,52 @@ def _board(records: int) -> Any:
     return board
 
 
-SPARE_BOARDS = 8
-
-
-# ---- route ---------------------------------------------------------------------------------------------------------
+# ---- how a launch of route is cut ----------------------------------------------------------------------------------
 
 ELEMENTS = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
+WORDS = {16: "uint4", 8: "uint2", 4: "unsigned", 2: "unsigned short", 1: "unsigned char"}
+MOST_CHOICES_BYTES = 96 * 1024
+"""Shared memory that a block's counts and choices may fill; beyond, its choices wait in the outputs."""
+MOST_BYTES = 220 * 1024
+"""Shared memory of a block."""
 
 
-class _Arguments(ctypes.Structure):
-    """`Arguments` of route.cu."""
+@dataclass(frozen=True)
+class Gate:
+    """What a kernel of route is compiled for, beside the number of tokens."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "logits bias mask offset_tensor expert weight slot row source count offset load aux_loss z_loss lse status "
-            "board key place x rows"
-        ).split()),
-        *((name, ctypes.c_uint64) for name in ("seed", "generator_offset")),
-        *((name, ctypes.c_float) for name in ("floor", "scale", "noise_scale")),
-        *((name, ctypes.c_int) for name in ("num_tokens", "tokens_per_block", "capacity", "align", "num_rows", "row_bytes")),
-    ]  # fmt: skip
+    element: str
+    experts: int
+    top_k: int
+    score: int = 0
+    bias: int = 0
+    num_groups: int = 1
+    top_groups: int = 1
+    normalize: int = 0
+    capacity: int = 0
+    drop: int = 0
+    mask: int = 0
+    noise: int = 0
+    aligned: int = 0
+    row_bytes: int = -1  # of x, which is moved in the same launch; -1: no x
+    word: int = 16  # bytes that its rows are multiples of
 
 
-class _BackwardArguments(ctypes.Structure):
-    """`Arguments` of route_backward.cu."""
+@dataclass(frozen=True)
+class Plan:
+    """A kernel of route and how it is launched."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "grad_weight grad_aux grad_z logits expert lse load mask grad_logits"
-        ).split()),
-        *((name, ctypes.c_float) for name in ("floor", "scale")),
-        ("num_tokens", ctypes.c_int),
-    ]  # fmt: skip
+    kernel: Kernel
+    grid: int
+    threads: int
+    shared_bytes: int
+    tokens_per_block: int
+    records: int  # of the board; 0: none
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a launch of route is cut: see the macros of route.cu."""
+    """How tokens are dealt out; see route.cu. blocks 1: a single one; cluster: so many blocks, or 0."""
 
     lanes: int
     threads: int
@@ -205,18 +119,21 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def geometry(tokens: int, experts: int, top_k: int, num_groups: int, copies: bool, clusters: bool, multiprocessors: int) -> Geometry:
-    """As measured on an H200. One warp more than tokens need finds where experts begin, while the others are busy."""
-    lanes = min(32, _power_of_two(-(-experts // (16 if top_k <= 2 else 4))))
-    if num_groups > 1 or (top_k > 2 and experts >= 64):
+def geometry(gate: Gate, tokens: int, multiprocessors: int, clusters: bool) -> Geometry:
+    """What was fast on an H200. One warp more than the tokens need finds where experts begin, beside the others."""
+    few, copies = gate.top_k <= 2, gate.row_bytes >= 0
+    lanes = min(32, _power_of_two(-(-gate.experts // (16 if few else 4))))
+    if gate.num_groups > 1 or (not few and gate.experts >= 64):
         lanes = 32
-    if clusters and tokens <= 512 and (copies or tokens > 64 or top_k > 1 or experts > 128):
+    one_block = tokens <= 64 and not copies and gate.experts <= 128
+    if clusters and tokens <= 512 and not (one_block and gate.top_k == 1):
         tokens_per_block = max(-(-tokens // 8), 1)
-        if top_k == 1:
-            lanes = min(32, 2 * lanes)
+        lanes = min(32, 2 * lanes) if gate.top_k == 1 else lanes
         threads = min(max(_power_of_two(tokens_per_block * lanes), 64), 512)
-        return Geometry(lanes, threads + 32, 8, tokens_per_block, 8, 16 if copies and top_k > 2 else 8 if copies else 1)
-    if tokens <= 64 and top_k <= 2 and not copies:
+        slices = (8 if few else 16) if copies else 1
+        slices = slices if gate.row_bytes % (16 * slices) == 0 else 1
+        return Geometry(lanes, threads + 32, 8, tokens_per_block, 8, slices)
+    if tokens <= 64 and few and not copies:
         return Geometry(lanes, min(max(_power_of_two(tokens * lanes), 64), 512) + 32, 1, max(tokens, 1))
     tokens_per_block = max(-(-tokens // multiprocessors), 1 if copies else 4)
     threads = min(max(_power_of_two(tokens_per_block * lanes), 256), 512)
@@ -225,68 +142,118 @@ def geometry(tokens: int, experts: int, top_k: int, num_groups: int, copies: boo
     return Geometry(lanes, threads, max(-(-tokens // tokens_per_block), 1), tokens_per_block)
 
 
-def route(logits: Any, bias: Any, mask: Any, offset_tensor: Any, top_k: int, score: int, num_groups: int, top_groups: int,
-          floor: float, scale: float, capacity: int, drop: int, noise_kind: int, noise_scale: float, seed: int, offset: int,
-          align: int) -> tuple[Any, ...]:  # fmt: skip
-    """expert, weight, slot, row, source, count, offset, load, aux_loss, z_loss, lse, status: see Routing."""
-    return _route(None, logits, bias, mask, offset_tensor, top_k, score, num_groups, top_groups, floor, scale, capacity, drop,
-                  noise_kind, noise_scale, seed, offset, align)  # fmt: skip
+@lru_cache(4096)
+def plan(gate: Gate, tokens: int, multiprocessors: int, capability: int) -> Plan:
+    """The launch for so many tokens. capability: 90 for compute capability 9.0."""
+    ranked = gate.capacity and gate.drop >= 2
+    cut = geometry(gate, tokens, multiprocessors, capability >= 90 and not ranked and gate.drop != 1)
+    experts, top_k, per_block, warps = gate.experts, gate.top_k, cut.tokens_per_block, cut.threads // 32
+    boarded = cut.blocks > 1 and not cut.cluster
+    words = min(-(-per_block // 32), max(1, min(8, 8192 // experts)))
+    count_bits = 8 if per_block < 256 else 16 if per_block < 65536 else 32
+    vectors = -(-experts * count_bits // 128)
+    part = 2 * warps * vectors * (4 if count_bits == 32 else 8) if boarded else 0  # PART of route_exchange.cuh
+    numbers = (2 * words + (4 if cut.blocks > 1 else 2)) * experts + 1 + (part if part <= 16384 else 0)
+    numbers += warps * (experts + gate.num_groups) if gate.num_groups > 1 else 0
+    choices_bytes = 8 * per_block * top_k
+    spill = 4 * numbers + choices_bytes > MOST_CHOICES_BYTES
+    shared_bytes = 4 * numbers + (0 if spill else choices_bytes)
+    macros: dict[str, object] = {
+        "ELEMENT": gate.element, "E": experts, "K": top_k, "LANES": cut.lanes, "THREADS": cut.threads, "BLOCKS": 1,
+        "GRID": int(cut.blocks > 1), "CLUSTER": cut.cluster, "SLICES": cut.slices, "MASK": gate.mask,
+        "NORMALIZE": gate.normalize, "SCORE": gate.score, "BIAS": gate.bias, "GROUPS": gate.num_groups,
+        "TOP_GROUPS": gate.top_groups, "NOISE": gate.noise, "ALIGNED": gate.aligned, "CAPACITY": gate.capacity,
+        "EXACT": int(bool(gate.score or gate.bias or gate.num_groups > 1 or (gate.capacity and gate.drop == 2))),
+        "DROP": gate.drop, "WORDS32": words, "CHUNKED": int(per_block > 32 * words), "SPILL": int(spill),
+        "COUNT_BITS": count_bits, "ROWS": int(gate.row_bytes >= 0),
+    }  # fmt: skip
+    if gate.row_bytes >= 0:
+        part_bytes = gate.row_bytes // cut.slices
+        slots = min(24, (MOST_BYTES - shared_bytes) // max(part_bytes, 1), per_block)
+        slots = slots // 8 * 8 if slots > 8 else slots  # 8 warps move rows
+        bulk = capability >= 90 and gate.word == 16 and slots > 0
+        macros |= {"BULK": int(bulk), "SLOTS": slots if bulk else 0, "WORD": WORDS[gate.word]}
+        shared_bytes += slots * part_bytes if bulk else 0
+    records = 1 + cut.blocks * (1 + (top_k if gate.drop == 1 else 1) * vectors) if boarded else 0
+    kernel = Kernel("route.cu", "route", tuple(macros.items()))
+    return Plan(kernel, cut.blocks * cut.slices, cut.threads, shared_bytes, per_block, records)
 
 
-def route_permute(x: Any, *of_route: Any) -> tuple[Any, ...]:
-    """What `route` returns, and the rows [N, H] of x [T, H]; empty rows are 0."""
-    return _route(x, *of_route)
+# ---- route ---------------------------------------------------------------------------------------------------------
+
+
+def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
+    """A C struct: for each type of ctypes the names of its fields, in order."""
+    names = [(field, getattr(ctypes, kind)) for kind, text in fields.items() for field in text.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": names})
+
+
+_Arguments = _struct(  # of route.cu
+    "Arguments",
+    c_void_p="logits bias mask offset_tensor expert weight slot row source count offset load aux_loss z_loss lse "
+    "status board key place x rows",
+    c_uint64="seed generator_offset",
+    c_float="floor scale noise_scale",
+    c_int="num_tokens tokens_per_block capacity align num_rows row_bytes",
+)
+_BackwardArguments = _struct(  # of route_backward.cu
+    "BackwardArguments",
+    c_void_p="grad_weight grad_aux grad_z logits expert lse load mask grad_logits",
+    c_float="floor scale",
+    c_int="num_tokens",
+)
+
+
+def compile(gate: Gate, tokens: range) -> None:
+    """Load every kernel that `route` needs for these numbers of tokens on the current device, several at a time.
+
+    A CUDA graph can then be captured after one uncaptured call. Needs a GPU.
+    """
+    import torch
+
+    device = torch.cuda.current_device()
+    kernels = {plan(gate, n, *_device(device)).kernel for n in tokens}
+
+    def load(kernel: Kernel) -> None:
+        torch.cuda.set_device(device)
+        kernel.load()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(load, kernels))
+
+
+def route(logits: Any, *choices: Any) -> tuple[Any, ...]:
+    """expert, weight, slot, row, source, count, offset, load, aux_loss, z_loss, lse, status: see Routing.
+
+    The choices are those of `_route`, as `host.route` takes them; the caller has checked them all.
+    """
+    return _route(None, logits, *choices)
+
+
+def route_permute(x: Any, logits: Any, *choices: Any) -> tuple[Any, ...]:
+    """What `route` returns, and the rows [N, H] of x [T, H] in one launch; empty rows are 0."""
+    return _route(x, logits, *choices)
 
 
 def _route(x: Any, logits: Any, bias: Any, mask: Any, offset_tensor: Any, top_k: int, score: int, num_groups: int,
-           top_groups: int, floor: float, scale: float, capacity: int, drop: int, noise_kind: int, noise_scale: float, seed: int,
-           offset: int, align: int) -> tuple[Any, ...]:  # fmt: skip
+           top_groups: int, floor: float, scale: float, capacity: int, drop: int, noise: int, noise_scale: float,
+           seed: int, offset: int, align: int) -> tuple[Any, ...]:  # fmt: skip
     import torch
 
-    tokens, experts = logits.shape
-    choices = tokens * top_k
+    (tokens, experts), choices, limited = logits.shape, logits.shape[0] * top_k, capacity >= 0
     if not (1 <= experts <= 1024 and 1 <= top_k <= min(32, experts) and choices < 2**31):
-        raise ValueError(f"route: E up to 1024, top_k up to 32 and T * top_k below 2**31 on CUDA, got {tokens=} {experts=} {top_k=}")
-    limited = capacity >= 0
+        raise ValueError(
+            f"route: {tokens} tokens, {experts} experts, top_k {top_k}; E up to 1024, top_k up to 32 can be routed"
+        )
     num_rows = experts * capacity if limited else (choices + min(experts, choices) * (align - 1)) // align * align
-    logits = _aligned(logits)
-    drop = drop if limited or drop == 1 else 0
-    ranked = limited and drop >= 2
-    multiprocessors = _multiprocessors(logits.device.index)
-    clusters = torch.cuda.get_device_capability(logits.device)[0] >= 9 and not ranked and drop != 1
-    plan = geometry(tokens, experts, top_k, num_groups, x is not None, clusters, multiprocessors)
-    row_bytes = 0 if x is None else x.shape[1] * x.element_size()
-    if row_bytes % (16 * plan.slices):
-        plan = replace(plan, slices=1)
-    per_block = plan.tokens_per_block
-    words = min(-(-per_block // 32), max(1, min(8, 8192 // experts)))
-    warps, count_bits = plan.threads // 32, 8 if per_block < 256 else 16 if per_block < 65536 else 32
-    vectors = -(-experts * count_bits // 128)
-    boarded = plan.blocks > 1 and not plan.cluster
-    part = 2 * warps * vectors * (4 if count_bits == 32 else 8) if boarded else 0
-    fixed = 4 * (2 * words * experts + (4 if plan.blocks > 1 else 2) * experts + 1 + (part if part <= 16384 else 0)
-                 + (warps * (experts + num_groups) if num_groups > 1 else 0))  # fmt: skip
-    spill = fixed + 8 * per_block * top_k > MOST_SHARED
-    shared_bytes = fixed + (0 if spill else 8 * per_block * top_k)
-    macros = {
-        "ELEMENT": ELEMENTS[str(logits.dtype)[6:]], "E": experts, "K": top_k, "LANES": plan.lanes, "THREADS": plan.threads,
-        "BLOCKS": -(-plan.blocks // multiprocessors), "GRID": int(plan.blocks > 1), "CLUSTER": plan.cluster, "SLICES": plan.slices, "MASK": int(mask is not None), "NORMALIZE": int(floor > 0), "SCORE": score,
-        "BIAS": int(bias is not None), "GROUPS": num_groups, "TOP_GROUPS": top_groups, "NOISE": noise_kind,
-        "EXACT": int(bool(score or bias is not None or num_groups > 1 or (limited and drop == 2))),
-        "ALIGNED": int(align > 1), "CAPACITY": int(limited), "DROP": drop, "WORDS32": words, "CHUNKED": int(per_block > 32 * words), "SPILL": int(spill),
-        "COUNT_BITS": count_bits, "ROWS": int(x is not None),
-    }  # fmt: skip
-    if x is not None:
-        x = x.contiguous()
-        rows = x.new_empty(num_rows, x.shape[1])
-        word = next(n for n in (16, 8, 4, 2, 1) if row_bytes % n == 0 and x.data_ptr() % n == 0)
-        part_bytes = row_bytes // plan.slices
-        slots = min(24, (MOST_ROWS - shared_bytes) // max(part_bytes, 1), per_block)
-        bulk = word == 16 and slots > 0 and torch.cuda.get_device_capability(x.device)[0] >= 9
-        slots = slots // 8 * 8 if slots > 8 else slots
-        macros |= {"BULK": int(bulk), "SLOTS": slots if bulk else 0, "WORD": WORDS[word]}
-        shared_bytes += slots * part_bytes if bulk else 0
-    records = 1 + plan.blocks * (1 + (top_k if drop == 1 else 1) * vectors)
+    logits, x = _aligned(logits), None if x is None else _aligned(x)
+    row_bytes = -1 if x is None else x.shape[1] * x.element_size()
+    gate = Gate(
+        ELEMENTS[str(logits.dtype)[6:]], experts, top_k, score, int(bias is not None), num_groups, top_groups,
+        int(floor > 0), int(limited), drop if limited or drop == 1 else 0, int(mask is not None), noise, int(align > 1),
+        row_bytes, gcd(16, row_bytes),
+    )  # fmt: skip
+    launch = plan(gate, tokens, *_device(logits.device.index))
 
     def ints(*shape: int) -> Any:
         return torch.empty(shape, dtype=torch.int32, device=logits.device)
@@ -295,39 +262,46 @@ def _route(x: Any, logits: Any, bias: Any, mask: Any, offset_tensor: Any, top_k:
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
 
     outputs = (
-        ints(tokens, top_k), floats(tokens, top_k), ints(tokens, top_k), ints(tokens, top_k), ints(num_rows), ints(experts),
-        ints(experts + 1), ints(experts), floats(), floats(), floats(tokens), ints(),
+        ints(tokens, top_k), floats(tokens, top_k), ints(tokens, top_k), ints(tokens, top_k), ints(num_rows),
+        ints(experts), ints(experts + 1), ints(experts), floats(), floats(), floats(tokens), ints(),
     )  # fmt: skip
-    held = (_board(records) if boarded else None, *((ints(choices), ints(choices)) if ranked else (None, None)))
-    pointers = (logits, bias, mask, offset_tensor, *outputs, *held, x, rows if x is not None else None)
-    args = _Arguments(*(None if tensor is None else tensor.data_ptr() for tensor in pointers), seed, offset, floor, scale,
-                      noise_scale, tokens, per_block, capacity, align, num_rows, row_bytes)  # fmt: skip
-    Kernel("route.cu", "route", tuple(macros.items()))(plan.blocks * plan.slices, plan.threads, [args], shared_bytes)
-    return outputs if x is None else (*outputs, rows)
+    rows = () if x is None else (x.new_empty(num_rows, x.shape[1]),)
+    with torch.cuda.device(logits.device):
+        ranked = (ints(choices), ints(choices)) if gate.capacity and gate.drop >= 2 else (None, None)
+        board = _board(launch.records) if launch.records else None
+        pointers = map(_address, (logits, bias, mask, offset_tensor, *outputs, board, *ranked, x, *(rows or (None,))))
+        numbers = (seed, offset, floor, scale, noise_scale, tokens, launch.tokens_per_block, capacity, align, num_rows)
+        args = _Arguments(*pointers, *numbers, max(row_bytes, 0))
+        launch.kernel(launch.grid, launch.threads, [args], launch.shared_bytes)
+    return outputs + rows
 
 
-def route_backward(grad_weight: Any, grad_aux: Any, grad_z: Any, logits: Any, expert: Any, lse: Any, load: Any, mask: Any,
-                   score: int, floor: float, scale: float) -> Any:  # fmt: skip
-    """The gradient in the logits [T, E] of route's weights and losses."""
+def route_backward(grad_weight: Any, grad_aux: Any, grad_z: Any, logits: Any, expert: Any, lse: Any, load: Any,
+                   mask: Any, score: int, floor: float, scale: float) -> Any:  # fmt: skip
+    """The gradient in the logits [T, E] of route's weights and losses, in one launch."""
     import torch
 
-    (tokens, experts), top_k = logits.shape, expert.shape[1]
+    (tokens, experts), top_k, threads = logits.shape, expert.shape[1], 128
     logits = _aligned(logits)
     grad_logits = torch.empty_like(logits)
-    if not tokens:
+    if tokens == 0:
         return grad_logits
     lanes = min(32, _power_of_two(-(-experts // 8)))
-    threads, each = 128, 1
     macros = {
-        "ELEMENT": ELEMENTS[str(logits.dtype)[6:]], "E": experts, "K": top_k, "LANES": lanes, "THREADS": threads, "EACH": each,
-        "SCORE": score, "NORMALIZE": int(floor > 0), "MASK": int(mask is not None),
+        "ELEMENT": ELEMENTS[str(logits.dtype)[6:]], "E": experts, "K": top_k, "LANES": lanes, "THREADS": threads,
+        "EACH": 1, "SCORE": score, "NORMALIZE": int(floor > 0), "MASK": int(mask is not None),
     }  # fmt: skip
-    pointers = (grad_weight.contiguous(), grad_aux, grad_z, logits, expert, lse, load, mask, grad_logits)
-    args = _BackwardArguments(*(None if tensor is None else tensor.data_ptr() for tensor in pointers), floor, scale, tokens)
-    Kernel("route_backward.cu", "route_backward", tuple(macros.items()))(
-        -(-tokens * lanes // (threads * each)), threads, [args]
-    )
+    tensors = grad_weight.contiguous(), grad_aux, grad_z, logits, expert, lse, load, mask, grad_logits
+    with torch.cuda.device(logits.device):
+        kernel = Kernel("route_backward.cu", "route_backward", tuple(macros.items()))
+        kernel(
+            -(-tokens * lanes // threads), threads, [_BackwardArguments(*map(_address, tensors), floor, scale, tokens)]
+        )
     return grad_logits
+
+
+def _address(tensor: Any) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _aligned(tensor: Any) -> Any:
@@ -338,13 +312,10 @@ def _aligned(tensor: Any) -> Any:
     return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
-MOST_SHARED = 96 * 1024
-MOST_ROWS = 220 * 1024
-WORDS = {16: "uint4", 8: "uint2", 4: "unsigned", 2: "unsigned short", 1: "unsigned char"}
-
-
 @cache
-def _multiprocessors(device: int) -> int:
+def _device(number: int) -> tuple[int, int]:
+    """Multiprocessors, and the compute capability times 10."""
     import torch
 
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    device = torch.cuda.get_device_properties(number)
+    return device.multi_processor_count, device.major * 10 + device.minor

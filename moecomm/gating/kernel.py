@@ -1,0 +1,111 @@
+"""CUDA kernels: compiled at run time by NVRTC through cupy, launched on torch's current stream.
+
+A kernel is specialised for its shape and options by macros, so a new combination costs a compilation of a few seconds.
+The result is kept in cupy's cache on disk and, loaded, for the life of the process. Nothing here waits for the device,
+and all memory comes from torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+Macros = tuple[tuple[str, object], ...]
+
+
+def source_folder() -> Path:
+    """Where the folders cuda and gating with the sources are: in an installed package, or in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
+
+
+@cache
+def read_source(name: str) -> str:
+    """The text of csrc/cuda/<name>, the project's own #include files written out, so that a cache sees them change."""
+    seen: set[Path] = set()
+
+    def text(path: Path) -> str:
+        if path in seen:
+            return ""
+        seen.add(path)
+        return re.sub(
+            r'^#include "(.+)"$', lambda found: text((path.parent / found[1]).resolve()), path.read_text(), flags=re.M
+        ).replace("#pragma once\n", "")
+
+    return text((source_folder() / "cuda" / name).resolve())
+
+
+def compiler_options(macros: Macros) -> tuple[str, ...]:
+    """The options of NVRTC for these macros. Sources contract a * b + c only where they say so."""
+    return ("-std=c++17", "--fmad=false", "-diag-suppress=177", *(f"-D{name}={value}" for name, value in macros))
+
+
+@cache
+def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, Any]:
+    """The driver's handle of a kernel, and the module that must live as long."""
+    import cupy
+    import torch
+    from cupy_backends.cuda.api import driver
+
+    if torch.cuda.is_current_stream_capturing():
+        described = " ".join(f"{key}={value}" for key, value in macros)
+        raise RuntimeError(
+            f"{name} ({source}: {described}) is not loaded, and a kernel cannot be loaded while a CUDA graph is "
+            "captured: run the operation once before the capture, or call moecomm.gating.cuda.compile"
+        )
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(code=read_source(source), options=compiler_options(macros), backend="nvrtc")
+        function = int(module.get_function(name).kernel.ptr)
+        # All the shared memory that a block may ask for (CU_FUNC_ATTRIBUTE_ and cudaDevAttr numbers).
+        most = cupy.cuda.runtime.deviceGetAttribute(97, device) - driver.funcGetAttribute(1, function)
+        driver.funcSetAttribute(function, 8, most)
+    return function, module
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One function of csrc/cuda/<source>, compiled with these macros: Kernel("permute.cu", "permute", (("TOP_K", 8),)).
+
+    Loading happens at the first call, or by `load`, once for each device.
+    """
+
+    source: str
+    name: str
+    macros: Macros = ()
+
+    def load(self) -> int:
+        """Compile and load for the current device. Raises RuntimeError while a CUDA graph is captured."""
+        import torch
+
+        return _load(self.source, self.name, self.macros, torch.cuda.current_device())[0]
+
+    def __call__(self, grid: int, block: int, args: Sequence[Any], shared_bytes: int = 0) -> None:
+        """Launch on torch's current stream, with `shared_bytes` of dynamic shared memory.
+
+        args  a tensor: its address; None: a null pointer; int: 64 bits, right for every integer parameter up to that;
+              float: 32 bits; a ctypes object, a struct say: itself
+        """
+        import torch
+        from cupy_backends.cuda.api import driver
+
+        function = self.load()
+        values = [_argument(arg) for arg in args]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        stream = torch.cuda.current_stream().cuda_stream
+        driver.launchKernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+
+
+def _argument(value: Any) -> Any:
+    if value is None:
+        return ctypes.c_void_p(0)
+    if isinstance(value, int):
+        return ctypes.c_longlong(value)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return value if isinstance(value, (ctypes._SimpleCData, ctypes.Structure)) else ctypes.c_void_p(value.data_ptr())
