@@ -2,16 +2,17 @@
 //
 // 1. select   Each block has a range of tokens. Teams of lanes choose each token's experts (route_select.cuh).
 // 2. count    Per expert a bit for each token of the block: ranks are counts of bits, whatever the order of execution.
-// 3. exchange  Blocks publish their counts and read those of all others (route_exchange.cuh).
+// 3. exchange Blocks publish their counts and read those of all others (route_exchange.cuh).
 // 4. emit     Slots, rows and the tables follow; with a capacity, drops.
 //
 // THREADS, BLOCKS   threads of a block; blocks that a multiprocessor must hold, for the compiler's register budget
-// GRID              1: many blocks, all resident at once; 0: one block
+// GRID              1: many blocks, which wait for each other: no more than multiprocessors; 0: one block
 // SLICES            with ROWS: clusters, each of which decides for all tokens and moves its slice of every row
 // MASK              1: masked tokens get no experts
 // NORMALIZE         1: a token's kept weights are divided by their sum
 // ALIGNED           1: each expert's rows end at a multiple of `align`
-// CAPACITY          1: an expert keeps at most `capacity` assignments; DROP: 0 position, 1 choice, 2 probability, 3 random
+// CAPACITY          1: an expert keeps at most `capacity` assignments
+// DROP              which: 0 by position, 1 by choice, 2 by probability, 3 random
 // WORDS32           words of 32 tokens that a block counts at once
 // CHUNKED           1: a block has more tokens than that
 // SPILL             1: its choices do not fit into shared memory, and wait in the outputs
