@@ -46,8 +46,10 @@ def route_backward(
 
 
 def _rows(num_rows: int, width: int, dtype: Any) -> NDArray:
-    """[num_rows, width], uninitialised, from the start of a cache line on."""
+    """[num_rows, width], uninitialised; where it is large, from the start of a cache line on."""
     num_bytes = num_rows * width * np.dtype(dtype).itemsize
+    if num_bytes < 1 << 22:
+        return np.empty((num_rows, width), dtype)
     memory = np.empty(num_bytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + num_bytes].view(dtype).reshape(num_rows, width)
