@@ -121,11 +121,10 @@ def num_calls(shape: Shape, stage: str, sets: int) -> int:
 
 def measure(shape: Shape, peer: Any, stage: str, rate: float, options: argparse.Namespace) -> Iterator[Record]:
     ceiling_us = ceiling(shape._replace(E=0), stage, options.reps)
-    for inputs, enough in (("memory", COLD_BYTES), ("cache", WARM_BYTES)):
-        count = num_sets(shape, stage, enough)
-        too_small = inputs == "memory" and count * shape.least_bytes(stage) < enough
-        if too_small or (inputs == "cache" and shape.T > 512):
-            continue
+    cold = num_sets(shape, stage, COLD_BYTES)
+    is_cold = cold * shape.least_bytes(stage) >= COLD_BYTES
+    for inputs in ["memory"] * is_cold + ["cache"] * (shape.T <= 512 or not is_cold):
+        count = cold if inputs == "memory" else num_sets(shape, stage, WARM_BYTES)
         sets = [Inputs(shape, peer, stage) for _ in range(count)]
         is_wrong = wrong(peer, stage, sets[-1])
         calls = [partial(call, peer, stage, a) for a in sets]
