@@ -149,7 +149,7 @@ def test_copies_starts_and_wake_ups() -> None:
     assert seconds(links, 64, 16, 1)["shared"] == pytest.approx(2 * 64 / 2)
     links = replace(NOTHING, start=3, wake=1)
     assert seconds(links, 64, 16, 1) == pytest.approx(
-        {"flat": 48, "library": 48, "hierarchical": 48, "shared": 48 + 2 * 16}
+        {"flat": 48, "library": 48, "hierarchical": 96, "shared": 48 + 2 * 16}
     )
 
 

@@ -4,7 +4,8 @@ The blocks of a page run in their order and share their names.
 
 - ```python: what it prints is the ```text block right below it, if there is one. A line that is an expression with a
   comment behind it has that value.
-- ```sh: the lines that begin with `python -m moecomm topology` are run; what they print is the ```text block below.
+- ```sh: the lines that begin with `python -m moecomm topology` or `plan` are run; what they print is the ```text block
+  below.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from moecomm.cli import main
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
-COMMAND = "python -m moecomm topology "
+COMMANDS = ("python -m moecomm topology ", "python -m moecomm plan ")
 
 
 class Block(NamedTuple):
@@ -67,7 +68,7 @@ def run_commands(block: Block) -> str:
     printed = StringIO()
     with redirect_stdout(printed):
         for line in block.code.splitlines():
-            if line.startswith(COMMAND):
+            if line.startswith(COMMANDS):
                 assert main(shlex.split(line, comments=True)[3:]) == 0
     return printed.getvalue()
 
@@ -80,7 +81,7 @@ def test_programs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for block in blocks(page):
         if block.language == "python":
             printed = run_python(block, page, names)
-        elif block.language == "sh" and COMMAND in block.code:
+        elif block.language == "sh" and any(command in block.code for command in COMMANDS):
             printed = run_commands(block)
         else:
             continue

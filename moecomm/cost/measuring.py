@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from math import sqrt
+from statistics import fmean
 from threading import Thread
 
 import numpy as np
@@ -19,7 +20,7 @@ from moecomm.nodes import Nodes
 SMALL, SINGLE, LARGE, LONG = 16, 1024, 16384, 1 << 19
 """Bytes a pair. Blocks of SINGLE and LARGE bytes are sent one by one, and all at once, by the libraries we know."""
 MAYBE_COMBINED = (256, 512)
-ROUNDS, BLOCKS, WAKES = 5, 4096, 50
+ROUNDS, COPIES, BLOCKS, WAKES = 5, 3, 4096, 50
 REPEATS, MANY = 3, 7
 MOST_TOGETHER = 64
 """Ranks of the largest group that exchanges."""
@@ -48,7 +49,7 @@ def measure(comm: Comm, nodes: Nodes) -> Links:
     clock = _Clock(comm)
     counting, waking, copying = clock.together(_count, _wake_a_thread, _copying())
     turns = max(1.0, counting / clock.alone([0], _count))
-    copy_bandwidth = turns * BLOCKS * SINGLE / copying
+    copy_bandwidth = turns * COPIES * BLOCKS * SINGLE / copying
 
     node, local, most = nodes.node_of, nodes.local_rank, int(nodes.sizes().max())
     per_node = min(most, max(1, MOST_TOGETHER // len(nodes)))  # ranks of a node in a group across nodes
@@ -82,7 +83,7 @@ class _Times:
 
     alone, long_alone  one pair, while the others sleep: SMALL and LONG bytes
     one, long          all pairs at once: SMALL and LONG bytes
-    round              all at once, SMALL bytes: one message of several that wait for each other
+    round              all at once: a message that waits for the one before, in pairs and in Bruck's algorithm
     single, large      all groups at once: SINGLE and LARGE bytes a pair
     """
 
@@ -96,12 +97,12 @@ class _Times:
             *(_all_to_all(pair, size, rounds) for size, rounds in ((SMALL, 1), (SMALL, ROUNDS), (LONG, 1))),
             *(_all_to_all(group, size) for size in (SINGLE, LARGE, *MAYBE_COMBINED)),
         )
-        self.round = max(several - self.one, 0.0) / (ROUNDS - 1)
-        self.combine_below = 0.0
+        self.combine_below, rounds = 0.0, [max(several - self.one, 0.0) / (ROUNDS - 1)]
         for size, seconds in zip(MAYBE_COMBINED, combined, strict=True):
             if seconds < 0.7 * self.single:
                 self.combine_below = size + 1
-                self.round = min(self.round, seconds / (self.largest_group - 1).bit_length())
+                rounds.append(seconds / (self.largest_group - 1).bit_length())
+        self.round = fmean(rounds)
         pair.free()
         group.free()
 
@@ -183,7 +184,12 @@ def _count() -> None:
 def _copying() -> Body:
     src = np.ones((BLOCKS, SINGLE), np.uint8)
     dst, order = np.empty_like(src), np.arange(BLOCKS).reshape(64, -1).T.reshape(-1)
-    return lambda: copy_blocks(dst, src, order)
+
+    def body() -> None:
+        for _ in range(COPIES):
+            copy_blocks(dst, src, order)
+
+    return body
 
 
 def _wake_a_thread() -> None:

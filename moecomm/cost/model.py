@@ -239,7 +239,8 @@ def _hierarchical(links: Links, sizes: Counts, size: int, block: float) -> list[
     else:
         one, two = _uneven_hops(sizes, size, block)
     transform = _all_alike(size, _work(copied=p * block))
-    return [transform, one, transform, two]
+    second_call = _all_alike(size, _work(copied=p * block, starts=1))
+    return [transform, one, second_call, two]
 
 
 def _uneven_hops(sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
