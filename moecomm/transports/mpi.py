@@ -69,13 +69,15 @@ class MpiComm(Comm):
 
     def _call(self, name: str, blocking: Callable[..., None], started: Callable[..., Any], *buffers: Any) -> None:
         self._calls += 1
-        with self._errors(name):
+        try:
             if self._limit is None:
                 blocking(*buffers)
                 return
             request = started(*buffers)
             if wait(request.Test, self._limit):
                 return
+        except MPI.Exception as error:
+            self._failed(name, error)
         self._pending = request, buffers  # MPI may still write there
         self._give_up(name)
 
@@ -93,8 +95,11 @@ class MpiComm(Comm):
         try:
             yield
         except MPI.Exception as error:
-            self.failure = f"{name} failed: {error}"
-            raise CommError(f"{name}: {error}{self.where()}") from error
+            self._failed(name, error)
+
+    def _failed(self, name: str, error: Exception) -> NoReturn:
+        self.failure = f"{name} failed: {error}"
+        raise CommError(f"{name}: {error}{self.where()}") from error
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
         send, recv, row = _host_bytes(rows), _host_bytes(out), self._row_type(row_bytes(rows))
