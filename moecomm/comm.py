@@ -178,10 +178,10 @@ class Comm(ABC):
         self._all_to_all(rows, out, send_counts, recv_counts)
         return _Done()
 
-    def progress(self) -> None:
+    def progress(self) -> None:  # noqa: B027 - for a transport that moves by itself there is nothing to do
         """Move on what others wait for. For an algorithm whose ranks wait outside of the transport. Not collective."""
 
-    def waiting(self, call: str, seconds: float) -> None:
+    def waiting(self, call: str, seconds: float) -> None:  # noqa: B027 - a transport without limits leaves it out
         """Raise CommError if `call` need not be waited for: a rank has failed, or the Comm's limit is over."""
 
     def _free(self) -> None:  # noqa: B027 - a transport that has nothing to give back leaves it out
