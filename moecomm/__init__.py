@@ -1,8 +1,8 @@
 """moecomm moves Mixture-of-Experts tokens to their experts and back.
 
-    logits       -> route    -> Routing   which expert, what weight     gating/      route, expert_capacity
-    x, Routing   -> exchange -> rows      tokens to experts and back    exchange/    RoutedExchange, TensorParallelExchange
-    rows, counts -> AllToAll -> rows      which hops                    all_to_all/  AutoAllToAll and what it chooses from
+    logits       -> route    -> Routing   which expert, what weight     gating/      route, ...
+    x, Routing   -> exchange -> rows      tokens to experts and back    exchange/    RoutedExchange, ...
+    rows, counts -> AllToAll -> rows      which hops                    all_to_all/  AutoAllToAll, ...
     rows, counts -> Comm     -> rows      which wires                   transports/  threads, mpi, torch
 
     Topology, Nodes: who is where, as plain arithmetic; build_groups makes the Comms of a Topology
