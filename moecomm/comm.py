@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
@@ -65,6 +65,8 @@ class Comm(ABC):
     size: int
     failure: str | None = None
     """Why this Comm cannot be used any more, or None."""
+    _limit: float | None = None
+    """Seconds that a collective may take, for a transport that knows such a thing."""
 
     # ---- the collectives -------------------------------------------------------------------------------------------
 
@@ -181,8 +183,15 @@ class Comm(ABC):
     def progress(self) -> None:  # noqa: B027 - for a transport that moves by itself there is nothing to do
         """Move on what others wait for. For an algorithm whose ranks wait outside of the transport. Not collective."""
 
-    def waiting(self, call: str, seconds: float) -> None:  # noqa: B027 - a transport without limits leaves it out
+    def waiting(self, call: str, seconds: float) -> None:
         """Raise CommError if `call` need not be waited for: a rank has failed, or the Comm's limit is over."""
+        self.check_usable(call)
+        if self._limit is not None and seconds > self._limit:
+            self._give_up(call)
+
+    def _give_up(self, call: str) -> NoReturn:
+        self.failure = f"{call} waited {self._limit} s for the other {self.size - 1} rank(s) to come and send"
+        raise CommError(f"{self.failure}{self.where()}")
 
     def _free(self) -> None:  # noqa: B027 - a transport that has nothing to give back leaves it out
         """Called once, by `free`."""

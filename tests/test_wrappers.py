@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moecomm import Comm, CommError, testing
+from moecomm import Comm, CommError, HierarchicalAllToAll, Nodes, SharedAllToAll, testing
 from moecomm.transports import threads
 from moecomm.transports.wrappers import Checked, Timed
 
@@ -128,3 +128,19 @@ def test_a_failed_call_is_not_counted() -> None:
             assert timed.failure == comm.failure is not None
 
     threads.run(2, body)
+
+
+@pytest.mark.parametrize("algorithm", [HierarchicalAllToAll, SharedAllToAll])
+def test_a_bad_block_on_one_rank_raises_on_all(algorithm) -> None:  # type: ignore[no-untyped-def]
+    def body(comm: Comm) -> None:
+        a2a = algorithm(Checked(comm), Nodes.of_size(2, 4))
+        with pytest.raises(ValueError, match=r"x has shape \(5, 1\), expected \(4, \.\.\.\)"):
+            a2a(np.zeros((5 if comm.rank == 2 else 4, 1)))
+        with pytest.raises(ValueError, match=r"the ranks differ: rank 0 .* float64 .*, rank 1 .* float32"):
+            a2a(np.zeros((4, 1), np.float32 if comm.rank == 1 else np.float64))
+        with pytest.raises(ValueError, match=r"the ranks differ: rank 0 .*rows of shape"):
+            a2a.rows(np.zeros((4, 2 + (comm.rank == 3))), [1] * 4)
+        assert (a2a(np.full((4, 1), comm.rank))[:, 0] == np.arange(4)).all()
+        testing.check_all_to_all_on(comm, a2a)
+
+    threads.run(4, body)

@@ -139,7 +139,9 @@ class AutoAllToAll(AllToAll):
             if len(self._chosen) > 1000:
                 self._chosen.clear()
             names = self._names(form, is_on_host)
-            self._chosen[key] = self.table.fastest(form, bytes_per_pair, names) or self._predicted(form, key[1], names)
+            self._chosen[key] = self.table.fastest(form, bytes_per_pair, names) or self._predicted(
+                form, bytes_per_pair, names
+            )
         return self._chosen[key]
 
     def _names(self, form: Form, is_on_host: bool) -> list[str]:

@@ -81,13 +81,9 @@ class MpiComm(Comm):
         self._pending = request, buffers  # MPI may still write there
         self._give_up(name)
 
-    def _give_up(self, name: str) -> NoReturn:
-        self.failure = (
-            f"{name}, call {self._calls} on this Comm, waited {self._limit} s for the other {self.size - 1} rank(s) to "
-            "come and send"
-        )
+    def _give_up(self, call: str) -> NoReturn:
         atexit.register(MPI.COMM_WORLD.Abort, 1)  # MPI_Finalize would wait for them again
-        raise CommError(f"{self.failure}{self.where()}")
+        super()._give_up(f"{call}, call {self._calls} on this Comm,")
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -129,11 +125,6 @@ class MpiComm(Comm):
     def progress(self) -> None:
         with self._errors("progress"):
             self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
-
-    def waiting(self, call: str, seconds: float) -> None:
-        self.check_usable(call)
-        if self._limit is not None and seconds > self._limit:
-            self._give_up(call)
 
     def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
         send, recv, row = _host_bytes(rows), _host_bytes(out), self._row_type(row_bytes(rows))

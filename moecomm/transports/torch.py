@@ -77,15 +77,9 @@ class TorchComm(Comm):
         self._pending = work, buffers  # torch may still write there
         self._give_up(name)
 
-    def _give_up(self, name: str) -> NoReturn:
+    def _give_up(self, call: str) -> NoReturn:
         atexit.register(_leave)  # torch would wait for the others again before it lets Python end
-        self.failure = f"{name} waited {self._limit} s for the other {self.size - 1} rank(s) to come and send"
-        raise CommError(f"{self.failure}{self.where()}")
-
-    def waiting(self, call: str, seconds: float) -> None:
-        self.check_usable(call)
-        if self._limit is not None and seconds > self._limit:
-            self._give_up(call)
+        super()._give_up(call)
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
         send, recv = self._movable(rows), self._movable(out)
