@@ -33,8 +33,6 @@ def on_host(array: Array) -> bool:
 
 def as_rows(array: Array, name: str) -> Array:
     """The array itself, or a contiguous copy of it. TypeError or ValueError if it has no rows that can be moved."""
-    if type(array) is np.ndarray and array.ndim and array.flags.c_contiguous and not array.dtype.hasobject:
-        return array  # nearly always: a call of 64 ranks on few cores pays for each line, as caches are cold
     if num_axes(array, name) == 0:
         raise ValueError(f"{name} has no rows: its shape is ()")
     if isinstance(array, np.ndarray):

@@ -290,10 +290,6 @@ class Comm(ABC):
 def check_out(out: Array, rows: Array, num_rows: int) -> None:
     """Raise unless `out` can take num_rows rows like `rows` while `rows` is read."""
     shape = (num_rows, *rows.shape[1:])
-    if type(out) is type(rows) is np.ndarray and out.dtype == rows.dtype and out.shape == shape:
-        flags = out.flags
-        if flags.c_contiguous and flags.writeable and not np.may_share_memory(out, rows):
-            return
     if not (is_torch(out) if is_torch(rows) else isinstance(out, np.ndarray)):
         raise TypeError(f"out is a {type(out).__name__}, expected a {type(rows).__name__} like the rows given")
     if out.dtype != rows.dtype or (is_torch(out) and out.device != rows.device):
