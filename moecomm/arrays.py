@@ -1,6 +1,6 @@
-"""Rows of numpy and torch arrays, told apart by their own type.
+"""Rows of numpy, torch and cupy arrays, told apart by their own type.
 
-torch is never imported here: an array can only be a torch tensor if its caller has imported torch already.
+Neither torch nor cupy is imported before its arrays come: who has made one has imported it already.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moecomm._core import copy_blocks as copy_host_blocks
 
 Array: TypeAlias = Any
-"""A numpy array or a torch tensor. A function that makes one makes it of the type, dtype and device of its argument."""
+"""A numpy array, a torch tensor or a cupy array. A function that makes one makes it like its argument."""
 
 Counts: TypeAlias = NDArray[np.int64]
 
@@ -27,8 +27,13 @@ def is_torch(array: object) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def is_cupy(array: object) -> bool:
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
 def on_host(array: Array) -> bool:
-    return not is_torch(array) or array.device.type == "cpu"
+    return isinstance(array, np.ndarray) or (is_torch(array) and array.device.type == "cpu")
 
 
 def as_rows(array: Array, name: str) -> Array:
@@ -41,6 +46,8 @@ def as_rows(array: Array, name: str) -> Array:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data or {name}.filled()")
         return np.ascontiguousarray(array)  # also turns a subclass, such as np.memmap, into a plain array
+    if is_cupy(array):
+        return array if array.flags.c_contiguous else array.copy(order="C")
     import torch
 
     if array.requires_grad and torch.is_grad_enabled():
@@ -52,7 +59,7 @@ def as_rows(array: Array, name: str) -> Array:
 
 def num_axes(array: Array, name: str) -> int:
     """TypeError if it is no array of a kind that we know."""
-    if not isinstance(array, np.ndarray) and not is_torch(array):
+    if not isinstance(array, np.ndarray) and not is_torch(array) and not is_cupy(array):
         raise TypeError(f"{name} is a {type(array).__name__}, expected a numpy array or a torch tensor")
     return int(array.ndim)
 
@@ -66,7 +73,7 @@ def empty_rows(num_rows: int, like: Array) -> Array:
     shape = (num_rows, *like.shape[1:])
     if is_torch(like):
         return like.detach().new_empty(shape)
-    return np.empty(shape, like.dtype)
+    return np.empty(shape, like.dtype, like=like)
 
 
 def row_bytes(rows: Array) -> int:
@@ -79,7 +86,7 @@ def dtype_name(array: Array) -> str:
 
 
 def as_bytes(rows: Array) -> Array:
-    """The memory of contiguous rows as one-dimensional uint8: numpy for host arrays, torch for device ones."""
+    """The memory of contiguous rows as one-dimensional uint8: numpy for host arrays, else of the same library."""
     if not is_torch(rows):
         return rows.reshape(-1).view(np.uint8)
     import torch
@@ -134,9 +141,15 @@ def copy_blocks(dst: Array, src: Array, order: Counts, sizes: Counts | None = No
     if on_host(src):
         copy_host_blocks(as_bytes(dst), as_bytes(src), order, sizes, row_bytes(src))
         return
+    index = order if sizes is None else _row_index(order, sizes)
+    if is_cupy(src):
+        import cupy
+
+        src.take(cupy.asarray(index), axis=0, out=dst)
+        return
     import torch
 
-    index = torch.from_numpy(order if sizes is None else _row_index(order, sizes)).to(src.device)
+    index = torch.from_numpy(index).to(src.device)
     word = _widest_word(src, dst)
     torch.index_select(_as_words(src, word), 0, index, out=_as_words(dst, word))
 

@@ -50,9 +50,9 @@ class Comm(ABC):
     """A group of `size` ranks, of which this one is `rank`.
 
     Every method is collective: all ranks of the group call it, in the same order, and it returns on all of them or
-    raises. `rows` is a numpy array or a torch tensor [num_rows, ...]; the result has its type, dtype and device. A
-    non-contiguous array is copied first. Counts are in rows, int64, on the host, one per rank. A result in host memory
-    is ready on return; one in device memory is ready for work queued after the call on the current stream.
+    raises. `rows` is a numpy array, a torch tensor or a cupy array [num_rows, ...]; the result has its type, dtype and
+    device. A non-contiguous array is copied first. Counts are in rows, int64, on the host, one per rank. A result in
+    host memory is ready on return; one in device memory is ready for work queued after the call on the current stream.
 
     Bad arguments raise ValueError or TypeError before anything is sent, on the rank that passed them: wrap the Comm in
     `Checked` to raise on all ranks and to compare the arguments among them. A collective that fails raises CommError,
@@ -290,7 +290,7 @@ class Comm(ABC):
 def check_out(out: Array, rows: Array, num_rows: int) -> None:
     """Raise unless `out` can take num_rows rows like `rows` while `rows` is read."""
     shape = (num_rows, *rows.shape[1:])
-    if not (is_torch(out) if is_torch(rows) else isinstance(out, np.ndarray)):
+    if not (is_torch(out) if is_torch(rows) else isinstance(out, type(rows))):
         raise TypeError(f"out is a {type(out).__name__}, expected a {type(rows).__name__} like the rows given")
     if out.dtype != rows.dtype or (is_torch(out) and out.device != rows.device):
         raise TypeError(f"out has dtype {dtype_name(out)}, expected {dtype_name(rows)} on the same device as the rows")
@@ -298,7 +298,7 @@ def check_out(out: Array, rows: Array, num_rows: int) -> None:
         raise ValueError(f"out has shape {tuple(out.shape)}, expected {shape}")
     if not is_contiguous(out):
         raise ValueError("out is not contiguous")
-    if not is_torch(out) and not out.flags.writeable:
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
     if overlap(out, rows):
         raise ValueError("out shares memory with the rows given")

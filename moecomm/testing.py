@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from moecomm.all_to_all import AllToAll, Route
-from moecomm.arrays import Array, Counts, is_torch
+from moecomm.arrays import Array, Counts, is_cupy, is_torch
 from moecomm.comm import Comm
 from moecomm.errors import CommError
 
@@ -287,7 +287,7 @@ def _even_form_refuses(comm: Comm, a2a: AllToAll, make: Make) -> None:
 
 
 def _same(got: Any, wanted: np.ndarray, what: str, comm: Comm) -> None:
-    array = got.detach().cpu().numpy() if is_torch(got) else np.asarray(got)
+    array = got.detach().cpu().numpy() if is_torch(got) else got.get() if is_cupy(got) else np.asarray(got)
     assert array.dtype == wanted.dtype and array.shape == wanted.shape and (array == wanted).all(), (
         f"{what}: got {array.dtype}{list(array.shape)} {array.reshape(-1)[:24]}, "
         f"wanted {wanted.dtype}{list(wanted.shape)} {wanted.reshape(-1)[:24]}{comm.where()}"

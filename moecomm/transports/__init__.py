@@ -1,4 +1,7 @@
-"""The wires: threads, mpi, torch. Each is one file that knows neither the others nor any algorithm."""
+"""The wires: threads, mpi, torch, nccl. Each is one file that knows neither the others nor any algorithm.
+
+NCCL without torch.distributed needs another Comm to begin with: `nccl.NcclComm(MPI.COMM_WORLD)`.
+"""
 
 from __future__ import annotations
 

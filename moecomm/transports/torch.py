@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from moecomm.arrays import Array, Counts, as_bytes, is_torch, row_bytes
+from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
 from moecomm.comm import Comm
 from moecomm.errors import CommError
 from moecomm.transports.limit import check_limit, wait
@@ -151,6 +151,8 @@ class TorchComm(Comm):
         flat = as_bytes(rows)
         if is_torch(flat):
             return flat
+        if not on_host(flat):
+            raise TypeError("the torch transport moves numpy arrays and torch tensors, got a cupy array")
         return torch.from_numpy(flat if flat.flags.writeable else flat.copy()).to(
             self._device()
         )  # torch knows no other
