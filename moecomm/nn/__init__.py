@@ -1,0 +1,32 @@
+"""PR-MoE layers and a language model, on top of the exchanges. Needs torch: pip install 'moecomm[torch]'."""
+
+from moecomm.nn.configs import CONFIGS, Config, config_named
+from moecomm.nn.experts import Experts
+from moecomm.nn.gradients import reduce_gradients
+from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
+from moecomm.nn.local import LocalExchange
+from moecomm.nn.moe import MoE, exchange_over
+from moecomm.nn.pyramid import layer_groups, layer_topologies, pyramid
+from moecomm.nn.residual import ResidualMoE
+from moecomm.nn.transformer import Output, TransformerLM, next_token_loss
+
+__all__ = [
+    "CONFIGS",
+    "MLP",
+    "ColumnLinear",
+    "Config",
+    "Experts",
+    "LocalExchange",
+    "MoE",
+    "Output",
+    "ResidualMoE",
+    "RowLinear",
+    "TransformerLM",
+    "config_named",
+    "exchange_over",
+    "layer_groups",
+    "layer_topologies",
+    "next_token_loss",
+    "pyramid",
+    "reduce_gradients",
+]

@@ -1,0 +1,98 @@
+"""The sizes of language models: those of the DeepSpeed-MoE paper, and small ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moecomm.nn.linear import Activation
+from moecomm.nn.pyramid import pyramid
+
+
+@dataclass(frozen=True)
+class Config:
+    """A GPT-like model with experts in every other layer: layers 2, 4, 6 ...
+
+    experts          of each of these layers, num_layers // 2 of them; 0: dense. (): a dense model
+    residual         "none": MoE. "sum", "learned": ResidualMoE, which needs top_k 1
+    capacity_factor  as for MoE; None: nothing is dropped
+    aux_loss         how much of each layer's load-balancing loss, and
+    z_loss           of its z-loss, is added to the model's
+    std              of the first weights
+
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    num_layers: int
+    hidden: int
+    heads: int
+    experts: tuple[int, ...] = ()
+    top_k: int = 1
+    residual: Literal["none", "sum", "learned"] = "none"
+    vocabulary: int = 51200
+    context: int = 2048
+    activation: Activation = "gelu"
+    capacity_factor: float | None = None
+    aux_loss: float = 0.01
+    z_loss: float = 0.0
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ValueError(f"Config: hidden is {self.hidden}, which {self.heads} heads cannot share")
+        if self.experts and len(self.experts) != self.num_layers // 2:
+            raise ValueError(
+                f"Config: experts has {len(self.experts)} entries, expected {self.num_layers // 2}: one for every "
+                f"second of {self.num_layers} layers"
+            )
+        if self.residual != "none" and self.top_k != 1:
+            raise ValueError(f"Config: top_k is {self.top_k}, expected 1 with residual={self.residual!r}")
+
+    @property
+    def ffn(self) -> int:
+        """Inner width of every feed-forward layer and expert."""
+        return 4 * self.hidden
+
+    def experts_of(self, layer: int) -> int:
+        """How many experts a layer has, counted from 0; 0: it is dense."""
+        return self.experts[layer // 2] if layer % 2 and self.experts else 0
+
+    def num_parameters(self) -> int:
+        """Of the whole model, with tied input and output embeddings. Arithmetic: nothing is allocated."""
+        h = self.hidden
+        mlp = 2 * h * self.ffn + self.ffn + h if self.activation == "gelu" else 3 * h * self.ffn + 2 * self.ffn + h
+        expert = mlp if self.activation == "gelu" else 3 * h * self.ffn  # swiglu experts have no biases
+        total = (self.vocabulary + self.context) * h + 2 * h
+        for layer in range(self.num_layers):
+            experts = self.experts_of(layer)
+            total += 4 * (h * h + h) + 4 * h + experts * (expert + h)
+            total += mlp if not experts or self.residual != "none" else 0
+            total += 2 * h + 2 if experts and self.residual == "learned" else 0
+        return total
+
+
+_350M = Config(24, 1024, 16)
+_1_3B = Config(24, 2048, 16)
+_SMALL = Config(4, 64, 4, (4, 8), residual="sum", vocabulary=256, context=128)
+
+CONFIGS = {
+    "350m-moe-128": replace(_350M, experts=pyramid(12, 128, "standard")),
+    "1.3b-moe-128": replace(_1_3B, experts=pyramid(12, 128, "standard")),
+    "350m-pr-moe-32-64": replace(_350M, experts=pyramid(12, 32), residual="sum"),
+    "1.3b-pr-moe-64-128": replace(_1_3B, experts=pyramid(12, 64), residual="sum"),
+    "350m-pr-moe-mos-21": replace(_350M, num_layers=21, experts=pyramid(10, 32), residual="sum"),
+    "1.3b-pr-moe-mos-21": replace(_1_3B, num_layers=21, experts=pyramid(10, 64), residual="sum"),
+    "tiny": replace(_SMALL, hidden=16, heads=2, context=32),
+    "small": _SMALL,
+    "small-top-2": replace(_SMALL, residual="none", top_k=2),
+    "medium": Config(8, 512, 8, pyramid(4, 8), residual="sum", vocabulary=256, context=512),
+    "medium-top-2": Config(8, 512, 8, pyramid(4, 8), top_k=2, vocabulary=256, context=512),
+}
+"""By name. The first six are the paper's, in its order; the others read bytes."""
+
+
+def config_named(name: str) -> Config:
+    """CONFIGS[name]. Raises ValueError that says the known names."""
+    if name not in CONFIGS:
+        raise ValueError(f"config is {name!r}, expected one of {', '.join(CONFIGS)}")
+    return CONFIGS[name]

@@ -1,0 +1,138 @@
+"""MoE: a gate, an exchange and a bank of experts in the place of a feed-forward layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from moecomm.all_to_all import AllToAll, FlatAllToAll
+from moecomm.comm import Comm
+from moecomm.exchange import RoutedExchange, TensorParallelExchange
+from moecomm.gating import Routing, expert_capacity, route
+from moecomm.groups import Groups
+from moecomm.nn.experts import Experts
+from moecomm.nn.linear import Activation
+from moecomm.nn.local import LocalExchange
+from moecomm.nn.seeds import draw, parameter
+
+
+class Exchange(Protocol):
+    """What MoE needs of an exchange: RoutedExchange, TensorParallelExchange, DirectExchange, LocalExchange have it."""
+
+    num_experts: int
+    num_local_experts: int
+
+    def dispatch(self, x: Any, routing: Routing) -> tuple[Any, Any]:
+        """x [T, H] -> rows grouped by local expert, and a plan whose rows_per_expert says how many each has."""
+
+    def combine(self, rows: Any, plan: Any) -> Any:
+        """The experts' answers -> [T, H], weighted and summed."""
+
+
+def exchange_over(
+    groups: Groups | None,
+    num_experts: int,
+    all_to_all: Callable[[Comm], AllToAll] = FlatAllToAll,
+    **options: Any,
+) -> Exchange:
+    """The exchange that fits the groups of a layer. Collective over the tensor group.
+
+    groups      None, or groups without expert and tensor parallelism: LocalExchange. With tensor parallelism:
+                TensorParallelExchange. Otherwise RoutedExchange
+    all_to_all  made over the ranks that the exchange sends to
+    options     of RoutedExchange
+
+    Raises ValueError if the experts cannot be divided evenly, or expert slices not be held by a tensor group.
+    """
+    if groups is None:
+        return LocalExchange(num_experts)
+    topology = groups.topology
+    if num_experts % topology.expert:
+        raise ValueError(f"MoE: num_experts is {num_experts}, which expert={topology.expert} ranks cannot share")
+    each = num_experts // topology.expert
+    if topology.tensor == topology.expert_tensor == 1:
+        if topology.expert == 1:
+            return LocalExchange(num_experts)
+        return RoutedExchange(all_to_all(groups.expert), each, **options)
+    lane = topology.group_of(groups.world.rank, "expert_lane")
+    places = [topology.coords(rank)["expert"] for rank in lane]
+    held = [range(place * each, (place + 1) * each) for place in places]
+    inner = RoutedExchange(all_to_all(groups.expert_lane), held, **options)
+    part = (topology.coords(groups.world.rank)["expert_tensor"], topology.expert_tensor)
+    return TensorParallelExchange(inner, groups.tensor, part=part)
+
+
+class MoE(nn.Module):
+    """x [..., hidden] -> (y [..., hidden], routing). Each token goes to the top_k experts that its gate chooses.
+
+    hidden, ffn      width of the tokens, and inside an expert
+    num_experts      E, of all ranks of the expert group
+    top_k            K
+    groups           who holds which experts: rank i of the expert group holds the i-th E / expert of them. None: this
+                     rank alone holds all
+    exchange         moves the tokens; None: `exchange_over(groups, num_experts)`
+    capacity_factor  while training, an expert takes at most so many times its even share of this call's tokens; None,
+                     and always in evaluation: nothing is dropped
+    activation       of the experts, see Experts
+    key              seed and name of the layer: its first weights depend on these alone, not on the groups
+    choices          of `route`, such as score="sigmoid" or normalize="selected"
+    like             device, dtype
+
+    `routing` has what the gate decided: add a little of routing.aux_loss and routing.z_loss to the loss of the model.
+    The buffer `bias` [E] is added to the scores for the selection alone; see `balance`.
+
+    x must be the same on all tensor ranks. Collective, as the exchange is. Gradients are this rank's:
+    `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide.
+    Source: Shazeer et al. 2017 (arXiv 1701.06538); DeepSpeed-MoE (arXiv 2201.05596), section 4.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self, hidden: int, ffn: int, num_experts: int, top_k: int = 1, *, groups: Groups | None = None,
+        exchange: Exchange | None = None, capacity_factor: float | None = None, activation: Activation = "gelu",
+        std: float = 0.02, key: tuple[object, ...] = (0,), choices: dict[str, Any] | None = None, **like: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.exchange = exchange_over(groups, num_experts) if exchange is None else exchange
+        if self.exchange.num_experts != num_experts:
+            raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {self.exchange.num_experts}")
+        if groups is None and self.exchange.num_local_experts != num_experts:
+            raise ValueError("MoE: give the groups too: an exchange alone does not say which experts are here")
+        self.num_experts, self.top_k, self.groups = num_experts, top_k, groups
+        self.capacity_factor = capacity_factor
+        self.choices = choices or {}
+        here, part = _held(groups, self.exchange.num_local_experts)
+        self.gate = parameter(draw((num_experts, hidden), std, *key, "gate"), like | {"dtype": torch.float32})
+        self.experts = Experts(hidden, ffn, here, activation=activation, part=part, std=std, key=key, **like)
+        self.register_buffer("bias", torch.zeros(num_experts, device=like.get("device")))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """Collective over the exchange's ranks, and so is the backward pass."""
+        tokens = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):  # the gate decides in float32
+            logits = F.linear(tokens.float(), self.gate)
+        if torch.is_autocast_enabled(x.device.type):  # before anything travels
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+        routing = route(logits, self.top_k, bias=self.bias, capacity=self._capacity(len(tokens)), **self.choices)
+        rows, plan = self.exchange.dispatch(tokens, routing)
+        y = self.exchange.combine(self.experts(rows, plan.rows_per_expert), plan)
+        return y.reshape(x.shape), routing
+
+    def _capacity(self, num_tokens: int) -> int | None:
+        if self.capacity_factor is None or not self.training:
+            return None
+        return expert_capacity(num_tokens, self.num_experts, self.top_k, factor=self.capacity_factor)
+
+
+def _held(groups: Groups | None, num_local_experts: int) -> tuple[range, tuple[int, int]]:
+    """The global ids of the experts here, and which slice of them."""
+    if groups is None:
+        return range(num_local_experts), (0, 1)
+    place = groups.topology.coords(groups.world.rank)
+    first = place["expert"] * num_local_experts
+    return range(first, first + num_local_experts), (place["expert_tensor"], groups.topology.expert_tensor)

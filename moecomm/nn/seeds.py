@@ -1,0 +1,35 @@
+"""First weights: each is drawn from a seed and a name, so it is the same however a model is split over ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def draw(shape: tuple[int, ...], std: float, *key: object) -> Tensor:
+    """Normal random numbers, float32, on the CPU: the same key gives the same ones on every rank and device.
+
+    key  the seed, then names or numbers that say which weight this is
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.randn(shape, generator=generator) * std
+
+
+def parameter(values: Tensor, like: dict[str, Any]) -> torch.nn.Parameter:
+    """values as a parameter of its own memory.
+
+    like  device and dtype, or nothing
+    """
+    return torch.nn.Parameter(values.to(**like, copy=True).contiguous())
+
+
+def part_of(values: Tensor, dim: int, part: tuple[int, int]) -> Tensor:
+    """Slice i of n equal ones, part = (i, n), along a dimension. Raises ValueError if n does not divide it."""
+    number, parts = part
+    if values.shape[dim] % parts:
+        raise ValueError(f"a weight {tuple(values.shape)} has {values.shape[dim]} slices, which {parts} cannot share")
+    return values.chunk(parts, dim)[number]

@@ -1,0 +1,183 @@
+"""TransformerLM: a GPT-like language model with experts in every other layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from moecomm.comm import Comm
+from moecomm.gating import Routing
+from moecomm.groups import Groups
+from moecomm.nn.configs import Config
+from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
+from moecomm.nn.moe import MoE
+from moecomm.nn.residual import ResidualMoE
+from moecomm.nn.seeds import draw, parameter
+
+Cache = dict[int, tuple[Tensor, Tensor]]
+"""layer -> keys and values [B, heads, positions so far, hidden / heads]."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives.
+
+    logits    [B, S, vocabulary] float32; of a pipeline stage that is not the last: the hidden states [B, S, hidden]
+    loss      what the gates add to the model's loss: aux_loss and z_loss of all layers so far, by the config's weights
+    routings  of each MoE layer of this rank, first to last
+    """
+
+    logits: Tensor
+    loss: Tensor
+    routings: tuple[Routing, ...]
+
+
+class Attention(nn.Module):
+    """Causal self-attention, its heads sliced over the tensor ranks. Collective over tensor."""
+
+    def __init__(self, config: Config, layer: int, tensor: Comm | None, key: tuple[object, ...], **like: Any) -> None:
+        super().__init__()
+        size = 1 if tensor is None else tensor.size
+        if config.heads % size:
+            raise ValueError(f"TransformerLM: {config.heads} heads, which tensor={size} ranks cannot share")
+        self.layer, self.heads = layer, config.heads // size
+        h, same = config.hidden, {"tensor": tensor, "std": config.std, **like}
+        self.qkv = ColumnLinear(h, h, blocks=3, key=(*key, "qkv"), **same)
+        self.out = RowLinear(h, h, key=(*key, "out"), **same)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """x [B, S, hidden] -> [B, S, hidden]; the positions in cache come before, and x's are added to it."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mask = None
+        if cache is not None:
+            if self.layer in cache:
+                k, v = (torch.cat(pair, 2) for pair in zip(cache[self.layer], (k, v), strict=True))
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
+                mask = mask.tril(k.shape[2] - q.shape[2])
+            cache[self.layer] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)), where the feed-forward layer is an MLP or has experts."""
+
+    def __init__(
+        self, config: Config, layer: int, groups: Groups | None, key: tuple[object, ...], exchange: Any, **like: Any
+    ) -> None:
+        super().__init__()
+        tensor = None if groups is None else groups.tensor
+        h, key, experts = config.hidden, (*key, layer), config.experts_of(layer)
+        self.norms = nn.ModuleList(nn.LayerNorm(h, **like) for _ in range(2))
+        self.attention = Attention(config, layer, tensor, key, **like)
+        same: dict[str, Any] = {"activation": config.activation, "std": config.std, "key": (*key, "ffn"), **like}
+        of_moe: dict[str, Any] = {"groups": groups, "exchange": exchange, "capacity_factor": config.capacity_factor}
+        self.ffn: MLP | MoE | ResidualMoE
+        if not experts:
+            self.ffn = MLP(h, config.ffn, tensor=tensor, **same)
+        elif config.residual == "none":
+            self.ffn = MoE(h, config.ffn, experts, config.top_k, **of_moe, **same)
+        else:
+            self.ffn = ResidualMoE(h, config.ffn, experts, combine=config.residual, **of_moe, **same)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Routing | None]:
+        """x [B, S, hidden] -> the same, and the routing where there are experts."""
+        x = x + self.attention(self.norms[0](x), cache)
+        y, routing = self.ffn(self.norms[1](x)), None
+        if not isinstance(self.ffn, MLP):
+            y, routing = y
+        return x + y, routing
+
+
+class TransformerLM(nn.Module):
+    """tokens [B, S] -> Output. The same first weights and the same losses under every split.
+
+    config    sizes; CONFIGS has some by name
+    groups    of each layer with experts, from `layer_groups`: expert, tensor and data parallelism. None: one rank
+    stage     (i, n): this rank has part i of n of the layers, the first one the embeddings, the last one the logits
+    exchange  exchange(groups, num_experts) makes the exchange of an MoE layer; None: `exchange_over`
+    seed      of the first weights
+    like      device, dtype
+
+    Collective as its layers are. Raises ValueError for sizes that do not divide or groups that are not one per layer.
+    """
+
+    def __init__(
+        self, config: Config, *, groups: Sequence[Groups] | None = None, stage: tuple[int, int] = (0, 1),
+        exchange: Any = None, seed: int = 0, **like: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        number, parts = stage
+        if config.num_layers % parts:
+            raise ValueError(f"TransformerLM: {config.num_layers} layers, which pipeline={parts} stages cannot share")
+        if groups is not None and len(groups) != max(1, len(config.experts)):
+            raise ValueError(f"TransformerLM: got {len(groups)} groups, expected {max(1, len(config.experts))}")
+        self.config, self.stage, self.groups = config, stage, groups[0] if groups else None
+        each = config.num_layers // parts
+        self.blocks = nn.ModuleDict()
+        for layer in range(number * each, (number + 1) * each):
+            mine = groups[min(layer // 2, len(groups) - 1)] if groups else None
+            made = exchange(mine, config.experts_of(layer)) if exchange and config.experts_of(layer) else None
+            self.blocks[str(layer)] = Block(config, layer, mine, (seed, "layer"), made, **like)
+        if number in (0, parts - 1):  # input and output share it
+            self.embedding = parameter(draw((config.vocabulary, config.hidden), config.std, seed, "embedding"), like)
+        if number == 0:
+            self.position = parameter(draw((config.context, config.hidden), config.std, seed, "position"), like)
+        if number == parts - 1:
+            self.norm = nn.LayerNorm(config.hidden, **like)
+
+    def forward(self, x: Tensor, loss: Tensor | None = None, cache: Cache | None = None) -> Output:
+        """x: tokens [B, S]; for a later pipeline stage the hidden states and the loss of the one before.
+
+        cache  keys and values of earlier positions, which these are added to; {} to begin with
+        """
+        if self.stage[0] == 0:
+            start = 0 if not cache else next(iter(cache.values()))[0].shape[2]
+            if start + x.shape[1] > self.config.context:
+                raise ValueError(f"TransformerLM: {start + x.shape[1]} positions, expected <= {self.config.context}")
+            x = F.embedding(x, self.embedding) + self.position[start : start + x.shape[1]]
+        loss = x.new_zeros((), dtype=torch.float32) if loss is None else loss
+        routings = []
+        for block in self.blocks.values():
+            x, routing = block(x, cache)
+            if routing is not None:
+                loss = loss + self.config.aux_loss * routing.aux_loss + self.config.z_loss * routing.z_loss
+                routings.append(routing)
+        if self.stage[0] == self.stage[1] - 1:
+            x = F.linear(self.norm(x), self.embedding).float()
+        return Output(x, loss, tuple(routings))
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, num_new: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Continue tokens [B, S] by num_new: [B, S + num_new]. Each new one is computed from the cache alone.
+
+        temperature  0: the likeliest token; otherwise drawn from the softmax of logits / temperature by `generator`
+
+        Collective: all ranks of a model call it with as many steps, in evaluation mode if there is a capacity.
+        """
+        cache: Cache = {}
+        new = tokens
+        for _ in range(num_new):
+            logits = self(new, cache=cache).logits[:, -1]
+            if temperature > 0:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                new = logits.argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, new], 1)
+        return tokens
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layers of this rank, first to last: the order of Output.routings."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean cross-entropy of logits [B, S, vocabulary] and the tokens [B, S] that come next."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())

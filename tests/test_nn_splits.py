@@ -1,0 +1,121 @@
+"""The same losses however the model is split: over experts, slices of experts, tensor, data and pipeline ranks.
+
+One rank computes all micro-batches one after the other; that is the definition. 20 steps of AdamW in float32; losses
+must agree within 1e-5 of their value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from conftest import gloo_run
+
+torch = pytest.importorskip("torch")
+
+from moecomm import Comm  # noqa: E402
+from moecomm.nn import CONFIGS, TransformerLM, layer_groups, next_token_loss, reduce_gradients  # noqa: E402
+from moecomm.nn.pipeline import pipeline_stage, stage_loss  # noqa: E402
+
+STEPS, MICRO_BATCHES, MICRO_BATCH, LENGTH = 20, 4, 2, 12
+CONFIG = replace(CONFIGS["tiny"], z_loss=0.001, capacity_factor=1.25)
+LEARNED = replace(CONFIG, residual="learned", activation="swiglu")
+TOP_2 = replace(CONFIG, residual="none", top_k=2, experts=(4, 4))
+
+
+def tokens(step: int) -> torch.Tensor:
+    """[MICRO_BATCHES, MICRO_BATCH, LENGTH + 1], all of a step."""
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(256, (MICRO_BATCHES, MICRO_BATCH, 1), generator=generator)
+    return (start + 3 * torch.arange(LENGTH + 1)) % 256  # something that can be learned
+
+
+def train(model: TransformerLM, data_rank: int = 0, data_size: int = 1, comm: Comm | None = None) -> list[float]:
+    """The mean loss over all micro-batches, at each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for step in range(STEPS):
+        mine = tokens(step).chunk(data_size)[data_rank]
+        optimizer.zero_grad()
+        total = torch.zeros(1)
+        for batch in mine:
+            output = model(batch[:, :-1])
+            loss = next_token_loss(output.logits, batch[:, 1:]) + output.loss
+            loss.backward()
+            total += loss.detach()
+        reduce_gradients(model, model.groups, len(mine))
+        optimizer.step()
+        total = total if comm is None else comm.all_reduce(total)
+        losses.append(float(total) / MICRO_BATCHES)
+    return losses
+
+
+@cache
+def on_one_rank(config: object) -> list[float]:
+    losses = train(TransformerLM(config))
+    assert losses[-1] < losses[0] - 0.4
+    return losses
+
+
+def on_many(comm: Comm, config: object, **sizes: int) -> list[float]:
+    groups = layer_groups(comm, config.experts, **sizes)
+    model = TransformerLM(config, groups=groups)
+    return train(model, groups[0].data.rank, groups[0].data.size, groups[0].data)
+
+
+SPLITS = [
+    *((CONFIG, {"expert": expert, "tensor": tensor}) for expert in (1, 2, 4) for tensor in (1, 2)),
+    (LEARNED, {"expert": 2, "tensor": 2, "expert_tensor": 2}),
+    (TOP_2, {"expert": 2, "tensor": 2}),
+]
+
+
+def test_expert_and_tensor_parallel_losses_are_those_of_one_rank() -> None:
+    torch.set_num_threads(1)
+    wanted = {config: on_one_rank(config) for config, _ in SPLITS}
+
+    def body(comm: Comm) -> None:
+        for config, sizes in SPLITS:
+            assert on_many(comm, config, **sizes) == pytest.approx(wanted[config], rel=1e-5), sizes
+
+    gloo_run(4, body)
+
+
+def test_all_axes_at_once() -> None:
+    """Pipeline 2 x tensor 2 x data 2, the experts over the data ranks; 1F1B."""
+    torch.set_num_threads(1)
+    wanted = on_one_rank(CONFIG)
+
+    def body(comm: Comm) -> None:
+        assert in_stages(comm) == pytest.approx(wanted, rel=1e-5)
+
+    gloo_run(8, body)
+
+
+def in_stages(comm: Comm) -> list[float]:
+    from torch.distributed.pipelining import Schedule1F1B
+
+    groups = layer_groups(comm, CONFIG.experts, pipeline=2, tensor=2, expert=2)
+    mine = groups[0]
+    model = TransformerLM(CONFIG, groups=groups, stage=(mine.pipeline.rank, 2))
+    group = mine.topology.device_mesh("cpu")[0].get_group("pipeline")
+    num_micro = MICRO_BATCHES // mine.data.size
+    stage = pipeline_stage(model, MICRO_BATCH, LENGTH, group)
+    schedule = Schedule1F1B(stage, num_micro, loss_fn=stage_loss, scale_grads=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for step in range(STEPS):
+        batch = tokens(step).chunk(mine.data.size)[mine.data.rank].flatten(0, 1)
+        optimizer.zero_grad()
+        of_step: list[torch.Tensor] = []
+        if mine.pipeline.rank == 0:
+            schedule.step(batch[:, :-1])
+        else:
+            schedule.step(target=batch[:, 1:], losses=of_step)
+        reduce_gradients(model, mine, num_micro)
+        optimizer.step()
+        total = torch.stack(of_step).sum() if of_step else torch.zeros(())
+        total = mine.pipeline.all_reduce(mine.data.all_reduce(total.detach()))
+        losses.append(float(total) / MICRO_BATCHES)
+    return losses
