@@ -36,6 +36,40 @@ class Copies:
         return np.argsort(self.row)
 
 
+def one_each(destination: Counts, num_destinations: int) -> tuple[Copies, Counts]:
+    """One copy of a row for each different destination that it has.
+
+    destination  [T, K] of the row's choices; num_destinations: none
+    returns      (N copies, by destination and then row; their destinations [N]). The choice of a copy is how many of
+                 the row's destinations come before
+    """
+    T, K = destination.shape  # noqa: N806
+    is_first = destination < num_destinations  # [T, K] of the row's choices that go there
+    for k in range(1, K):
+        is_first[:, k] &= (destination[:, :k] != destination[:, k : k + 1]).all(axis=1)
+    firsts = np.flatnonzero(is_first)
+    firsts = firsts[np.argsort(destination.reshape(-1)[firsts], kind="stable")]
+    row, to = firsts // max(K, 1), destination.reshape(-1)[firsts]
+    return Copies(row, _places(row, T), T, K), to
+
+
+def by_label(labels: Counts) -> tuple[Copies, Counts]:
+    """One copy of a row for each label >= 0 that it has: labels [T, S] -> the copies, by label and then row; these."""
+    T, S = labels.shape  # noqa: N806
+    order = np.argsort(labels, axis=None, kind="stable")[np.count_nonzero(labels < 0) :]
+    row, choice = np.divmod(order, max(S, 1))
+    return Copies(row, choice, T, S), labels.reshape(-1)[order]
+
+
+def _places(row: Counts, num_rows: int) -> Counts:
+    """[N] how many copies of the same row come before."""
+    order = np.argsort(row, kind="stable")
+    counts = np.bincount(row, minlength=num_rows)
+    places = np.empty_like(row)
+    places[order] = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return places
+
+
 def copy_out(x: Array, copies: Copies) -> Array:
     """x [T, H] -> [N, H], the copies in their order. Differentiable."""
     if is_torch(x):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, Counts, dtype_name, is_torch, num_axes, sum_dtype
-from moecomm.exchange.copies import Copies, copy_out, sum_back
+from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.gating import Routing
 
@@ -81,11 +81,11 @@ class RoutedExchange:
         labels = self.all_to_all.send(labels, route)
         away, rows_per_expert = self._rows_for_experts(labels)
         home_weight, away_weight = routing.weight, None
-        thread = _new_thread(x)
+        thread = new_thread(x)
         if self.send == "tokens":
             home_weight = None
-            away_weight, thread = self._move(copy_out(routing.weight, at_home), thread, route)
-        rows, thread = self._move(copy_out(x, at_home), thread, route)
+            away_weight, thread = move(self.all_to_all, copy_out(routing.weight, at_home), thread, route)
+        rows, thread = move(self.all_to_all, copy_out(x, at_home), thread, route)
         plan = Plan(rows_per_expert, at_home, away, route, home_weight, away_weight, thread)
         return copy_out(rows, away), plan
 
@@ -99,30 +99,14 @@ class RoutedExchange:
         Collective over the all-to-all's ranks. Differentiable in rows and in the weights given to dispatch.
         Raises ValueError if rows does not fit the plan.
         """
-        self.comm.checked("combine", lambda: _combine_arguments(rows, plan))
+        self.comm.checked("combine", lambda: combine_arguments(rows, plan))
         dtype = rows.dtype if dtype is None else dtype
         # Where answers are summed before they travel, the sums are not rounded before they are complete.
         travel = rows.dtype if plan.away_weight is None else sum_dtype(rows)
         partial = sum_back(rows, plan.away, plan.away_weight, travel)
-        returned, thread = self._move_back(partial, plan.thread, plan.route)
+        returned, thread = move_back(self.all_to_all, partial, plan.thread, plan.route)
         y = sum_back(returned, plan.at_home, plan.home_weight, dtype)
         return y if thread is None else y + thread.sum().to(dtype)
-
-    def _move(self, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
-        """all_to_all.send, differentiable where there is a thread. Collective, and so is its backward pass."""
-        if thread is None:
-            return self.all_to_all.send(rows, route), None
-        from moecomm.exchange.autograd import Move
-
-        return Move.apply(rows, thread, self.all_to_all, route)
-
-    def _move_back(self, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
-        """all_to_all.send_back, likewise."""
-        if thread is None:
-            return self.all_to_all.send_back(rows, route), None
-        from moecomm.exchange.autograd import MoveBack
-
-        return MoveBack.apply(rows, thread, self.all_to_all, route)
 
     # ---- who goes where --------------------------------------------------------------------------------------------
 
@@ -135,25 +119,17 @@ class RoutedExchange:
             assignment = np.argsort(rank, axis=None, kind="stable")[: np.count_nonzero(expert >= 0)]
             row, choice = np.divmod(assignment, max(K, 1))
             labels = self._local_id[expert.reshape(-1)[assignment]].reshape(-1, 1)
+            copies, to = Copies(row, choice, T, K), rank[row, choice]
         else:
-            first = rank < self.comm.size  # [T, K] the first choice of a token on that rank
-            for k in range(1, K):
-                first[:, k] &= (rank[:, :k] != rank[:, k : k + 1]).all(axis=1)
-            firsts = np.flatnonzero(first)
-            firsts = firsts[np.argsort(rank.reshape(-1)[firsts], kind="stable")]
-            row, destination = firsts // max(K, 1), rank.reshape(-1)[firsts]
-            here = rank[row] == destination[:, None]  # [N, K]
-            labels = np.where(here, self._local_id[expert[row]], -1)
-            choice = _places(row, destination, T)
-        to = rank[row, choice] if self.send == "assignments" else destination
-        return Copies(row, choice, T, K), np.bincount(to, minlength=self.comm.size), labels
+            copies, to = one_each(rank, self.comm.size)
+            here = rank[copies.row] == to[:, None]  # [N, K]
+            labels = np.where(here, self._local_id[expert[copies.row]], -1)
+        return copies, np.bincount(to, minlength=self.comm.size), labels
 
     def _rows_for_experts(self, labels: Counts) -> tuple[Copies, Counts]:
         """labels [M, S], of the rows that came -> the copies that the experts see, by expert, source and token."""
-        M, S = labels.shape  # noqa: N806
-        order = np.argsort(labels, axis=None, kind="stable")[np.count_nonzero(labels < 0) :]
-        row, choice = np.divmod(order, max(S, 1))
-        return Copies(row, choice, M, S), np.bincount(labels.reshape(-1)[order], minlength=self.num_local_experts)
+        copies, local_id = by_label(labels)
+        return copies, np.bincount(local_id, minlength=self.num_local_experts)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +158,25 @@ class RoutedExchange:
         return x, (), must_be_the_same, expert
 
 
-def _new_thread(x: Array) -> Any:
+def move(all_to_all: AllToAll, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
+    """all_to_all.send, differentiable where there is a thread. Collective, and so is its backward pass."""
+    if thread is None:
+        return all_to_all.send(rows, route), None
+    from moecomm.exchange.autograd import Move
+
+    return Move.apply(rows, thread, all_to_all, route)
+
+
+def move_back(all_to_all: AllToAll, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
+    """all_to_all.send_back, likewise."""
+    if thread is None:
+        return all_to_all.send_back(rows, route), None
+    from moecomm.exchange.autograd import MoveBack
+
+    return MoveBack.apply(rows, thread, all_to_all, route)
+
+
+def new_thread(x: Array) -> Any:
     """Decided by torch's grad mode alone, which is the same on all ranks, as x.requires_grad may not be."""
     if not is_torch(x):
         return None
@@ -204,15 +198,6 @@ def on_host_as_int64(expert: Array) -> Counts:
     return ids.astype(np.int64)
 
 
-def _places(row: Counts, destination: Counts, num_rows: int) -> Counts:
-    """For each pair (row, destination), sorted by destination: how many of that row's destinations come before."""
-    order = np.argsort(row, kind="stable")
-    counts = np.bincount(row, minlength=num_rows)
-    places = np.empty_like(row)
-    places[order] = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return places
-
-
 def _expert_lists(experts_per_rank: Any, size: int) -> list[list[int]]:
     if isinstance(experts_per_rank, int | np.integer):
         experts_per_rank = [int(experts_per_rank)] * size
@@ -227,7 +212,7 @@ def _expert_lists(experts_per_rank: Any, size: int) -> list[list[int]]:
     return [[int(expert) for expert in group] for group in groups]
 
 
-def _combine_arguments(rows: Array, plan: Plan) -> tuple[Array, tuple[()]]:
+def combine_arguments(rows: Array, plan: Plan) -> tuple[Array, tuple[()]]:
     wanted = len(plan.away.row)
     if num_axes(rows, "rows") < 2 or rows.shape[0] != wanted:
         raise ValueError(f"rows has shape {tuple(rows.shape)}, expected ({wanted}, H): the rows that dispatch returned")
