@@ -1,5 +1,6 @@
 """PR-MoE layers and a language model, on top of the exchanges. Needs torch: pip install 'moecomm[torch]'."""
 
+from moecomm.nn.balance import loss_carried, update_bias
 from moecomm.nn.configs import CONFIGS, Config, config_named
 from moecomm.nn.experts import Experts
 from moecomm.nn.gradients import reduce_gradients
@@ -7,6 +8,7 @@ from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
 from moecomm.nn.local import LocalExchange
 from moecomm.nn.moe import MoE, exchange_over
 from moecomm.nn.pyramid import layer_groups, layer_topologies, pyramid
+from moecomm.nn.report import LayerReport, plot_routing, routing_report
 from moecomm.nn.residual import ResidualMoE
 from moecomm.nn.transformer import Output, TransformerLM, next_token_loss
 
@@ -16,6 +18,7 @@ __all__ = [
     "ColumnLinear",
     "Config",
     "Experts",
+    "LayerReport",
     "LocalExchange",
     "MoE",
     "Output",
@@ -26,7 +29,11 @@ __all__ = [
     "exchange_over",
     "layer_groups",
     "layer_topologies",
+    "loss_carried",
     "next_token_loss",
+    "plot_routing",
     "pyramid",
     "reduce_gradients",
+    "routing_report",
+    "update_bias",
 ]

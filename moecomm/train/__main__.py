@@ -1,0 +1,80 @@
+"""The command: python -m moecomm.train --help, or torchrun -m moecomm.train for several ranks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = "Train a language model with Mixture-of-Experts layers on text, byte by byte."
+EXAMPLES = """examples:
+  python -m moecomm.train --steps 200 --out run
+  python -m moecomm.train --text book.txt --config small-top-2 --out run
+  torchrun --nproc-per-node 4 -m moecomm.train --expert 4 --steps 200 --out run
+
+Without --text: the sources of Python's standard library. The same losses for any number of ranks and any split of them.
+--out gets log.jsonl, loss.png, routing.png and the last checkpoint; Ctrl-C ends the run with a checkpoint.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(
+        prog="python -m moecomm.train",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 files, any number")
+    add("--config", default="small", help="name of a model in moecomm.nn.CONFIGS (default: %(default)s)")
+    add("--steps", type=positive, default=200, help="(default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="DIR", help="where log, pictures and checkpoints go")
+    add("--batch", type=positive, default=16, help="sequences a step, of all ranks (default: %(default)s)")
+    add("--micro-batch", type=positive, default=4, help="sequences routed together (default: %(default)s)")
+    add("--learning-rate", type=float, default=3e-3, help="(default: %(default)s)")
+    add("--expert", type=positive, help="most ranks that share a layer's experts (default: all)")
+    add("--tensor", type=positive, default=1, help="ranks that share the dense layers (default: 1)")
+    add("--expert-tensor", type=positive, default=1, help="ranks that share each expert (default: 1)")
+    balance = ("aux", "z", "bias", "loss-bias", "none")
+    add("--balance", choices=balance, default="aux", help="how experts are kept busy alike (default: aux)")
+    add("--save-every", type=positive, default=100, metavar="STEPS", help="(default: %(default)s)")
+    add("--seed", type=int, default=0)
+    return made
+
+
+def positive(text: str) -> int:
+    """A whole number >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, 1 for a lost rank, 2 for bad input."""
+    options = parser().parse_args(arguments)
+    try:
+        from moecomm.train.run import run, world
+    except ImportError as error:
+        print(f"error: {error}: pip install 'moecomm[train]'", file=sys.stderr)
+        return 2
+    from moecomm.errors import CommError
+    from moecomm.train.saving import last_checkpoint
+
+    try:
+        with world() as (comm, device):
+            run(options, comm, device)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except CommError as error:
+        last = last_checkpoint(options.out)
+        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        print(f"error: a rank was lost: {error}\n{kept}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

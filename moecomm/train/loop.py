@@ -1,0 +1,124 @@
+"""The training loop: steps over micro-batches, the same losses on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from moecomm.gating import Routing
+from moecomm.nn import (
+    Config,
+    LayerReport,
+    TransformerLM,
+    loss_carried,
+    reduce_gradients,
+    routing_report,
+    update_bias,
+)
+from moecomm.train.text import Text
+
+Balance = Literal["aux", "z", "bias", "loss-bias", "none"]
+WARM_UP = 20
+"""Steps over which the learning rate grows."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, on all ranks together.
+
+    batch        sequences in a step
+    micro_batch  sequences that are routed together: capacity and losses of the gate are over these, so results do not
+                 depend on the number of ranks
+    balance      "bias": the selection bias follows each expert's tokens; "loss-bias": the loss that it carries. The
+                 others are the model's business, see `balanced`
+    bias_rate    of these two
+
+    Raises ValueError if micro_batch does not divide batch.
+    """
+
+    batch: int = 16
+    micro_batch: int = 4
+    learning_rate: float = 3e-3
+    balance: Balance = "aux"
+    bias_rate: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.micro_batch < 1 or self.batch % self.micro_batch:
+            raise ValueError(f"batch is {self.batch}, which micro-batches of {self.micro_batch} sequences cannot share")
+
+
+def balanced(config: Config, balance: Balance) -> Config:
+    """config with the gate's losses that go with a way of balancing: "aux" or "z" alone, or none."""
+    return replace(config, aux_loss=0.01 * (balance == "aux"), z_loss=0.001 * (balance == "z"))
+
+
+class Trainer:
+    """Steps of AdamW on a model that is split as its groups say.
+
+    Under CUDA in bfloat16 (autocast). Raises ValueError if the data ranks cannot share the micro-batches.
+    """
+
+    def __init__(self, model: TransformerLM, text: Text, plan: Plan) -> None:
+        self.model, self.text, self.plan = model, text, plan
+        self.data = None if model.groups is None else model.groups.data
+        ranks, num_micro = 1 if self.data is None else self.data.size, plan.batch // plan.micro_batch
+        if num_micro % ranks:
+            raise ValueError(f"{num_micro} micro-batches (batch / micro-batch), which {ranks} data ranks cannot share")
+        self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.95))
+        self.device = next(model.parameters()).device
+
+    def step(self, number: int) -> float:
+        """Train on the step's batch; the mean loss of next tokens on this rank. Collective over all ranks."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.learning_rate * min(1.0, (number + 1) / WARM_UP)
+        self.optimizer.zero_grad()
+        layers = self.model.moe_layers()
+        carried = [torch.zeros(layer.num_experts, device=self.device) for layer in layers]
+        total, num_micro = torch.zeros((), device=self.device), 0
+        for tokens in self._mine(self.text.batch(number, self.plan.batch)):
+            losses, output = self._losses(tokens)
+            (losses.mean() + output.loss).backward()
+            total += losses.detach().mean()
+            num_micro += 1
+            for here, routing in zip(carried, output.routings, strict=True):
+                here += self._carried(routing, losses)
+        reduce_gradients(self.model, self.model.groups, num_micro)
+        self.optimizer.step()
+        if self.plan.balance in ("bias", "loss-bias"):
+            for layer, here in zip(layers, carried, strict=True):
+                update_bias(layer, here, self.plan.bias_rate)
+        return float(total) / num_micro
+
+    @torch.no_grad()
+    def validate(self, num_batches: int = 4) -> float:
+        """The mean loss on held-out sequences, on this rank. Collective over all ranks."""
+        self.model.eval()
+        tokens = self.text.validation(num_batches * self.plan.batch)
+        means = [self._losses(part)[0].mean() for part in self._mine(tokens)]
+        return float(torch.stack(means).mean())
+
+    def report(self) -> list[LayerReport]:
+        """Of the first held-out micro-batch of each data rank. Collective over all ranks."""
+        self.model.eval()
+        return routing_report(self.model, next(self._mine(self.text.validation(self.plan.batch)))[:, :-1])
+
+    def _mine(self, batch: Tensor) -> Iterator[Tensor]:
+        micro_batches = batch.to(self.device).split(self.plan.micro_batch)
+        each = len(micro_batches) // (1 if self.data is None else self.data.size)
+        first = 0 if self.data is None else self.data.rank * each
+        yield from micro_batches[first : first + each]
+
+    def _losses(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            output = self.model(tokens[:, :-1])
+        return F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"), output
+
+    def _carried(self, routing: Routing, losses: Tensor) -> Tensor:
+        return loss_carried(routing, losses) if self.plan.balance == "loss-bias" else routing.load

@@ -1,0 +1,154 @@
+"""One run: the ranks, the model, the log, the checkpoints and the pictures."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moecomm.comm import Comm
+from moecomm.nn import TransformerLM, config_named, layer_groups, plot_routing
+from moecomm.train.loop import Plan, Trainer, balanced
+from moecomm.train.saving import save
+from moecomm.train.text import Text, read_text
+
+LIMIT = 120.0
+"""Seconds after which a rank that does not come counts as lost."""
+
+
+@contextmanager
+def world() -> Iterator[tuple[Comm | None, torch.device]]:
+    """All ranks that torchrun started and this one's device; None where it did not: this rank is alone."""
+    cuda = torch.cuda.is_available()
+    if not dist.is_torchelastic_launched():
+        yield None, torch.device("cuda" if cuda else "cpu")
+        return
+    from moecomm.transports.torch import TorchComm
+
+    device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    yield TorchComm(dist.group.WORLD, limit=LIMIT), device
+    dist.destroy_process_group()
+
+
+def build(options: Namespace, comm: Comm | None, device: torch.device) -> Trainer:
+    """The model and what trains it. Collective. Raises ValueError for options that do not fit together."""
+    config = balanced(config_named(options.config), options.balance)
+    text = Text(read_text(options.text), config.context, options.seed)
+    sizes = {name: getattr(options, name) for name in ("tensor", "expert", "expert_tensor")}
+    if comm is None and any(size not in (None, 1) for size in sizes.values()):
+        raise ValueError(f"sizes {sizes} need torchrun: this is one rank")
+    groups = None if comm is None else layer_groups(comm, config.experts or (0,), **sizes)
+    model = TransformerLM(config, groups=groups, seed=options.seed, device=device)
+    plan = Plan(options.batch, options.micro_batch, options.learning_rate, options.balance, seed=options.seed)
+    return Trainer(model, text, plan)
+
+
+def run(options: Namespace, comm: Comm | None, device: torch.device) -> None:
+    """Train as the options say; rank 0 writes. Collective.
+
+    A signal to any rank ends the run after its step, with a checkpoint.
+    """
+    trainer, first = build(options, comm, device), comm is None or comm.rank == 0
+    log = Log(options.out, options.steps, trainer.plan, first)
+    stop = StopSignal()
+    step = 0
+    for step in range(1, options.steps + 1):
+        start = time.perf_counter()
+        loss = trainer.step(step - 1)
+        loss, stopped = mean_of_ranks(comm, loss, float(stop.came))
+        tokens = trainer.plan.batch * trainer.text.length
+        log.step({"step": step, "loss": loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
+        if stopped or step % options.save_every == 0 or step == options.steps:
+            path = save(trainer.model, trainer.optimizer, step, options.out, comm)
+            log.say(f"{'stopped; ' if stopped else ''}checkpoint {path}")
+        if stopped:
+            break
+    validation, _ = mean_of_ranks(comm, trainer.validate(), 0.0)
+    log.end({"step": step, "validation_loss": validation}, trainer.report())
+
+
+def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
+    """Each value's mean over all ranks. Collective."""
+    if comm is None:
+        return list(values)
+    means: list[float] = (comm.all_reduce(np.array(values)) / comm.size).tolist()
+    return means
+
+
+class StopSignal:
+    """Whether Ctrl-C or a terminating signal came; the second one ends the process as usual."""
+
+    came = False
+
+    def __init__(self) -> None:
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.came = True
+        signal.signal(number, self.before[signal.Signals(number)])
+
+
+class Log:
+    """out/log.jsonl, a progress bar, and the pictures at the end. Silent on all ranks but the first."""
+
+    def __init__(self, out: Path, steps: int, plan: Plan, first: bool) -> None:
+        from tqdm import tqdm
+
+        self.out, self.first, self.losses = out, first, list[float]()
+        self.bar = tqdm(total=steps, unit=" steps", disable=not first)
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "log.jsonl").write_text("")
+            self.write({"plan": asdict(plan)})
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.first:
+            with (self.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.write(record)
+        self.losses.append(record["loss"])
+        self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"})
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        if self.first:
+            self.bar.write(text)
+
+    def end(self, record: dict[str, Any], reports: list[Any]) -> None:
+        self.bar.close()
+        self.write(record)
+        for report in reports:
+            self.write({"step": record["step"], **asdict(report)})
+        if self.first:
+            if reports:
+                plot_routing(reports, self.out / "routing.png")
+            plot_losses(self.losses, record, self.out / "loss.png")
+            print(f"validation loss {record['validation_loss']:.3f}; log and pictures in {self.out}")
+
+
+def plot_losses(losses: list[float], last: dict[str, Any], path: Path) -> None:
+    """The loss at each step, and at the end that on the held-out text."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, label="training")
+    axes.plot([last["step"]], [last["validation_loss"]], "o", label="validation")
+    axes.set(xlabel="step", ylabel="loss, nats per byte")
+    axes.legend()
+    figure.savefig(path)

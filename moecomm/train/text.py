@@ -1,0 +1,62 @@
+"""The text that a model is trained on: bytes of UTF-8 files, in sequences drawn by step and seed alone."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HELD_OUT = 0.05
+"""Share of the text, its end, that is never trained on."""
+
+
+def read_text(files: Sequence[str | Path]) -> Tensor:
+    """The bytes of the files, one behind the other, uint8; no files: the Python standard library's own sources.
+
+    Raises ValueError for a file that cannot be read, is not UTF-8, or if there is no text at all.
+    """
+    paths = [Path(file) for file in files] or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    parts = []
+    for path in paths:
+        try:
+            parts.append(path.read_text("utf-8").encode())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"text: {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"text: {path}: {error.strerror}") from None
+        if not parts[-1]:
+            raise ValueError(f"text: {path} is empty")
+    return torch.from_numpy(np.frombuffer(b"".join(parts), np.uint8).copy())
+
+
+class Text:
+    """Sequences of length + 1 bytes from a text: the end of it for validation, the rest for training.
+
+    Raises ValueError if the held-out end is shorter than one sequence.
+    """
+
+    def __init__(self, text: Tensor, length: int, seed: int = 0) -> None:
+        split = int(len(text) * (1 - HELD_OUT))
+        self.training, self.held_out = text[:split], text[split:]
+        self.length, self.seed = length, seed
+        if len(self.held_out) <= length:
+            least = int((length + 2) / HELD_OUT)
+            raise ValueError(f"text: got {len(text)} bytes, expected {least} or more for sequences of {length}")
+
+    def batch(self, step: int, num: int) -> Tensor:
+        """[num, length + 1] int64, of a step: the same on every rank."""
+        return self._draw(self.training, num, (self.seed, step))
+
+    def validation(self, num: int) -> Tensor:
+        """[num, length + 1] int64, the same ones always."""
+        return self._draw(self.held_out, num, (0,))
+
+    def _draw(self, text: Tensor, num: int, seed: tuple[int, ...]) -> Tensor:
+        starts = np.random.default_rng(seed).integers(len(text) - self.length, size=num)
+        return torch.stack([text[start : start + self.length + 1] for start in starts]).long()
