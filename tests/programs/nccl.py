@@ -1,18 +1,29 @@
-"""The conformance suites over NCCL, for a machine with GPUs: torchrun --nproc-per-node 2 tests/programs/nccl.py
+"""The conformance suites over NCCL, through torch.distributed and through cupy, for a machine with GPUs:
+
+    torchrun --nproc-per-node 2 tests/programs/nccl.py
+    mpirun -n 2 python tests/programs/nccl.py
+
+cupy's NCCL is bootstrapped over what has started the ranks: torch.distributed or MPI.
 
 With more ranks than GPUs, give each rank beyond a GPU's first another NCCL_HOSTID: then NCCL takes it for a rank on
-another node. `--ranks-per-host G` does that before NCCL starts: ranks 0 .. G-1 are host 0, and so on.
+another node. `--ranks-per-host G` does that before NCCL starts: ranks 0 .. G-1 are host 0, and so on. The GPUs then
+serve the processes in turn, and less is checked.
 """
 
 import argparse
 import os
 import socket
+import time
+from collections.abc import Callable
 
+import cupy
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from moecomm import (
+    Comm,
+    CommError,
     FlatAllToAll,
     HierarchicalAllToAll,
     Nodes,
@@ -23,18 +34,34 @@ from moecomm import (
     build_groups,
     testing,
 )
+from moecomm.exchange import HierarchicalExchange
+from moecomm.transports.nccl import NcclComm
 from moecomm.transports.torch import TorchComm
 from moecomm.transports.wrappers import Checked, Timed
 
-options = argparse.ArgumentParser(description=__doc__)
+options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options.add_argument("--ranks-per-host", type=int)
 ranks_per_host = options.parse_args().ranks_per_host
+over_mpi = "RANK" not in os.environ
+if over_mpi:
+    from mpi4py import MPI
+
+    from moecomm.transports.mpi import MpiComm
+
+    world = MPI.COMM_WORLD
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = world.bcast(free.getsockname()[1])
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 rank = int(os.environ["RANK"])
 if ranks_per_host:
     os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{rank // ranks_per_host}"
 torch.cuda.set_device(rank % torch.cuda.device_count())
+cupy.cuda.Device(torch.cuda.current_device()).use()
 dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-comm = TorchComm(dist.group.WORLD)
+through_torch = TorchComm(dist.group.WORLD)
+through_cupy = NcclComm(MpiComm(world, limit=60) if over_mpi else dist.group.WORLD)
+shares_gpu = through_torch.size > torch.cuda.device_count()
+began = time.monotonic()
 
 
 def on_gpu(array: np.ndarray) -> torch.Tensor:
@@ -42,51 +69,148 @@ def on_gpu(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array).cuda()
 
 
-def here(size: int, body: testing.Callable) -> None:
-    body(comm)
+def done(what: str) -> None:
+    global began
+    if rank == 0:
+        print(f"{through_torch.size} ranks: {what} holds, {time.monotonic() - began:.1f} s", flush=True)
+    began = time.monotonic()
 
 
-for make in (on_gpu, torch.from_numpy, np.asarray):
-    testing.check_comm(here, sizes=[comm.size], make=make)
-    for wrapped in (comm, Checked(comm), Timed(comm)):
-        testing.check_all_to_all_on(wrapped, FlatAllToAll(wrapped), make)
-        for G in sorted({1, 2, 3, comm.size}):
-            testing.check_all_to_all_on(wrapped, HierarchicalAllToAll(wrapped, Nodes.of_size(G, comm.size)), make)
+def check_transport(comm: Comm, makes: list[Callable]) -> None:
+    for make in makes:
+        testing.check_comm(lambda size, body: body(comm), sizes=[comm.size], make=make)
+        for wrapped in (comm,) if shares_gpu else (comm, Checked(comm), Timed(comm)):
+            testing.check_all_to_all_on(wrapped, FlatAllToAll(wrapped), make)
+            for ranks_per_node in (2,) if shares_gpu else sorted({1, 2, 3, comm.size}):
+                a2a = HierarchicalAllToAll(wrapped, Nodes.of_size(ranks_per_node, comm.size))
+                testing.check_all_to_all_on(wrapped, a2a, make)
+                a2a.free()
+
+
+# ---- exchanges -----------------------------------------------------------------------------------------------------
 
 
 def check_exchange(exchange: RoutedExchange | TensorParallelExchange, num_experts: int, seed: int) -> None:
     """Every expert is the same tanh, so that each rank can compute its own answer and gradients alone."""
-    generator = torch.Generator().manual_seed(seed)
-    expert = torch.stack([torch.randperm(num_experts, generator=generator)[:2] for _ in range(33)]).cuda()
-    x = torch.randn(33, 64, generator=generator).cuda().requires_grad_()
-    weight = torch.rand(33, 2, generator=generator).cuda().requires_grad_()
-    direction = torch.randn(33, 64, generator=generator).cuda()
-    rows, plan = exchange.dispatch(x, Routing(expert, weight))
+    x, routing, direction = batch(seed, num_experts, 2)
+    rows, plan = exchange.dispatch(x, routing)
     y = exchange.combine(torch.tanh(rows), plan)
-    wanted = torch.tanh(x) * weight.sum(1, keepdim=True)
+    wanted = torch.tanh(x) * (routing.weight * (routing.expert >= 0)).sum(1, keepdim=True)
     torch.testing.assert_close(y, wanted)
+    inputs = x, routing.weight
     for got, correct in zip(
-        torch.autograd.grad(y, (x, weight), direction), torch.autograd.grad(wanted, (x, weight), direction), strict=True
+        torch.autograd.grad(y, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
     ):
         torch.testing.assert_close(got, correct)
 
 
-for a2a in (FlatAllToAll(comm), HierarchicalAllToAll(comm, Nodes.of_size(2, comm.size))):
-    for send in ("assignments", "tokens"):
-        check_exchange(RoutedExchange(a2a, 3, send=send), 3 * comm.size, seed=rank)
-for topology in (Topology(comm.size, tensor=2, expert=comm.size), Topology(comm.size, tensor=2)):
-    groups = build_groups(comm, topology)
-    members = topology.group_of(rank, "expert_lane")
-    experts = [[2 * topology.coords(member)["expert"] + i for i in (0, 1)] for member in members]
-    inner = RoutedExchange(FlatAllToAll(groups.expert_lane), experts)
-    check_exchange(
-        TensorParallelExchange(inner, groups.tensor), 2 * topology.expert, seed=topology.coords(rank)["data"]
-    )
+def batch(seed: int, num_experts: int, top_k: int) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+    """x [33, 64], its routing with some choices dropped, and a direction for the gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    expert = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(33)])
+    expert[torch.rand(expert.shape, generator=generator) < 0.1] = -1
+    x, direction = torch.randn(2, 33, 64, generator=generator).cuda()
+    weight = torch.rand(expert.shape, generator=generator).cuda()
+    return x.requires_grad_(), Routing(expert.cuda(), weight.requires_grad_()), direction
 
-x = torch.randn(comm.size, 4096, device="cuda").bfloat16()
+
+def check_exchanges(comm: Comm, ranks_per_node: int) -> None:
+    """Flat and in two hops, with and without a row for each token and node: the same rows, answers and gradients."""
+    top_k = min(8, 2 * comm.size)
+    x, routing, direction = batch(comm.rank, 2 * comm.size, top_k)
+
+    def outcome(exchange: RoutedExchange) -> list[torch.Tensor]:
+        rows, plan = exchange.dispatch(x, routing)
+        expert = np.repeat(2 * comm.rank + np.arange(2), plan.rows_per_expert)  # multiplies by a number of its own
+        y = exchange.combine(torch.tanh(rows) * on_gpu((expert + 1).astype(np.float32))[:, None], plan)
+        return [rows, y, *torch.autograd.grad(y, (x, routing.weight), direction)]
+
+    timed = Timed(comm)
+    a2a = HierarchicalAllToAll(timed, Nodes.of_size(ranks_per_node, comm.size))
+    wanted = outcome(RoutedExchange(FlatAllToAll(comm), 2))
+    torch.testing.assert_close(wanted[1], torch.tanh(x) * (routing.weight * (routing.expert + 1)).sum(1, keepdim=True))
+    exchange = HierarchicalExchange(a2a, 2)
+    for other in (RoutedExchange(a2a, 2), RoutedExchange(a2a, 2, send="tokens"), exchange):
+        rows, *numbers = outcome(other)
+        assert torch.equal(rows, wanted[0])
+        torch.testing.assert_close(numbers, wanted[1:])
+    timed.clear()
+    with torch.no_grad():
+        exchange.combine(*exchange.dispatch(x, routing))
+    assert timed.record["all_to_all"].calls == 2
+    check_rows(comm, routing.expert.cpu().numpy() // 2, a2a.nodes, timed.record["all_to_allv"].bytes, 12 * top_k + 512)
+    a2a.free()
+
+
+def check_rows(comm: Comm, holder: np.ndarray, nodes: Nodes, sent: np.ndarray, bytes_of_row: int) -> None:
+    """sent [p] bytes by this rank to each; holder [T, K] of each expert, -1: dropped."""
+    node, local = nodes.node_of[comm.rank], nodes.local_rank[comm.rank]
+    between = inside = 0
+    for holders in holder.tolist():
+        holders = set(holders) - {-1}
+        needed = {int(nodes.node_of[other]) for other in holders}
+        between += len(needed - {int(node)})
+        for there in needed:
+            relay = nodes.ranks[there][local % len(nodes.ranks[there])]
+            inside += len((holders & set(nodes.ranks[there])) - {relay})
+    same_node = nodes.same_node(comm.rank)
+    counted = comm.all_reduce(np.array([sent[~same_node].sum(), sent[same_node].sum()]))
+    wanted = comm.all_reduce(np.array([between, inside]))
+    assert (counted == wanted * bytes_of_row).all(), f"{counted} bytes, expected {wanted} rows of {bytes_of_row}"
+
+
+# ---- what is checked -----------------------------------------------------------------------------------------------
+
+check_transport(through_cupy, [on_gpu] if shares_gpu else [on_gpu, cupy.asarray, torch.from_numpy, np.asarray])
+done("cupy's NCCL")
+for comm in (through_cupy, through_torch):
+    for ranks_per_node in {2: (1, 2), 4: (2, 3)}.get(comm.size, (2,)):
+        check_exchanges(comm, ranks_per_node)
+    done(f"exchanges over {type(comm).__name__}")
+check_transport(through_torch, [on_gpu] if shares_gpu else [on_gpu, torch.from_numpy, np.asarray])
+done("torch's NCCL")
+
+if not shares_gpu:
+    for a2a in (FlatAllToAll(through_torch), HierarchicalAllToAll(through_torch, Nodes.of_size(2, through_torch.size))):
+        for send in ("assignments", "tokens"):
+            check_exchange(RoutedExchange(a2a, 3, send=send), 3 * through_torch.size, seed=rank)
+    for topology in (
+        Topology(through_torch.size, tensor=2, expert=through_torch.size),
+        Topology(through_torch.size, tensor=2),
+    ):
+        groups = build_groups(through_torch, topology)
+        members = topology.group_of(rank, "expert_lane")
+        experts = [[2 * topology.coords(member)["expert"] + i for i in (0, 1)] for member in members]
+        inner = RoutedExchange(FlatAllToAll(groups.expert_lane), experts)
+        exchange = TensorParallelExchange(inner, groups.tensor)
+        check_exchange(exchange, 2 * topology.expert, seed=topology.coords(rank)["data"])
+    done("tensor-parallel exchange")
+
+x = torch.randn(through_torch.size, 4096, device="cuda").bfloat16()
 wanted = FlatAllToAll(dist.group.WORLD)(x)
-assert torch.equal(HierarchicalAllToAll(dist.group.WORLD, Nodes.of_size(2, comm.size))(x), wanted)
+nodes = Nodes.of_size(2, through_torch.size)
+for comm in (dist.group.WORLD, through_cupy):
+    assert torch.equal(HierarchicalAllToAll(comm, nodes)(x), wanted)
+
+if over_mpi and not shares_gpu:  # rank 1 comes, but sends nothing: the others' kernels wait for it
+    limited = NcclComm(MpiComm(world.Dup(), limit=2))
+    y = torch.ones(limited.size, 3, device="cuda")
+    limited.all_to_all(y)
+    try:
+        if rank == 1:
+            limited._bootstrap.barrier()
+        else:
+            limited.all_to_all(y)
+    except CommError as error:
+        assert "all_to_all waited 2 s" in str(error)
+        assert limited.size * 3 == y.sum().item(), "the GPU is of no use any more"
+    else:
+        assert rank == 1, "what rank 1 never sent has come"
+    world.Barrier()
+    done("the limit")
+
 if rank == 0:
     print(f"NCCL {torch.cuda.nccl.version()}, {comm.size} ranks on {torch.cuda.device_count()} GPUs: conformance holds")
+through_cupy.free()
 dist.barrier()
 dist.destroy_process_group()
