@@ -63,21 +63,20 @@ def run(options: Namespace, comm: Comm | None, device: torch.device) -> None:
     """
     trainer, first = build(options, comm, device), comm is None or comm.rank == 0
     log = Log(options.out, options.steps, trainer.plan, first)
-    stop = StopSignal()
-    step = 0
-    for step in range(1, options.steps + 1):
-        start = time.perf_counter()
-        loss = trainer.step(step - 1)
-        loss, stopped = mean_of_ranks(comm, loss, float(stop.came))
-        tokens = trainer.plan.batch * trainer.text.length
-        log.step({"step": step, "loss": loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
-        if stopped or step % options.save_every == 0 or step == options.steps:
-            path = save(trainer.model, trainer.optimizer, step, options.out, comm)
-            log.say(f"{'stopped; ' if stopped else ''}checkpoint {path}")
-        if stopped:
-            break
-    validation, _ = mean_of_ranks(comm, trainer.validate(), 0.0)
-    log.end({"step": step, "validation_loss": validation}, trainer.report())
+    with stop_signals() as came:
+        for step in range(1, options.steps + 1):
+            start = time.perf_counter()
+            loss = trainer.step(step - 1)
+            loss, stopped = mean_of_ranks(comm, loss, float(bool(came)))
+            tokens = trainer.plan.batch * trainer.text.length
+            log.step({"step": step, "loss": loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
+            if stopped or step % options.save_every == 0 or step == options.steps:
+                path = save(trainer.model, trainer.optimizer, step, options.out, comm)
+                log.say(f"{'stopped; ' if stopped else ''}checkpoint {path}")
+            if stopped:
+                break
+        (validation,) = mean_of_ranks(comm, trainer.validate())
+        log.end({"step": step, "validation_loss": validation}, trainer.report())
 
 
 def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
@@ -88,17 +87,17 @@ def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
     return means
 
 
-class StopSignal:
-    """Whether Ctrl-C or a terminating signal came; the second one ends the process as usual."""
-
-    came = False
-
-    def __init__(self) -> None:
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.came = True
-        signal.signal(number, self.before[signal.Signals(number)])
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The signals to stop that have come, Ctrl-C or a termination. torchrun sends its own after the terminal's."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield came
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 class Log:
@@ -115,21 +114,25 @@ class Log:
             self.write({"plan": asdict(plan)})
 
     def write(self, record: dict[str, Any]) -> None:
+        """A line of the log."""
         if self.first:
             with (self.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def step(self, record: dict[str, Any]) -> None:
+        """The record of a step, to the log and the bar."""
         self.write(record)
         self.losses.append(record["loss"])
         self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"})
         self.bar.update()
 
     def say(self, text: str) -> None:
+        """A line above the bar."""
         if self.first:
             self.bar.write(text)
 
     def end(self, record: dict[str, Any], reports: list[Any]) -> None:
+        """The last records, and the pictures."""
         self.bar.close()
         self.write(record)
         for report in reports:

@@ -1,0 +1,150 @@
+"""python -m moecomm.train: what it writes, what it refuses, and what stays when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PROGRAMS
+
+torch = pytest.importorskip("torch")
+
+from moecomm.nn import CONFIGS, TransformerLM  # noqa: E402
+from moecomm.train.__main__ import main  # noqa: E402
+from moecomm.train.loop import Plan, Trainer, balanced  # noqa: E402
+from moecomm.train.saving import last_checkpoint  # noqa: E402
+from moecomm.train.text import Text, read_text  # noqa: E402
+
+TINY = ["--config", "tiny", "--batch", "8"]
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text("Üben macht den Meister. " * 200)
+    return path
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main([*TINY, "--text", str(book), "--steps", "30", "--save-every", "20", "--out", str(out)]) == 0
+    assert "validation loss" in capsys.readouterr().out
+    found = records(out)
+    steps = [record for record in found if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 31))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert all(record["tokens_per_s"] > 0 for record in steps)
+    assert [record["layer"] for record in found if "layer" in record] == [0, 1]
+    for picture in ("loss.png", "routing.png"):
+        assert (out / picture).read_bytes()[:4] == b"\x89PNG"
+    assert [path.name for path in out.glob("step-*")] == ["step-000030"]
+    saved = np.load(out / "step-000030" / "rank-0.npz")
+    model = TransformerLM(CONFIGS["tiny"])
+    assert {*model.state_dict()} == {name for name in saved.files if "/" not in name}
+    assert {f"exp_avg/{name}" for name, _ in model.named_parameters()} < {*saved.files}
+
+
+def test_interrupted(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C: the step is finished and saved, and the log and pictures are written."""
+    whole_step = Trainer.step
+
+    def step(self: Trainer, number: int) -> float:
+        if number == 4:
+            signal.raise_signal(signal.SIGINT)
+        return whole_step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert main([*TINY, "--text", str(book), "--out", str(tmp_path / "out")]) == 0
+    last = last_checkpoint(tmp_path / "out")
+    assert last is not None and last.name == "step-000005"
+    assert records(tmp_path / "out")[-1]["step"] == 5
+    assert (tmp_path / "out" / "loss.png").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "huge"], "config is 'huge', expected one of 350m-moe-128, "),
+        (["--text", "no such file"], "no such file: No such file"),
+        (["--text", "empty"], "empty is empty"),
+        (["--text", "binary"], "binary is not UTF-8: byte 3 is 0xff"),
+        (["--text", "short"], "got 300 bytes, expected 680 or more"),
+        (["--batch", "6"], "batch is 6, which micro-batches of 4"),
+        (["--expert", "2"], "need torchrun"),
+    ],
+)
+def test_bad_input(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").touch()
+    Path("binary").write_bytes(b"abc\xff")
+    Path("short").write_text("a" * 300)
+    assert main([*TINY, "--out", "out", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def torchrun(num_ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return subprocess.run([*launch, *command], capture_output=True, text=True, timeout=120)
+
+
+def test_a_lost_rank(book: Path, tmp_path: Path) -> None:
+    options = [*TINY, "--text", str(book), "--save-every", "2", "--out", str(tmp_path / "out")]
+    job = torchrun(2, str(PROGRAMS / "train_and_lose_a_rank.py"), *options)
+    assert job.returncode != 0
+    last = last_checkpoint(tmp_path / "out")
+    assert last is not None and last.name == "step-000002"
+    assert {path.name for path in last.iterdir()} == {"rank-0.npz", "rank-1.npz"}
+    assert "error: a rank was lost" in job.stderr
+    assert f"the last checkpoint is {last}" in job.stderr
+
+
+def test_sizes_that_do_not_divide(book: Path, tmp_path: Path) -> None:
+    job = torchrun(
+        2, "-m", "moecomm.train", *TINY, "--text", str(book), "--tensor", "3", "--out", str(tmp_path / "out")
+    )
+    assert job.returncode != 0
+    assert "tensor=3 does not divide" in job.stderr
+
+
+def test_text() -> None:
+    source = read_text([])
+    assert len(source) > 3_000_000
+    text = Text(source, 16, seed=1)
+    assert text.batch(3, 5).shape == (5, 17)
+    assert torch.equal(text.batch(3, 5), text.batch(3, 5))
+    assert not torch.equal(text.batch(3, 5), text.batch(4, 5))
+    assert torch.equal(text.validation(4), Text(source, 16, seed=2).validation(4))
+    ends = Text(torch.arange(200, dtype=torch.uint8), 9)
+    assert ends.batch(0, 500).max() == 189
+    assert ends.validation(500).min() == 190
+
+
+@pytest.mark.parametrize("balance", ["aux", "z", "bias", "loss-bias", "none"])
+def test_every_way_of_balancing(balance: Any) -> None:
+    config = balanced(CONFIGS["tiny"], balance)
+    model = TransformerLM(config)
+    text = Text(torch.arange(4000, dtype=torch.int64).to(torch.uint8), config.context)
+    trainer = Trainer(model, text, Plan(batch=4, micro_batch=2, balance=balance))
+    losses = [trainer.step(step) for step in range(4)]
+    assert losses[-1] < losses[0]
+    moved = [bool(layer.bias.any()) for layer in model.moe_layers()]
+    assert moved == [balance in ("bias", "loss-bias")] * 2
+    assert (config.aux_loss > 0, config.z_loss > 0) == (balance == "aux", balance == "z")
