@@ -1,7 +1,7 @@
 """What lanes save: tokens to their experts and back, by tensor-parallel ranks that keep to their lane or do not.
 
     mpirun -n 64 python bench/exchange.py
-    mpirun -n 64 python bench/exchange.py --top-k 8 --experts-per-rank 8 --expert 16 --send assignments,tokens
+    mpirun -n 64 python bench/exchange.py --top-k 8 --experts-per-rank 8 --expert 16 --send assignments,tokens,nodes
     python bench/exchange.py --transport threads -n 8 --ranks-per-node 2        needs no MPI
 
 The L tensor ranks of a group hold the same T tokens. Three things that they can do, interleaved in one run:
@@ -27,14 +27,12 @@ from typing import Any
 
 import harness
 import numpy as np
-from exchange_cases import ALGORITHMS, Exchange, Setting, Traffic, innermost
+from exchange_cases import SENDS, Exchange, Setting, Traffic, innermost, ways
 from harness import Column, Record
 from numpy.typing import NDArray
 
 from moecomm import Comm, Nodes, Topology
 from moecomm.transports.wrappers import Timed
-
-SENDS = ("assignments", "tokens")
 
 COLUMNS = [
     Column("tensor", "tensor", "(L)", 8),
@@ -157,7 +155,7 @@ def benchmark(comm: Comm, options: argparse.Namespace) -> int:
         COLUMNS,
         about(options, nodes, num_hosts),
         options.out,
-        num_calls=sum(cases) * len(ALGORITHMS) * len(options.send) * options.reps,
+        num_calls=sum(cases) * len(ways(options.send)) * options.reps,
     )
     if comm.rank == 0:
         harness.print_comment(summary(records))
@@ -192,7 +190,7 @@ def about(options: argparse.Namespace, nodes: Nodes, num_hosts: int) -> list[str
         f"experts: {expert * options.experts_per_rank}, {options.experts_per_rank} a rank, expert parallel {expert}",
         "  peers, messages, bytes: what a rank sends in dispatch and combine, to ranks of its node and of other nodes;",
         "  (counts): how many rows will come; (shared): answers, among the tensor ranks; the most of any rank",
-        "  rows: sent in dispatch by all ranks, and saved by sending a token once to a rank that has several of its",
+        "  rows: sent in dispatch by all ranks, and saved by sending a token once to a rank or node of several of its",
         "  experts;  time, p10, p90: median and percentiles of the slowest rank's time for dispatch and combine",
     ]
 
@@ -241,7 +239,7 @@ def numbers(text: str) -> list[int]:
 def sends(text: str) -> list[str]:
     names = text.split(",")
     if not set(names) <= set(SENDS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(SENDS)}, or both with a comma between")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(SENDS)}, with commas between")
     return names
 
 
@@ -260,7 +258,8 @@ def parse_options() -> argparse.Namespace:
         type=sends,
         metavar="WHAT,...",
         default="assignments",
-        help="assignments: a row for each; tokens: one row for all experts of a rank (default: %(default)s)",
+        help="assignments: a row for each; tokens: one row for all experts of a rank; nodes: for all of a node, in two "
+        "hops (default: %(default)s)",
     )
     return harness.parse(parser)
 

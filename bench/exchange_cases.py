@@ -24,11 +24,27 @@ from moecomm import (
     Topology,
     build_groups,
 )
+from moecomm.exchange import HierarchicalExchange
 
 ALGORITHMS: dict[str, Callable[[Comm, Nodes], AllToAll]] = {
     "flat": lambda comm, nodes: FlatAllToAll(comm),
     "hierarchical": HierarchicalAllToAll,
 }
+
+SENDS = ("assignments", "tokens", "nodes")
+
+
+def ways(sends: list[str]) -> list[tuple[str, str]]:
+    """(algorithm, send) to compare: one row for each token and node takes two hops."""
+    return [(name, send) for name in ALGORITHMS for send in sends if (name, send) != ("flat", "nodes")]
+
+
+def exchange_over(all_to_all: AllToAll, experts: list[list[int]], send: Any) -> RoutedExchange:
+    """What sends a row for each assignment, for each token and rank, or for each token and node."""
+    if send == "nodes":
+        assert isinstance(all_to_all, HierarchicalAllToAll)
+        return HierarchicalExchange(all_to_all, experts)
+    return RoutedExchange(all_to_all, experts, send=send)
 
 
 # ---- what is compared ----------------------------------------------------------------------------------------------
@@ -82,12 +98,11 @@ class Setting:
         self.experts_per_rank = options.experts_per_rank
         self.cases: dict[Case, Exchange] = {}
         self._all_to_alls: list[AllToAll] = []
-        for algorithm, make in ALGORITHMS.items():
-            everywhere = self._over("expert", make, nodes)
-            on_lane = self._over("expert_lane", make, nodes) if tensor > 1 else None
-            for send in options.send:
-                for exchange, made in self._exchanges(everywhere, on_lane, send).items():
-                    self.cases[Case(algorithm, exchange, send)] = made
+        everywhere = {name: self._over("expert", make, nodes) for name, make in ALGORITHMS.items()}
+        on_lane = {name: self._over("expert_lane", make, nodes) for name, make in ALGORITHMS.items() if tensor > 1}
+        for algorithm, send in ways(options.send):
+            for exchange, made in self._exchanges(everywhere[algorithm], on_lane.get(algorithm), send).items():
+                self.cases[Case(algorithm, exchange, send)] = made
 
     def _over(self, axis: str, make: Callable[[Comm, Nodes], AllToAll], nodes: Nodes) -> AllToAll:
         comm: Comm = getattr(self.groups, axis)
@@ -96,13 +111,13 @@ class Setting:
         self._all_to_alls.append(make(comm, Nodes(filter(None, places))))
         return self._all_to_alls[-1]
 
-    def _exchanges(self, everywhere: AllToAll, on_lane: AllToAll | None, send: Any) -> dict[str, Exchange]:
-        unrestricted = RoutedExchange(everywhere, self._experts("expert"), send=send)
+    def _exchanges(self, everywhere: AllToAll, on_lane: AllToAll | None, send: str) -> dict[str, Exchange]:
+        unrestricted = exchange_over(everywhere, self._experts("expert"), send)
         if on_lane is None:  # one tensor rank: there is only one way
             return {"all": unrestricted}
         tensor = self.groups.tensor
         return {
-            "lane": TensorParallelExchange(RoutedExchange(on_lane, self._experts("expert_lane"), send=send), tensor),
+            "lane": TensorParallelExchange(exchange_over(on_lane, self._experts("expert_lane"), send), tensor),
             "all": SlicedExchange(unrestricted, tensor),
             "naive": unrestricted,
         }
