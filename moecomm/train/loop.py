@@ -37,6 +37,7 @@ class Plan:
     balance      "bias": the selection bias follows each expert's tokens; "loss-bias": the loss that it carries. The
                  others are the model's business, see `balanced`
     bias_rate    of these two
+    precision    "bfloat16": matrix products and what travels, by torch's autocast; the weights stay float32
 
     Raises ValueError if micro_batch does not divide batch.
     """
@@ -46,6 +47,7 @@ class Plan:
     learning_rate: float = 3e-3
     balance: Balance = "aux"
     bias_rate: float = 1e-2
+    precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ def balanced(config: Config, balance: Balance) -> Config:
 class Trainer:
     """Steps of AdamW on a model that is split as its groups say.
 
-    Under CUDA in bfloat16 (autocast). Raises ValueError if the data ranks cannot share the micro-batches.
+    Raises ValueError if the data ranks cannot share the micro-batches.
     """
 
     def __init__(self, model: TransformerLM, text: Text, plan: Plan) -> None:
@@ -70,7 +72,7 @@ class Trainer:
         ranks, num_micro = 1 if self.data is None else self.data.size, plan.batch // plan.micro_batch
         if num_micro % ranks:
             raise ValueError(f"{num_micro} micro-batches (batch / micro-batch), which {ranks} data ranks cannot share")
-        self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.95), fused=True)
         self.device = next(model.parameters()).device
 
     def step(self, number: int) -> float:
@@ -116,7 +118,7 @@ class Trainer:
         yield from micro_batches[first : first + each]
 
     def _losses(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16"):
             output = self.model(tokens[:, :-1])
         return F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"), output
 

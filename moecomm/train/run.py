@@ -52,8 +52,8 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Traine
         raise ValueError(f"sizes {sizes} need torchrun: this is one rank")
     groups = None if comm is None else layer_groups(comm, config.experts or (0,), **sizes)
     model = TransformerLM(config, groups=groups, seed=options.seed, device=device)
-    plan = Plan(options.batch, options.micro_batch, options.learning_rate, options.balance, seed=options.seed)
-    return Trainer(model, text, plan)
+    of_run = {name: getattr(options, name) for name in ("batch", "micro_batch", "learning_rate", "balance", "seed")}
+    return Trainer(model, text, Plan(precision="bfloat16" if device.type == "cuda" else "float32", **of_run))
 
 
 def run(options: Namespace, comm: Comm | None, device: torch.device) -> None:
