@@ -1,8 +1,9 @@
 """Exchanges: tokens to the ranks of their experts, and the answers home."""
 
+from moecomm.exchange.direct import DirectExchange, DirectPlan
 from moecomm.exchange.hierarchical import HierarchicalExchange, RelayPlan
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange
 from moecomm.exchange.tensor_parallel import LanePlan, TensorParallelExchange
 
-__all__ = ["HierarchicalExchange", "LanePlan", "Plan", "RelayPlan", "RoutedExchange", "TensorParallelExchange"]
+__all__ = ["DirectExchange", "DirectPlan", "HierarchicalExchange", "LanePlan", "Plan", "RelayPlan", "RoutedExchange", "TensorParallelExchange"]

@@ -1,0 +1,153 @@
+// The experts' answers back to their tokens, one launch on every rank: for each token one row from each rank it went to.
+//
+// INPUT   0 compact: one answer in each slot, weighted and summed by the caller
+//         1 expanded: an answer for each expert, ordered as the table says
+// WEIGH   1: each answer of a token times its weight; 0: their plain sum, the backward of dispatch
+// RETURN  1: a number for each choice comes back too, the gradient of its weight
+// The macros of direct.cuh, with FP8 0. Sums are float32, in order of choice inside a rank and then of rank, and what
+// travels is rounded to ELEMENT: the result is the same bits each time.
+#include "direct.cuh"
+
+using P = Piece<ELEMENT, WIDTH>;
+
+// Adds what this rank has for a slot, of pieces i + u * STEP.
+__device__ inline void add_answers(const ELEMENT* rows, long long stride, const Table& table, long long slot, int i,
+                                   float (&sum)[UNROLL][WIDTH]) {
+  constexpr int ANSWERS = INPUT == 0 ? 1 : TOP_K, BATCH = ANSWERS < 8 ? ANSWERS : 8;
+  for (int j0 = 0; j0 < ANSWERS; j0 += BATCH) {
+    long long place[BATCH];
+    float weight[BATCH];
+    uint4 piece[BATCH][UNROLL];
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      const bool is = j0 + j < ANSWERS;
+      place[j] = INPUT == 0 ? slot : is ? table.place[slot * TOP_K + j0 + j] : -1;
+      weight[j] = WEIGH && is ? table.weight[slot * TOP_K + j0 + j] : 1;
+    }
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j)
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u)
+        piece[j][u] = place[j] >= 0 && i + u * STEP < PIECES ? load_piece(rows + place[j] * stride, i + u * STEP) : uint4{};
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      if (place[j] < 0) continue;
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u)
+#pragma unroll
+        for (int n = 0; n < WIDTH; ++n)
+          sum[u][n] = fmaf(weight[j], to_float(reinterpret_cast<const P*>(&piece[j][u])->value[n]), sum[u][n]);
+    }
+  }
+}
+
+__device__ inline void push_answers(const Memory& memory, const Buffer& buffer, const Table& table,
+                                    const ELEMENT* rows, long long stride, const float* numbers, int pushers,
+                                    unsigned tag) {
+  wait_for_credit(memory, buffer, tag);
+  int most = 0;
+  for (int rank = 0; rank < RANKS; ++rank)
+    if (rank != memory.rank) most = max(most, num_items(table.num_tokens[rank]));
+  for (int n = blockIdx.x; n < most * (RANKS - 1); n += pushers) {
+    const int to = (memory.rank + 1 + n % (RANKS - 1)) % RANKS, num_tokens = table.num_tokens[to];
+    const Item item(n / (RANKS - 1));
+    if (item.number >= num_items(num_tokens)) continue;
+    const long long slot = static_cast<long long>(to) * MAX_TOKENS + item.token;
+    bool any = false;
+    if (item.token < num_tokens)
+      for (int j = 0; j < TOP_K; ++j) any |= table.place[slot * TOP_K + j] != -1;
+    if (any) {
+      for (int i = item.first; i < PIECES; i += STEP * UNROLL) {
+        float sum[UNROLL][WIDTH] = {};
+        add_answers(rows, stride, table, slot, i, sum);
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          if (i + u * STEP >= PIECES) continue;
+          const P piece = from_floats<P>(sum[u]);
+          const long long index = (static_cast<long long>(memory.rank) * MAX_TOKENS + item.token) * PIECES + i + u * STEP;
+          push(memory, buffer, to, index, *reinterpret_cast<const uint4*>(&piece), tag);
+        }
+      }
+      if (RETURN && item.leads() && item.lane < TOP_K && table.place[slot * TOP_K + item.lane] != -1)
+        put_pair(at<uint2>(memory, to, buffer.scales) + static_cast<long long>(item.token) * TOP_K + item.lane,
+                 __float_as_uint(numbers[slot * TOP_K + item.lane]), tag);
+    }
+    if (!TAGGED) {
+      __syncthreads();
+      if (threadIdx.x == 0) announce(memory, buffer, to, item.number, tag);
+    }
+  }
+}
+
+__device__ inline void sum_answers(const Memory& memory, const Buffer& buffer, const Table& table, const ELEMENT* rows,
+                                   long long stride, const int* expert, const Item& item, const float* numbers,
+                                   ELEMENT* y, float* returned, unsigned tag) {
+  const long long home = static_cast<long long>(memory.rank) * MAX_TOKENS + item.token;
+  const unsigned ranks = ranks_of(expert, item.token);
+  for (int i = item.first; i < PIECES; i += STEP * UNROLL) {
+    uint4 piece[RANKS][UNROLL];
+#pragma unroll
+    for (int rank = 0; rank < RANKS; ++rank)
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const long long slot = static_cast<long long>(rank) * MAX_TOKENS + item.token;
+        if (rank != memory.rank && ranks >> rank & 1 && i + u * STEP < PIECES)
+          piece[rank][u] = pushed(memory, buffer, rank, slot * PIECES + i + u * STEP, tag);
+      }
+    float sum[UNROLL][WIDTH] = {};
+#pragma unroll
+    for (int rank = 0; rank < RANKS; ++rank) {
+      if (!(ranks >> rank & 1)) continue;
+      if (rank == memory.rank) {
+        add_answers(rows, stride, table, home, i, sum);
+        continue;
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u)
+#pragma unroll
+        for (int n = 0; n < WIDTH; ++n) sum[u][n] += to_float(reinterpret_cast<const P*>(&piece[rank][u])->value[n]);
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const P result = from_floats<P>(sum[u]);
+      if (i + u * STEP < PIECES)
+        store_piece(y + static_cast<long long>(item.token) * HIDDEN, i + u * STEP, *reinterpret_cast<const uint4*>(&result));
+    }
+  }
+  if (RETURN && item.leads() && item.lane < TOP_K) {
+    const long long j = static_cast<long long>(item.token) * TOP_K + item.lane;
+    const unsigned id = static_cast<unsigned>(expert[j]);
+    float number = 0;
+    if (id < NUM_EXPERTS && id / EXPERTS == memory.rank)
+      number = numbers[home * TOP_K + item.lane];
+    else if (id < NUM_EXPERTS)
+      number = to_float(wait_for_pair(memory, WEIGHTS, id / EXPERTS, buffer.scales, j, tag));
+    returned[j] = number;
+  }
+}
+
+// rows, with `stride` elements from one to the next; expert [num_tokens, TOP_K] as dispatch took it.
+// done: the counters of dispatch's buffer and the offset of its credits, if its rows are in there and are free now.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    direct_combine(const __grid_constant__ Memory memory, const __grid_constant__ Buffer buffer,
+                   const __grid_constant__ Table table, const ELEMENT* rows, long long stride, const int* expert,
+                   const float* numbers, int num_tokens, ELEMENT* y, float* returned, int pushers,
+                   const Counters* done, long long done_credit) {
+  if (peek(memory.failed)) return;
+  const unsigned tag = peek(&buffer.counters->uses) + 1;
+  if (RANKS > 1 && blockIdx.x < pushers) push_answers(memory, buffer, table, rows, stride, numbers, pushers, tag);
+  for (int n = blockIdx.x;; n += gridDim.x) {
+    const int number = TAGGED ? n : take_ticket(buffer);
+    if (number >= num_items(num_tokens)) break;
+    const Item item(number);
+    if (!TAGGED) {
+      if (threadIdx.x < RANKS && threadIdx.x != memory.rank) wait_for_item(memory, buffer, threadIdx.x, number, tag);
+      __syncthreads();
+    }
+    if (item.token < num_tokens)
+      sum_answers(memory, buffer, table, rows, stride, expert, item, numbers, y, returned, tag);
+  }
+  if (!finish(buffer, tag)) return;
+  give_credit(memory, buffer.credit, tag);
+  if (done) give_credit(memory, done_credit, peek(&done->uses));
+}

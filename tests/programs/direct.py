@@ -1,0 +1,363 @@
+"""DirectExchange on a machine with GPUs, against plain loops on the host.
+
+python tests/programs/direct.py --threads 1 2 4 8     ranks as threads, several to a GPU if need be
+mpirun -n 2 python tests/programs/direct.py --mpi     CUDA IPC between processes
+torchrun --nproc-per-node 2 tests/programs/direct.py  torch's symmetric memory, and RoutedExchange over NCCL
+"""
+
+# ruff: noqa: N806 - capitals are dimensions
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from moecomm import Comm, CommError, FlatAllToAll, RoutedExchange, Routing
+from moecomm.exchange import DirectExchange
+from moecomm.exchange.direct_kernels import Shape
+from moecomm.exchange.symmetric import ipc_memory, torch_memory
+
+F8 = torch.float8_e4m3fn
+
+
+class Case(NamedTuple):
+    """What an exchange is made for."""
+
+    max_tokens: int
+    hidden: int
+    experts: int
+    top_k: int
+    dtype: torch.dtype = torch.bfloat16
+    fp8: Any = None
+
+
+CASES = [
+    Case(40, 64, 3, 2),  # tags in every 8 bytes
+    Case(17, 33, 5, 3, torch.float32),  # rows that start anywhere
+    Case(300, 2048, 16, 8),  # flags
+    Case(300, 1030, 1, 1, torch.float16),
+    Case(900, 520, 40, 5, torch.float32),
+    Case(300, 2048, 16, 8, fp8=F8),
+    Case(20, 200, 4, 2, fp8=F8),
+]
+
+
+def routings(case: Case, size: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """x, expert, weight of every rank, on the host: ragged, empty, skewed, dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    E, k = case.experts * size, case.top_k
+    world = []
+    for rank in range(size):
+        T = int(torch.randint(0, case.max_tokens + 1, (1,), generator=generator))
+        T = {0: T, 1: case.max_tokens, 2: 0 if rank == 0 else T}.get(seed % 4, T)
+        score = torch.rand((T, E), generator=generator)
+        if seed % 4 == 1:
+            score[:, : max(k, E // 4)] += 1  # the first ranks get nearly all
+        expert = score.topk(min(k, E), dim=1).indices
+        if expert.shape[1] < k:
+            expert = torch.cat([expert, torch.full((T, k - expert.shape[1]), -1)], 1)
+        expert[torch.rand(expert.shape, generator=generator) < 0.1] = -1
+        x = torch.randn((T, case.hidden), generator=generator).to(case.dtype)
+        world.append((x, expert.int(), torch.rand((T, k), generator=generator)))
+    return world
+
+
+def wanted_rows(world: Any, case: Case, rank: int) -> tuple[torch.Tensor, list[int], list[tuple[int, int, int]]]:
+    """The rows of a rank's experts, how many each has, and which (source, token, choice) each is."""
+    which: list[list[tuple[int, int, int]]] = [[] for _ in range(case.experts)]
+    for source, (_, expert, _) in enumerate(world):
+        for token, choices in enumerate(expert.tolist()):
+            for choice, e in enumerate(choices):
+                if e // case.experts == rank and e >= 0:
+                    which[e - rank * case.experts].append((source, token, choice))
+    order = [assignment for expert_rows in which for assignment in expert_rows]
+    rows = [world[source][0][token] for source, token, _ in order]
+    stacked = torch.stack(rows) if rows else torch.zeros((0, case.hidden), dtype=case.dtype)
+    return stacked, [len(expert_rows) for expert_rows in which], order
+
+
+def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 and scales of rows, as moecomm.permute's."""
+    T, H = x.shape
+    padded = torch.nn.functional.pad(x.float(), (0, -H % 128)).reshape(T, -1, 128)
+    amax = padded.abs().amax(2)
+    scale = torch.where(amax > 0, amax.clamp(min=2.0**-100) / 448, 1.0)
+    return (padded / scale[..., None]).reshape(T, -1)[:, :H].to(F8), scale
+
+
+def answer(rows: torch.Tensor) -> torch.Tensor:
+    """What every expert does."""
+    return torch.tanh(rows.float()).to(rows.dtype)
+
+
+def check_case(comm: Comm, case: Case, num_sms: int | None, memory: Callable[..., Any]) -> None:
+    """All calls, several times on other numbers; forward, backward, compact, graph."""
+    p, rank = comm.size, comm.rank
+    E = case.experts * p
+    exchange = DirectExchange(
+        comm, case.max_tokens, case.hidden, E, case.top_k, case.dtype, fp8=case.fp8, num_sms=num_sms, memory=memory,
+        limit=20,
+    )  # fmt: skip
+    close = {"rtol": 1.6e-2, "atol": 2e-2} if case.dtype != torch.float32 else {"rtol": 1e-5, "atol": 1e-5}
+    for seed in range(6):
+        world = routings(case, p, seed)
+        wanted, counts, order = wanted_rows(world, case, rank)
+        x, expert, weight = (tensor.cuda() for tensor in world[rank])
+        routing = Routing(expert, weight)
+        for _ in range(2):
+            with torch.no_grad():
+                rows, plan = exchange.dispatch(x, routing)
+                check_rows(rows, plan, wanted, counts, order, case)
+                if case.fp8 is None:
+                    y = exchange.combine(answer(rows), plan)
+                    want_y = answered(world[rank], case)
+                    torch.testing.assert_close(y.cpu().double(), want_y, **close)
+                    again = exchange.combine(answer(rows), plan)
+                    assert torch.equal(y, again), "combine gave other bits the second time"
+        compact(exchange, x, routing, world, order, case, close)
+        if case.fp8 is None:
+            gradients(exchange, world, case, rank, close)
+    replayed(exchange, case, p, rank)
+    exchange.check()
+    exchange.free()
+
+
+def check_rows(rows: Any, plan: Any, wanted: Any, counts: Any, order: Any, case: Case) -> None:
+    """Rows, counts and the table of an expanded dispatch."""
+    n = len(order)
+    assert plan.rows_per_expert.tolist() == counts, (plan.rows_per_expert.tolist(), counts)
+    assert plan.offset.tolist() == np.cumsum([0, *counts]).tolist()
+    slots = torch.tensor([source * case.max_tokens + token for source, token, _ in order], dtype=torch.int32)
+    assert torch.equal(plan.slot[:n].cpu(), slots), "slot"
+    place = torch.full(plan.place.shape, -1, dtype=torch.int32)
+    for row, (source, token, choice) in enumerate(order):
+        place[source * case.max_tokens + token, choice] = row
+    assert torch.equal(plan.place.cpu(), place), "place"
+    if case.fp8 is None:
+        assert torch.equal(rows[:n].cpu(), wanted), "rows"
+    else:
+        values, scales = quantised(wanted)
+        assert torch.equal(plan.scales[:n].cpu(), scales), "scales"
+        assert torch.equal(rows[:n].cpu().view(torch.uint8), values.view(torch.uint8)), "float8 rows"
+
+
+def compact(exchange: Any, x: Any, routing: Any, world: Any, order: Any, case: Case, close: Any) -> None:
+    """The compact form holds the same rows; its combine sums one answer a slot."""
+    rank = exchange.comm.rank
+    with torch.no_grad():
+        rows, plan = exchange.dispatch_compact(x, routing)
+        slots = sorted({source * case.max_tokens + token for source, token, _ in order})
+        wanted = [world[s // case.max_tokens][0][s % case.max_tokens] for s in slots]
+        want = torch.stack(wanted) if wanted else torch.zeros((0, case.hidden), dtype=case.dtype)
+        got = rows[slots].cpu()
+        if case.fp8 is not None:
+            values, scales = quantised(want)
+            assert torch.equal(got.view(torch.uint8), values.view(torch.uint8)), "compact float8 rows"
+            assert torch.equal(plan.scales[slots].cpu(), scales), "compact scales"
+            exchange.free_rows(plan)
+            return
+        assert torch.equal(got, want), "compact rows"
+        factor = torch.where(plan.place >= 0, plan.weight, 0).sum(1, keepdim=True)
+        answers = (answer(rows).float() * factor).to(case.dtype)
+        y = exchange.combine(answers, plan)
+        torch.testing.assert_close(y.cpu().double(), answered(world[rank], case), **close)
+
+
+def answered(mine: Any, case: Case) -> torch.Tensor:
+    """y of this rank, in float64."""
+    x, expert, weight = mine
+    return answer(x).double() * torch.where(expert >= 0, weight, 0).double().sum(1, keepdim=True)
+
+
+def gradients(exchange: Any, world: Any, case: Case, rank: int, close: Any) -> None:
+    """Of x and of the weights, against autograd on one rank."""
+    x, expert, weight = (tensor.cuda() for tensor in world[rank])
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    rows, plan = exchange.dispatch(x, Routing(expert, weight))
+    n = int(plan.offset[-1])
+    y = exchange.combine(torch.tanh(rows[:n]), plan)
+    seed = torch.linspace(-1, 1, y.numel(), device="cuda").reshape(y.shape).to(y.dtype)
+    y.backward(seed)
+    x2, w2 = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
+    y2 = torch.tanh(x2) * torch.where(expert >= 0, w2, 0).sum(1, keepdim=True)
+    y2.backward(seed.double())
+    assert x.grad is not None and weight.grad is not None and x2.grad is not None and w2.grad is not None
+    torch.testing.assert_close(x.grad.double(), x2.grad, **close)
+    scale = max(1.0, float(w2.grad.abs().max()) if w2.grad.numel() else 1.0)
+    torch.testing.assert_close(weight.grad.double() / scale, w2.grad / scale, **close)
+
+
+def replayed(exchange: Any, case: Case, p: int, rank: int) -> None:
+    """A captured dispatch and combine follow their inputs."""
+    worlds = [routings(case, p, seed) for seed in (1, 5, 9)]  # all with max_tokens tokens
+    x, expert, weight = (tensor.cuda() for tensor in worlds[0][rank])
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    exchange.comm.barrier()
+    with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        rows, plan = exchange.dispatch(x, Routing(expert, weight))
+        if case.fp8 is None:
+            exchange.combine(rows, plan)
+    exchange.comm.barrier()  # a capture waits for its whole GPU, where another rank's kernel may wait for this one
+    for world in worlds:
+        for tensor, new in zip((x, expert, weight), world[rank], strict=True):
+            tensor.copy_(new)
+        graph.replay()
+        check_rows(rows, plan, *wanted_rows(world, case, rank), case)
+
+
+def check_failures(comm: Comm, num_sms: int | None) -> None:
+    """Rows without room, ids of no expert, bad arguments, held buffers, and a rank that does not come."""
+    p = comm.size
+    make = lambda **options: DirectExchange(comm, 8, 16, 2 * p, 1, torch.float32, num_sms=num_sms, **options)  # noqa: E731
+    exchange = make(max_rows=3, limit=1.0)
+    x = torch.ones((8, 16), device="cuda")
+    routing = Routing(torch.zeros((8, 1), dtype=torch.int32, device="cuda"), torch.ones((8, 1), device="cuda"))
+    with torch.no_grad():
+        rows, plan = exchange.dispatch(x, routing)
+        y = exchange.combine(rows, plan)
+    if comm.rank == 0:
+        raises(OverflowError, f"{8 * p - 3} rows", exchange.check)
+        assert y.sum(1).tolist() == [16.0] * 3 + [0.0] * 5
+    exchange.check()
+    routing.expert[3] = 2 * p + 1
+    exchange.dispatch(x, routing)
+    raises(ValueError, "1 ids outside", exchange.check)
+    raises(ValueError, "9 tokens", lambda: exchange.dispatch(torch.ones((9, 16), device="cuda"), routing))
+    raises(TypeError, "CUDA tensor", lambda: exchange.dispatch(x.cpu(), routing))
+    raises(ValueError, "expected torch.float32 [T, 16]", lambda: exchange.dispatch(x[:, 1:], routing))
+    raises(ValueError, "top_k", lambda: DirectExchange(comm, 8, 16, 2 * p, 33, torch.float32))
+    if p > 1:
+        comm.barrier()
+        if comm.rank:
+            exchange.dispatch(x, routing)
+            raises(CommError, "for rank 0", exchange.check)
+            raises(CommError, "cannot be used", lambda: exchange.dispatch(x, routing))
+        comm.barrier()
+
+
+def raises(error: type[Exception], match: str, call: Callable[[], object]) -> None:
+    """call() raises that error, and says that."""
+    try:
+        call()
+    except error as caught:
+        assert match in str(caught), f"{caught} does not say {match!r}"
+    else:
+        raise AssertionError(f"expected {error.__name__} with {match!r}")
+
+
+def against_routed(comm: Comm, memory: Callable[..., Any]) -> None:
+    """Both exchanges, same numbers: the paper's size."""
+    case = Case(4096, 7168, 128, 8)
+    E = case.experts * comm.size
+    exchange = DirectExchange(comm, *case[:2], E, case.top_k, case.dtype, memory=memory)
+    routed = RoutedExchange(FlatAllToAll(comm), case.experts)
+    torch.manual_seed(comm.rank)
+    for T in (4096, 4000, 1):
+        x = torch.randn((T, case.hidden), device="cuda", dtype=case.dtype)
+        expert = torch.rand((T, E), device="cuda").topk(case.top_k).indices.int()
+        routing = Routing(expert, torch.rand((T, case.top_k), device="cuda"))
+        with torch.no_grad():
+            rows, plan = exchange.dispatch(x, routing)
+            wanted, routed_plan = routed.dispatch(x, routing)
+            assert torch.equal(rows[: len(wanted)], wanted), "rows differ from RoutedExchange's"
+            assert plan.rows_per_expert.tolist() == routed_plan.rows_per_expert.tolist()
+            y, want = exchange.combine(rows, plan), routed.combine(wanted, routed_plan)
+            torch.testing.assert_close(y, want, rtol=1.6e-2, atol=2e-2)
+    exchange.check()
+    exchange.free()
+
+
+def load(size: int, num_sms: int, cases: list[Case]) -> None:
+    """Compile what the cases need at once, on all cores."""
+    kernels = []
+    for case in cases:
+        shape = Shape(
+            str(case.dtype)[6:],
+            case.fp8 is not None,
+            case.hidden,
+            case.top_k,
+            case.max_tokens,
+            size,
+            case.experts,
+            num_sms,
+        )
+        for kernel in shape.kernels():
+            aligned = case.hidden * (1 if case.fp8 else case.dtype.itemsize) % 16 == 0
+            macros = tuple((name, int(aligned) if name == "ALIGNED" else value) for name, value in kernel.macros)
+            kernels.append(type(kernel)(kernel.source, kernel.name, macros))
+    devices = range(torch.cuda.device_count()) if "RANK" not in os.environ else [torch.cuda.current_device()]
+
+    def one(kernel: Any, device: int) -> None:
+        with torch.cuda.device(device):
+            kernel.load()
+
+    with ThreadPoolExecutor(24) as pool:
+        for device in devices:
+            list(pool.map(lambda kernel, device=device: one(kernel, device), kernels))
+
+
+def main() -> None:
+    """One of the three ways."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--threads", type=int, nargs="*")
+    options.add_argument("--mpi", action="store_true")
+    options.add_argument("--cases", type=int, default=len(CASES))
+    chosen = options.parse_args()
+    cases, start = CASES[: chosen.cases], time.perf_counter()
+    available = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def body(comm: Comm, num_sms: int | None, memory: Callable[..., Any]) -> None:
+        for case in cases:
+            check_case(comm, case, num_sms, memory)
+            comm.barrier()
+            if comm.rank == 0:
+                print(f"{comm.size} ranks {case} ok, {time.perf_counter() - start:.0f} s", flush=True)
+        check_failures(comm, num_sms)
+
+    if chosen.threads is not None:
+        from moecomm.transports import threads
+
+        for size in chosen.threads:
+            share = -(-size // torch.cuda.device_count())
+            num_sms = available // share // 2 if share > 1 else available
+            load(size, num_sms, cases)
+
+            def rank_body(comm: Comm, num_sms: int = num_sms) -> None:
+                torch.cuda.set_device(comm.rank % torch.cuda.device_count())
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    body(comm, num_sms, ipc_memory)
+
+            threads.run(size, rank_body, limit=120)
+    elif chosen.mpi:
+        from mpi4py import MPI
+
+        from moecomm.transports.mpi import MpiComm
+
+        comm = MpiComm(MPI.COMM_WORLD, limit=120)
+        torch.cuda.set_device(comm.rank % torch.cuda.device_count())
+        load(comm.size, available, cases)
+        body(comm, None, ipc_memory)
+    else:
+        import torch.distributed as dist
+
+        from moecomm.transports.torch import TorchComm
+
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        comm = TorchComm(dist.group.WORLD)
+        load(comm.size, available, cases)
+        body(comm, None, torch_memory)
+        against_routed(comm, ipc_memory)
+        dist.destroy_process_group()
+    print("ok", sys.argv[1:], f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
