@@ -62,7 +62,7 @@ def run_command(split: dict[str, int], options: argparse.Namespace, out: Path) -
     subprocess.run([sys.executable, *launch, *command, *sizes], check=True)
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
-    return losses, next(record["validation_loss"] for record in records if "validation_loss" in record)
+    return losses, [record["validation_loss"] for record in records if "validation_loss" in record][-1]
 
 
 def balance(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from moecomm.gating import Routing
-from moecomm.groups import Groups
 from moecomm.nn.linear import MLP
 from moecomm.nn.moe import MoE
 from moecomm.nn.seeds import draw, parameter
@@ -19,32 +18,29 @@ class ResidualMoE(nn.Module):
 
     combine  "sum": mlp(x) + moe(x), as in the paper. "learned": the two weighted by a softmax of a linear layer of x,
              coefficient 0 for the expert, as in DeepSpeed's code
-    groups   as for MoE; the MLP is sliced over the tensor ranks
-    options  of MoE
+    options  of MoE; the MLP is sliced over the tensor ranks of `groups`
 
     On CUDA the MLP runs on a stream of its own beside the exchange, forward and backward.
     Collective as MoE is. Source: DeepSpeed-MoE (arXiv 2201.05596), section 4.1.1.
     """
 
     def __init__(
-        self, hidden: int, ffn: int, num_experts: int, *, combine: Literal["sum", "learned"] = "sum",
-        groups: Groups | None = None, activation: Literal["gelu", "swiglu"] = "gelu", std: float = 0.02,
-        key: tuple[object, ...] = (0,), exchange: Any = None, capacity_factor: float | None = None,
-        choices: dict[str, Any] | None = None, **like: Any,
-    ) -> None:  # fmt: skip
+        self, hidden: int, ffn: int, num_experts: int, *, combine: Literal["sum", "learned"] = "sum", **options: Any
+    ) -> None:
         super().__init__()
         if combine not in ("sum", "learned"):
             raise ValueError(f"ResidualMoE: combine is {combine!r}, expected 'sum' or 'learned'")
-        shared: dict[str, Any] = {"activation": activation, "std": std, "key": key, **like}
-        self.moe = MoE(
-            hidden, ffn, num_experts, groups=groups, exchange=exchange, capacity_factor=capacity_factor,
-            choices=choices, **shared,
-        )  # fmt: skip
-        self.mlp = MLP(hidden, ffn, tensor=None if groups is None else groups.tensor, **shared)
+        self.moe = MoE(hidden, ffn, num_experts, **options)
+        groups = options.get("groups")
+        of_moe = ("top_k", "groups", "exchange", "capacity_factor", "choices")
+        of_both = {name: value for name, value in options.items() if name not in of_moe}
+        self.mlp = MLP(hidden, ffn, tensor=None if groups is None else groups.tensor, **of_both)
         self.coefficient: nn.Linear | None = None
         if combine == "learned":
+            like: dict[str, Any] = {name: of_both[name] for name in ("device", "dtype") if name in of_both}
             self.coefficient = nn.Linear(hidden, 2, **like)
-            self.coefficient.weight = parameter(draw((2, hidden), std, *key, "coefficient"), like)
+            weight = draw((2, hidden), options.get("std", 0.02), *options.get("key", (0,)), "coefficient")
+            self.coefficient.weight = parameter(weight, like)
             nn.init.zeros_(self.coefficient.bias)
         self._stream: Any = None
 

@@ -109,7 +109,11 @@ class Trainer:
     def report(self) -> list[LayerReport]:
         """Of the first held-out micro-batch of each data rank. Collective over all ranks."""
         self.model.eval()
-        return routing_report(self.model, next(self._mine(self.text.validation(self.plan.batch)))[:, :-1])
+        with self._precision():
+            return routing_report(self.model, next(self._mine(self.text.validation(self.plan.batch)))[:, :-1])
+
+    def _precision(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16")
 
     def _mine(self, batch: Tensor) -> Iterator[Tensor]:
         micro_batches = batch.to(self.device).split(self.plan.micro_batch)
@@ -118,7 +122,7 @@ class Trainer:
         yield from micro_batches[first : first + each]
 
     def _losses(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16"):
+        with self._precision():
             output = self.model(tokens[:, :-1])
         return F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"), output
 

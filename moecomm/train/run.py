@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moecomm.comm import Comm
-from moecomm.nn import TransformerLM, config_named, layer_groups, plot_routing
+from moecomm.nn import LayerReport, TransformerLM, config_named, layer_groups, plot_routing
 from moecomm.train.loop import Plan, Trainer, balanced
 from moecomm.train.saving import save
 from moecomm.train.text import Text, read_text
@@ -72,11 +72,11 @@ def run(options: Namespace, comm: Comm | None, device: torch.device) -> None:
             log.step({"step": step, "loss": loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
             if stopped or step % options.save_every == 0 or step == options.steps:
                 path = save(trainer.model, trainer.optimizer, step, options.out, comm)
-                log.say(f"{'stopped; ' if stopped else ''}checkpoint {path}")
+                (validation,) = mean_of_ranks(comm, trainer.validate())
+                log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
             if stopped:
                 break
-        (validation,) = mean_of_ranks(comm, trainer.validate())
-        log.end({"step": step, "validation_loss": validation}, trainer.report())
+    log.end()
 
 
 def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
@@ -101,57 +101,60 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Log:
-    """out/log.jsonl, a progress bar, and the pictures at the end. Silent on all ranks but the first."""
+    """out/log.jsonl, a progress bar, and pictures at the end. Silent on all ranks but the first."""
 
     def __init__(self, out: Path, steps: int, plan: Plan, first: bool) -> None:
         from tqdm import tqdm
 
-        self.out, self.first, self.losses = out, first, list[float]()
+        self.out, self.first = out, first
+        self.steps: list[dict[str, Any]] = []
+        self.checkpoints: list[dict[str, Any]] = []
+        self.reports: list[LayerReport] = []
         self.bar = tqdm(total=steps, unit=" steps", disable=not first)
         if first:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "log.jsonl").write_text("")
-            self.write({"plan": asdict(plan)})
+            (out / "log.jsonl").write_text(json.dumps({"plan": asdict(plan)}) + "\n")
 
-    def write(self, record: dict[str, Any]) -> None:
-        """A line of the log."""
+    def step(self, record: dict[str, Any]) -> None:
+        """A step, for the file and the bar."""
+        self.steps.append(record)
+        self._write(record)
+        self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"})
+        self.bar.update()
+
+    def checkpoint(self, record: dict[str, Any], reports: list[LayerReport], path: Path) -> None:
+        """What was measured at a checkpoint, for the file; where that is, above the bar."""
+        self.checkpoints.append(record)
+        self.reports = reports
+        self._write(record)
+        for report in reports:
+            self._write({"step": record["step"], **asdict(report)})
+        if self.first:
+            self.bar.write(f"step {record['step']}: validation loss {record['validation_loss']:.3f}, saved in {path}")
+
+    def end(self) -> None:
+        """Draw the losses and the last routing report. Needs matplotlib."""
+        self.bar.close()
+        if self.first:
+            if self.reports:
+                plot_routing(self.reports, self.out / "routing.png")
+            plot_losses({"training": self.steps, "validation": self.checkpoints}, self.out / "loss.png")
+
+    def _write(self, record: dict[str, Any]) -> None:
         if self.first:
             with (self.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def step(self, record: dict[str, Any]) -> None:
-        """The record of a step, to the log and the bar."""
-        self.write(record)
-        self.losses.append(record["loss"])
-        self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"})
-        self.bar.update()
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        if self.first:
-            self.bar.write(text)
-
-    def end(self, record: dict[str, Any], reports: list[Any]) -> None:
-        """The last records, and the pictures."""
-        self.bar.close()
-        self.write(record)
-        for report in reports:
-            self.write({"step": record["step"], **asdict(report)})
-        if self.first:
-            if reports:
-                plot_routing(reports, self.out / "routing.png")
-            plot_losses(self.losses, record, self.out / "loss.png")
-            print(f"validation loss {record['validation_loss']:.3f}; log and pictures in {self.out}")
-
-
-def plot_losses(losses: list[float], last: dict[str, Any], path: Path) -> None:
-    """The loss at each step, and at the end that on the held-out text."""
+def plot_losses(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A curve for each name: records with a step and a loss or validation_loss."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, label="training")
-    axes.plot([last["step"]], [last["validation_loss"]], "o", label="validation")
+    for name, records in curves.items():
+        losses = [record["loss" if "loss" in record else "validation_loss"] for record in records]
+        axes.plot([record["step"] for record in records], losses, ".-", label=name)
     axes.set(xlabel="step", ylabel="loss, nats per byte")
     axes.legend()
     figure.savefig(path)
