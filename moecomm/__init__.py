@@ -3,12 +3,12 @@
     logits       -> route    -> Routing   which expert, what weight     gating/      route, ...
     x, Routing   -> exchange -> rows      tokens to experts and back    exchange/    RoutedExchange, ...
     rows, counts -> AllToAll -> rows      which hops                    all_to_all/  AutoAllToAll, ...
-    rows, counts -> Comm     -> rows      which wires                   transports/  threads, mpi, torch
+    rows, counts -> Comm     -> rows      which wires                   transports/  threads, mpi, torch, nccl
 
     Topology, Nodes: who is where, as plain arithmetic; build_groups makes the Comms of a Topology
 
-A layer knows only those below it. Importing this module loads numpy and nothing heavier: mpi4py and torch are loaded
-by the transport that needs them.
+A layer knows only those below it. Importing this module loads numpy and nothing heavier: mpi4py, torch and cupy are
+loaded by the transport that needs them.
 """
 
 from moecomm.all_to_all import AllToAll, AutoAllToAll, FlatAllToAll, HierarchicalAllToAll, SharedAllToAll
