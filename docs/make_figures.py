@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import pr_moe_figure
 import scaling_figures
 from gating_figure import gating_svg
 
@@ -43,7 +44,7 @@ def draw() -> dict[str, str]:
     }
     for axis in ("tensor", "data", "expert", "expert_data", "expert_lane"):
         figures[f"topology_{axis}"] = topology_svg(TOPOLOGY, axis, ranks_per_node=4)
-    figures |= scaling_figures.draw()
+    figures |= scaling_figures.draw() | pr_moe_figure.draw(RESULTS)
     return {f"{name}.svg": svg for name, svg in figures.items()}
 
 
