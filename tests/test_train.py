@@ -53,6 +53,9 @@ def test_a_run(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     model = TransformerLM(CONFIGS["tiny"])
     assert {*model.state_dict()} == {name for name in saved.files if "/" not in name}
     assert {f"exp_avg/{name}" for name, _ in model.named_parameters()} < {*saved.files}
+    assert main([*TINY, "--text", str(book), "--out", str(out)]) == 2  # what is there stays
+    assert "has a run already" in capsys.readouterr().err
+    assert len(records(out)) == len(found)
 
 
 def test_interrupted(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

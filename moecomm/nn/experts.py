@@ -95,7 +95,7 @@ class _Grouped:
         on_host = isinstance(rows_per_expert, np.ndarray)
         counts = torch.from_numpy(rows_per_expert).to(rows.device) if on_host else rows_per_expert
         self.ends = counts.cumsum(0, dtype=torch.int32)
-        place = torch.arange(len(rows), device=rows.device)
+        place = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         self.expert = torch.bucketize(place, self.ends, right=True)  # of each row; E' behind the last one
         self.beyond = None if on_host else (self.expert == len(counts))[:, None]
 

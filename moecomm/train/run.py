@@ -59,9 +59,12 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Traine
 def run(options: Namespace, comm: Comm | None, device: torch.device) -> None:
     """Train as the options say; rank 0 writes. Collective.
 
-    A signal to any rank ends the run after its step, with a checkpoint.
+    A signal to any rank ends the run after its step, with a checkpoint. Raises ValueError for options that do not fit
+    together, or if there is a run in options.out already.
     """
     trainer, first = build(options, comm, device), comm is None or comm.rank == 0
+    if any(mean_of_ranks(comm, float((options.out / "log.jsonl").exists()))):
+        raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost")
     log = Log(options.out, options.steps, trainer.plan, first)
     with stop_signals() as came:
         for step in range(1, options.steps + 1):
