@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 DESCRIPTION = "Train a language model with Mixture-of-Experts layers on text, byte by byte."
@@ -14,7 +15,8 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 4 -m moecomm.train --expert 4 --steps 200 --out run
 
 Without --text: the sources of Python's standard library. The same losses for any number of ranks and any split of them.
---out gets log.jsonl, loss.png, routing.png and the last checkpoint; Ctrl-C ends the run with a checkpoint.
+--out gets log.jsonl, loss.png, routing.png and the last checkpoint; Ctrl-C ends the run with a checkpoint, from which
+--resume goes on.
 """
 
 
@@ -40,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     balance = ("aux", "z", "bias", "loss-bias", "none")
     add("--balance", choices=balance, default="aux", help="how experts are kept busy alike (default: aux)")
     add("--save-every", type=positive, default=100, metavar="STEPS", help="(default: %(default)s)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--seed", type=int, default=0)
     return made
 
@@ -53,9 +56,15 @@ def positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 for a lost rank, 2 for bad input."""
-    options = parser().parse_args(arguments)
+    return launch(parser().parse_args(arguments), "moecomm.train.run")
+
+
+def launch(options: argparse.Namespace, source: str) -> int:
+    """Train what `build` of the module `source` makes; the exit status."""
     try:
         from moecomm.train.run import run, world
+
+        build = import_module(source).build
     except ImportError as error:
         print(f"error: {error}: pip install 'moecomm[train]'", file=sys.stderr)
         return 2
@@ -64,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         with world() as (comm, device):
-            run(options, comm, device)
+            run(options, comm, device, build)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from moecomm.gating import Routing
 from moecomm.nn import (
     Config,
     LayerReport,
+    Output,
     TransformerLM,
     loss_carried,
     reduce_gradients,
@@ -37,6 +38,7 @@ class Plan:
     balance      "bias": the selection bias follows each expert's tokens; "loss-bias": the loss that it carries. The
                  others are the model's business, see `balanced`
     bias_rate    of these two
+    decay_steps  over which the learning rate falls to a tenth, along a line; None: it stays
     precision    "bfloat16": matrix products and what travels, by torch's autocast; the weights stay float32
 
     Raises ValueError if micro_batch does not divide batch.
@@ -47,6 +49,7 @@ class Plan:
     learning_rate: float = 3e-3
     balance: Balance = "aux"
     bias_rate: float = 1e-2
+    decay_steps: int | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
@@ -75,18 +78,22 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.95), fused=True)
         self.device = next(model.parameters()).device
 
+    def settings(self) -> dict[str, Any]:
+        """What a log says of this run before its first step."""
+        return {"config": asdict(self.model.config), "plan": asdict(self.plan)}
+
     def step(self, number: int) -> float:
         """Train on the step's batch; the mean loss of next tokens on this rank. Collective over all ranks."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.learning_rate * min(1.0, (number + 1) / WARM_UP)
+            group["lr"] = self._learning_rate(number)
         self.optimizer.zero_grad()
         layers = self.model.moe_layers()
         carried = [torch.zeros(layer.num_experts, device=self.device) for layer in layers]
         total, num_micro = torch.zeros((), device=self.device), 0
         for tokens in self._mine(self.text.batch(number, self.plan.batch)):
             losses, output = self._losses(tokens)
-            (losses.mean() + output.loss).backward()
+            self.objective(number, tokens, losses, output).backward()
             total += losses.detach().mean()
             num_micro += 1
             for here, routing in zip(carried, output.routings, strict=True):
@@ -97,6 +104,15 @@ class Trainer:
             for layer, here in zip(layers, carried, strict=True):
                 update_bias(layer, here, self.plan.bias_rate)
         return float(total) / num_micro
+
+    def objective(self, number: int, tokens: Tensor, losses: Tensor, output: Output) -> Tensor:
+        """What a step makes smaller, for one micro-batch: the mean loss of next tokens and what the gates add.
+
+        number  of the step
+        tokens  [B, S + 1], of which the first S were read
+        losses  [B * S] of the S next ones
+        """
+        return losses.mean() + output.loss
 
     @torch.no_grad()
     def validate(self, num_batches: int = 4) -> float:
@@ -112,6 +128,12 @@ class Trainer:
         with self._precision():
             return routing_report(self.model, next(self._mine(self.text.validation(self.plan.batch)))[:, :-1])
 
+    def _learning_rate(self, number: int) -> float:
+        share = min(1.0, (number + 1) / WARM_UP)
+        if self.plan.decay_steps is not None:
+            share *= 1 - 0.9 * min(1.0, number / self.plan.decay_steps)
+        return self.plan.learning_rate * share
+
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16")
 
@@ -121,7 +143,7 @@ class Trainer:
         first = 0 if self.data is None else self.data.rank * each
         yield from micro_batches[first : first + each]
 
-    def _losses(self, tokens: Tensor) -> tuple[Tensor, Any]:
+    def _losses(self, tokens: Tensor) -> tuple[Tensor, Output]:
         with self._precision():
             output = self.model(tokens[:, :-1])
         return F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"), output

@@ -6,7 +6,7 @@ import json
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moecomm.comm import Comm
 from moecomm.nn import LayerReport, TransformerLM, config_named, layer_groups, plot_routing
 from moecomm.train.loop import Plan, Trainer, balanced
-from moecomm.train.saving import save
+from moecomm.train.saving import restore, save
 from moecomm.train.text import Text, read_text
 
 LIMIT = 120.0
@@ -56,18 +56,24 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Traine
     return Trainer(model, text, Plan(precision="bfloat16" if device.type == "cuda" else "float32", **of_run))
 
 
-def run(options: Namespace, comm: Comm | None, device: torch.device) -> None:
-    """Train as the options say; rank 0 writes. Collective.
+def run(
+    options: Namespace,
+    comm: Comm | None,
+    device: torch.device,
+    make: Callable[[Namespace, Comm | None, torch.device], Trainer] = build,
+) -> None:
+    """Train what `make` makes as the options say; rank 0 writes. Collective.
 
     A signal to any rank ends the run after its step, with a checkpoint. Raises ValueError for options that do not fit
-    together, or if there is a run in options.out already.
+    together, or if there is a run in options.out already that is not to be resumed.
     """
-    trainer, first = build(options, comm, device), comm is None or comm.rank == 0
-    if any(mean_of_ranks(comm, float((options.out / "log.jsonl").exists()))):
-        raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost")
-    log = Log(options.out, options.steps, trainer.plan, first)
+    trainer, first = make(options, comm, device), comm is None or comm.rank == 0
+    if not options.resume and any(mean_of_ranks(comm, float((options.out / "log.jsonl").exists()))):
+        raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost: resume it")
+    made = restore(trainer.model, options.out, comm, trainer.optimizer) if options.resume else 0
+    log = Log(options.out, options.steps, trainer.settings(), first, made)
     with stop_signals() as came:
-        for step in range(1, options.steps + 1):
+        for step in range(made + 1, options.steps + 1):
             start = time.perf_counter()
             loss = trainer.step(step - 1)
             loss, stopped = mean_of_ranks(comm, loss, float(bool(came)))
@@ -104,19 +110,27 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Log:
-    """out/log.jsonl, a progress bar, and pictures at the end. Silent on all ranks but the first."""
+    """out/log.jsonl, a progress bar, and pictures at the end. Silent on all ranks but the first.
 
-    def __init__(self, out: Path, steps: int, plan: Plan, first: bool) -> None:
+    made  steps that an earlier run has made: what its log says of them is kept
+    """
+
+    def __init__(self, out: Path, steps: int, settings: dict[str, Any], first: bool, made: int = 0) -> None:
         from tqdm import tqdm
 
         self.out, self.first = out, first
         self.steps: list[dict[str, Any]] = []
         self.checkpoints: list[dict[str, Any]] = []
         self.reports: list[LayerReport] = []
-        self.bar = tqdm(total=steps, unit=" steps", disable=not first)
+        self.bar = tqdm(total=steps, initial=made, unit=" steps", disable=not first)
         if first:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "log.jsonl").write_text(json.dumps({"plan": asdict(plan)}) + "\n")
+            earlier = read_log(out)[1:] if made else []
+            (out / "log.jsonl").write_text(json.dumps(settings) + "\n")
+            for record in (record for record in earlier if record["step"] <= made):
+                self._write(record)
+                if "layer" not in record:
+                    (self.steps if "loss" in record else self.checkpoints).append(record)
 
     def step(self, record: dict[str, Any]) -> None:
         """A step, for the file and the bar."""
@@ -147,6 +161,11 @@ class Log:
         if self.first:
             with (self.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The records of a run: its settings first."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def plot_losses(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
