@@ -150,11 +150,24 @@ def test_an_error_of_nccl(cuda: SimpleNamespace) -> None:
             raise cuda.nccl.NcclError("remote process exited")
 
         communicator.check_async_error = fails
-        with pytest.raises(CommError, match=f"all_to_all: remote process exited, .*rank {comm.rank} of 2"):
+        with pytest.raises(CommError, match=rf"all_to_all: remote process exited  \(rank {comm.rank} of 2\)"):
             comm.all_to_all(x)
         assert not communicator.is_alive
         with pytest.raises(CommError, match="barrier: this Comm cannot be used: all_to_all failed"):
             comm.barrier()
+
+    run(2, body)
+
+
+def test_two_ranks_on_one_gpu(cuda: SimpleNamespace) -> None:
+    def refuse(size: int, unique_id: bytes, rank: int) -> None:
+        raise cuda.nccl.NcclError("invalid usage")
+
+    cuda.nccl.NcclCommunicator = refuse
+
+    def body(comm: Comm) -> None:
+        with pytest.raises(CommError, match="all_reduce: no NCCL communicator could be made, .* invalid usage"):
+            comm.all_reduce(torch.ones(3))
 
     run(2, body)
 

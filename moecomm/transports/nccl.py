@@ -137,7 +137,7 @@ class NcclComm(Comm):
                 start(self._communicator, stream.ptr)
                 is_done = self._limit is None or wait(lambda: self._is_done(stream), self._limit)
             except self._nccl.NcclError as error:
-                self._failed(call, device, error)
+                self._failed(call, error)
         if not is_done:
             self._communicator.abort()
             self._give_up(call)
@@ -157,11 +157,13 @@ class NcclComm(Comm):
         self._communicator.check_async_error()
         return bool(stream.done)
 
-    def _failed(self, call: str, device: int, error: Exception) -> NoReturn:
-        if self._communicator is not None:
+    def _failed(self, call: str, error: Exception) -> NoReturn:
+        if self._communicator is None:
+            error = CommError(f"no NCCL communicator could be made, has each rank a GPU of its own? {error}")
+        else:
             self._communicator.abort()  # ends what it still runs on the GPU
         self.failure = f"{call} failed: {error}"
-        raise CommError(f"{call}: {error}, on GPU {device}, which no other rank may use{self.where()}") from error
+        raise CommError(f"{call}: {error}{self.where()}") from error
 
 
 @cache
