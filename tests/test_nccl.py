@@ -166,7 +166,7 @@ def test_two_ranks_on_one_gpu(cuda: SimpleNamespace) -> None:
     cuda.nccl.NcclCommunicator = refuse
 
     def body(comm: Comm) -> None:
-        with pytest.raises(CommError, match="all_reduce: no NCCL communicator could be made, .* invalid usage"):
+        with pytest.raises(CommError, match=r"all_reduce: no NCCL communicator could be made, .* invalid usage"):
             comm.all_reduce(torch.ones(3))
 
     run(2, body)
