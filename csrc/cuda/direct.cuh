@@ -9,7 +9,9 @@
 // HIDDEN, TOP_K, MAX_TOKENS (a rank), RANKS, EXPERTS (a rank)
 // ALIGNED     1: every row of the caller's tensors starts at a multiple of 16 bytes
 // TAGGED      1: rows travel with the tag in every 8 bytes: twice the bytes, but nobody waits for a fence and a flag
-// CHUNK       tokens that a block pushes at a time, a power of two up to 16; 1 if TAGGED
+// BLOCKS      of a kernel; THREADS of a block
+// CHUNK       tokens that a block pushes at a time, a power of two up to THREADS / 32; 1 if TAGGED
+// BULK        1: a warp moves a row at a time with the copy engine (sm_90), CHUNK is 1 and SLICES too
 // SLICES      blocks that share such a chunk, each with its part of the rows
 // UNROLL      pieces of a row that a thread has under way
 #pragma once
@@ -22,7 +24,6 @@ using WIRE = unsigned char;
 using WIRE = ELEMENT;
 #endif
 
-constexpr int THREADS = 512;
 constexpr int LANES = THREADS / CHUNK;              // threads that work on a token, whole warps
 constexpr int WIDTH = 16 / sizeof(WIRE);            // values of a piece, the 16 bytes that a thread moves at once
 constexpr int PIECES = (HIDDEN + WIDTH - 1) / WIDTH;
@@ -32,11 +33,11 @@ constexpr int NUM_EXPERTS = RANKS * EXPERTS;
 
 // These structs are those of exchange/direct_kernels.py.
 struct Counters {
-  unsigned uses;        // of the buffer, finished by this rank
-  unsigned finished;    // blocks of the kernel that runs
-  unsigned tickets;     // pieces of work that its blocks have taken
-  unsigned tables;      // blocks that have made their part of the table, in all uses
-  unsigned tiles;       // blocks that have counted their part, in all uses
+  unsigned finished;      // blocks of the kernel that runs
+  unsigned tickets;       // pieces of work that its blocks have taken
+  unsigned tables;        // blocks that have made their part of the table, in all uses
+  unsigned tiles;         // blocks that have counted their part, in all uses
+  unsigned uses[BLOCKS];  // of the buffer, finished by each block
 };
 
 struct Memory {
@@ -54,7 +55,7 @@ struct Buffer {
   long long choices;   // [RANKS, MAX_TOKENS, TOP_K] of 16 bytes: expert, tag, weight, tag
   long long tokens;    // [RANKS] of 8 bytes: how many the rank has, tag
   long long arrived;   // [RANKS, MAX_TOKENS * SLICES] words: the tag
-  long long credit;    // [RANKS] words: the last use that the rank has read
+  long long credit;    // [RANKS, BLOCKS] words: the last use that the rank's block has read
 };
 
 // What dispatch found out and combine needs. A slot is source rank * MAX_TOKENS + token.
@@ -125,19 +126,38 @@ __device__ inline void fail(const Memory& memory, int phase, int peer, unsigned 
   __threadfence_system();
 }
 
-// Spins until ready(). False if this rank has given up, which it does when a peer lets it wait too long.
-template <typename Ready>
-__device__ inline bool wait(const Memory& memory, int phase, int peer, unsigned tag, Ready ready) {
-  for (long long start = 0;;) {
-    for (int i = 0; i < 64; ++i)
-      if (ready()) return true;
-    if (peek(memory.failed)) return false;
+// How long one wait may last.
+struct Patience {
+  long long start = 0;
+
+  // Whether this rank has given up, which it does when a peer lets it wait too long.
+  __device__ bool over(const Memory& memory, int phase, int peer, unsigned tag) {
+    if (peek(memory.failed)) return true;
     const long long time = now();
     if (start == 0) start = time;
-    if (time - start > memory.limit) {
-      fail(memory, phase, peer, tag);
-      return false;
-    }
+    if (time - start <= memory.limit) return false;
+    fail(memory, phase, peer, tag);
+    return true;
+  }
+};
+
+// Spins until ready(). False if the rank has given up.
+template <typename Ready>
+__device__ inline bool wait(const Memory& memory, int phase, int peer, unsigned tag, Ready ready) {
+  for (Patience patience;;) {
+    for (int i = 0; i < 64; ++i)
+      if (ready()) return true;
+    if (patience.over(memory, phase, peer, tag)) return false;
+  }
+}
+
+// The same for a whole warp, whose threads call ready() together and get the same answer.
+template <typename Ready>
+__device__ inline bool wait_together(const Memory& memory, int phase, int peer, unsigned tag, Ready ready) {
+  for (Patience patience;;) {
+    for (int i = 0; i < 64; ++i)
+      if (ready()) return true;
+    if (__any_sync(~0u, patience.over(memory, phase, peer, tag))) return false;
   }
 }
 
@@ -171,15 +191,22 @@ __device__ inline void store_piece(T* row, int i, uint4 piece) {
   }
 }
 
-// Piece `index` of a rank's buffer.
-__device__ inline void push(const Memory& memory, const Buffer& buffer, int rank, long long index, uint4 piece,
-                            unsigned tag) {
-  uint4* to = at<uint4>(memory, rank, buffer.rows);
+// Pieces first .. first + 31 of the row in a slot of a rank's buffer, one from each lane; a whole warp. TAGGED ones
+// change lanes, so that what a warp stores at a time is in one stretch.
+__device__ inline void push(const Memory& memory, const Buffer& buffer, int rank, long long slot, int first,
+                            uint4 piece, unsigned tag) {
+  const int lane = threadIdx.x % 32;
   if constexpr (TAGGED) {
-    put_tagged(to + 2 * index, piece.x, piece.y, tag);
-    put_tagged(to + 2 * index + 1, piece.z, piece.w, tag);
-  } else {
-    to[index] = piece;
+    uint4* to = at<uint4>(memory, rank, buffer.rows) + (slot * PIECES + first) * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int from = half * 16 + lane / 2;
+      const unsigned x = __shfl_sync(~0u, piece.x, from), y = __shfl_sync(~0u, piece.y, from);
+      const unsigned z = __shfl_sync(~0u, piece.z, from), w = __shfl_sync(~0u, piece.w, from);
+      if (first + from < PIECES) put_tagged(to + half * 32 + lane, lane % 2 ? z : x, lane % 2 ? w : y, tag);
+    }
+  } else if (first + lane < PIECES) {
+    at<uint4>(memory, rank, buffer.rows)[slot * PIECES + first + lane] = piece;
   }
 }
 
@@ -213,7 +240,10 @@ __device__ inline uint2 wait_for_pair(const Memory& memory, int phase, int from,
 
 // ---- chunks -----------------------------------------------------------------------------------------------------------
 
-__device__ inline int num_items(int num_tokens) { return (num_tokens + CHUNK - 1) / CHUNK * SLICES; }
+__device__ constexpr int num_items(int num_tokens) { return (num_tokens + CHUNK - 1) / CHUNK * SLICES; }
+
+// With few items each block has its own; else blocks take tickets.
+constexpr bool TICKETS = !TAGGED && num_items(MAX_TOKENS) > 2 * BLOCKS;
 
 // What a block works on at a time: a slice of CHUNK rows. Each thread has one of these tokens, and of its row the
 // pieces first, first + STEP, ..
@@ -248,38 +278,93 @@ __device__ inline unsigned ranks_of(const int* expert, int token) {
   return ranks;
 }
 
-// Before a block pushes. All threads of the block.
-__device__ inline void wait_for_credit(const Memory& memory, const Buffer& buffer, unsigned tag) {
-  if (threadIdx.x < RANKS) {
-    const unsigned* credit = at<unsigned>(memory, memory.rank, buffer.credit) + threadIdx.x;
-    wait(memory, CREDIT, threadIdx.x, tag, [&] { return static_cast<int>(acquire(credit) - (tag - 1)) >= 0; });
-  }
-  __syncthreads();
+// The tag of this use, once peers have given credit for the last one; 0 if the rank has given up. All threads of the
+// block, after they have started the loads of what they will push: all these loads are under way at the same time. (What
+// is pushed depends on the credit, so it cannot go ahead of it, acquire or not.)
+__device__ inline unsigned enter_to_push(const Memory& memory, const Buffer& buffer) {
+  const unsigned* credit = at<unsigned>(memory, memory.rank, buffer.credit);
+  const unsigned failed = peek(memory.failed), uses = peek(&buffer.counters->uses[blockIdx.x]);
+  for (int i = threadIdx.x; i < RANKS * BLOCKS; i += THREADS)
+    wait(memory, CREDIT, i / BLOCKS, uses + 1, [&] { return static_cast<int>(peek(credit + i) - uses) >= 0; });
+  return __syncthreads_or(failed) ? 0 : uses + 1;
 }
 
-__device__ inline void give_credit(const Memory& memory, long long credit, unsigned use) {
-  for (int rank = 0; rank < RANKS; ++rank) release(at<unsigned>(memory, rank, credit) + memory.rank, use);
+// The same for a block that only receives.
+__device__ inline unsigned enter(const Memory& memory, const Buffer& buffer) {
+  const unsigned failed = peek(memory.failed), uses = peek(&buffer.counters->uses[blockIdx.x]);
+  return __syncthreads_or(failed) ? 0 : uses + 1;
 }
 
-// The end of a block; true for one thread, of the last block of all. The next kernel uses the buffer anew.
+// This block has read what it needs of a buffer. One thread.
+__device__ inline void give_credit(const Memory& memory, long long credit, int block, unsigned use) {
+  for (int rank = 0; rank < RANKS; ++rank)
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at<unsigned>(memory, rank, credit) + memory.rank * BLOCKS + block),
+                 "r"(use)
+                 : "memory");
+}
+
+// The end of a block; true for one of its threads. What the block has read is in its registers: no fence is needed
+// before others may write there.
+template <bool TOOK_TICKETS>
 __device__ inline bool finish(const Buffer& buffer, unsigned tag) {
   __syncthreads();
   if (threadIdx.x != 0) return false;
-  __threadfence();
   Counters& counters = *buffer.counters;
-  if (atomicAdd(&counters.finished, 1u) + 1 != gridDim.x) return false;
-  counters.finished = 0;
-  counters.tickets = 0;
-  counters.uses = tag;
-  __threadfence();
+  counters.uses[blockIdx.x] = tag;
+  if (TOOK_TICKETS && atomicAdd(&counters.finished, 1u) + 1 == BLOCKS) counters.finished = counters.tickets = 0;
   return true;
 }
 
-// The next piece of work of this launch, the same for all threads of the block.
-__device__ inline int take_ticket(const Buffer& buffer) {
+// The n-th piece of work of this block, the same for all its threads.
+__device__ inline int next_ticket(const Buffer& buffer, int n) {
+  if (!TICKETS) return n * BLOCKS + blockIdx.x;
   __shared__ int ticket;
   __syncthreads();
   if (threadIdx.x == 0) ticket = static_cast<int>(atomicAdd(&buffer.counters->tickets, 1u));
   __syncthreads();
   return ticket;
 }
+
+#if BULK
+__device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+// One lane of a warp, moving rows through shared memory of its own.
+struct Mover {
+  static constexpr int BYTES = PIECES * 16;
+  unsigned row, barrier, parity = 0;
+
+  __device__ Mover(unsigned char* rows, unsigned long long* barriers) {
+    const int warp = threadIdx.x / 32;
+    row = shared_address(rows + warp * BYTES), barrier = shared_address(barriers + warp);
+    if (threadIdx.x % 32 != 0) return;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
+  }
+  __device__ void load(const void* from) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(BYTES) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(row),
+                 "l"(from), "r"(BYTES), "r"(barrier)
+                 : "memory");
+  }
+  __device__ void wait_for_load() {
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+            barrier),
+        "r"(parity)
+        : "memory");
+    parity ^= 1;
+  }
+  __device__ void store(void* to) const {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(row), "r"(BYTES)
+                 : "memory");
+  }
+  // The row may be loaded anew.
+  __device__ void wait_for_reads() const {
+    asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
+  }
+  // What was stored has arrived.
+  __device__ void wait_for_stores() const {
+    asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group 0; fence.proxy.async;" ::: "memory");
+  }
+};
+#endif

@@ -9,6 +9,7 @@
 #include "direct.cuh"
 
 using P = Piece<ELEMENT, WIDTH>;
+constexpr int OTHERS = RANKS > 1 ? RANKS - 1 : 1;
 
 // Adds what this rank has for a slot, of pieces i + u * STEP.
 __device__ inline void add_answers(const ELEMENT* rows, long long stride, const Table& table, long long slot, int i,
@@ -41,42 +42,46 @@ __device__ inline void add_answers(const ELEMENT* rows, long long stride, const 
   }
 }
 
-__device__ inline void push_answers(const Memory& memory, const Buffer& buffer, const Table& table,
-                                    const ELEMENT* rows, long long stride, const float* numbers, int pushers,
-                                    unsigned tag) {
-  wait_for_credit(memory, buffer, tag);
+// Returns the tag.
+__device__ inline unsigned push_answers(const Memory& memory, const Buffer& buffer, const Table& table,
+                                        const ELEMENT* rows, long long stride, const float* numbers, int pushers) {
+  const int lane = threadIdx.x % 32;
+  unsigned tag = 0;
   int most = 0;
   for (int rank = 0; rank < RANKS; ++rank)
     if (rank != memory.rank) most = max(most, num_items(table.num_tokens[rank]));
-  for (int n = blockIdx.x; n < most * (RANKS - 1); n += pushers) {
-    const int to = (memory.rank + 1 + n % (RANKS - 1)) % RANKS, num_tokens = table.num_tokens[to];
-    const Item item(n / (RANKS - 1));
-    if (item.number >= num_items(num_tokens)) continue;
-    const long long slot = static_cast<long long>(to) * MAX_TOKENS + item.token;
+  for (int n = blockIdx.x; n < num_items(MAX_TOKENS) * OTHERS; n += pushers) {
+    const int to = (memory.rank + 1 + n % OTHERS) % RANKS;
+    const Item item(n / OTHERS);
+    if (item.number >= most && tag != 0) break;
+    const bool is = item.token < MAX_TOKENS;
+    const long long slot = static_cast<long long>(to) * MAX_TOKENS + (is ? item.token : 0);
+    const long long home = static_cast<long long>(memory.rank) * MAX_TOKENS + item.token;
     bool any = false;
-    if (item.token < num_tokens)
-      for (int j = 0; j < TOP_K; ++j) any |= table.place[slot * TOP_K + j] != -1;
-    if (any) {
-      for (int i = item.first; i < PIECES; i += STEP * UNROLL) {
-        float sum[UNROLL][WIDTH] = {};
-        add_answers(rows, stride, table, slot, i, sum);
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-          if (i + u * STEP >= PIECES) continue;
-          const P piece = from_floats<P>(sum[u]);
-          const long long index = (static_cast<long long>(memory.rank) * MAX_TOKENS + item.token) * PIECES + i + u * STEP;
-          push(memory, buffer, to, index, *reinterpret_cast<const uint4*>(&piece), tag);
-        }
+    for (int j = 0; j < TOP_K; ++j) any |= table.place[slot * TOP_K + j] != -1;
+    for (int start = item.first - item.lane; start < PIECES; start += STEP * UNROLL) {  // the same in all lanes
+      const int i = start + item.lane;
+      float sum[UNROLL][WIDTH] = {};
+      add_answers(rows, stride, table, slot, i, sum);
+      if (tag == 0) tag = enter_to_push(memory, buffer);
+      if (tag == 0) return 0;
+      if (!is || !any) continue;
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const P piece = from_floats<P>(sum[u]);
+        push(memory, buffer, to, home, i + u * STEP - lane, *reinterpret_cast<const uint4*>(&piece), tag);
       }
-      if (RETURN && item.leads() && item.lane < TOP_K && table.place[slot * TOP_K + item.lane] != -1)
-        put_pair(at<uint2>(memory, to, buffer.scales) + static_cast<long long>(item.token) * TOP_K + item.lane,
-                 __float_as_uint(numbers[slot * TOP_K + item.lane]), tag);
     }
+    if (RETURN && is && item.leads() && item.lane < TOP_K && table.place[slot * TOP_K + item.lane] != -1)
+      put_pair(at<uint2>(memory, to, buffer.scales) + static_cast<long long>(item.token) * TOP_K + item.lane,
+               __float_as_uint(numbers[slot * TOP_K + item.lane]), tag);
     if (!TAGGED) {
       __syncthreads();
       if (threadIdx.x == 0) announce(memory, buffer, to, item.number, tag);
     }
   }
+  return tag ? tag : enter(memory, buffer);
 }
 
 __device__ inline void sum_answers(const Memory& memory, const Buffer& buffer, const Table& table, const ELEMENT* rows,
@@ -128,16 +133,17 @@ __device__ inline void sum_answers(const Memory& memory, const Buffer& buffer, c
 
 // rows, with `stride` elements from one to the next; expert [num_tokens, TOP_K] as dispatch took it.
 // done: the counters of dispatch's buffer and the offset of its credits, if its rows are in there and are free now.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     direct_combine(const __grid_constant__ Memory memory, const __grid_constant__ Buffer buffer,
                    const __grid_constant__ Table table, const ELEMENT* rows, long long stride, const int* expert,
                    const float* numbers, int num_tokens, ELEMENT* y, float* returned, int pushers,
                    const Counters* done, long long done_credit) {
-  if (peek(memory.failed)) return;
-  const unsigned tag = peek(&buffer.counters->uses) + 1;
-  if (RANKS > 1 && blockIdx.x < pushers) push_answers(memory, buffer, table, rows, stride, numbers, pushers, tag);
-  for (int n = blockIdx.x;; n += gridDim.x) {
-    const int number = TAGGED ? n : take_ticket(buffer);
+  const bool pushes = RANKS > 1 && blockIdx.x < pushers;
+  const unsigned tag =
+      pushes ? push_answers(memory, buffer, table, rows, stride, numbers, pushers) : enter(memory, buffer);
+  if (tag == 0) return;
+  for (int n = 0;; ++n) {
+    const int number = next_ticket(buffer, n);
     if (number >= num_items(num_tokens)) break;
     const Item item(number);
     if (!TAGGED) {
@@ -147,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (item.token < num_tokens)
       sum_answers(memory, buffer, table, rows, stride, expert, item, numbers, y, returned, tag);
   }
-  if (!finish(buffer, tag)) return;
-  give_credit(memory, buffer.credit, tag);
-  if (done) give_credit(memory, done_credit, peek(&done->uses));
+  if (!finish<TICKETS>(buffer, tag)) return;
+  give_credit(memory, buffer.credit, blockIdx.x, tag);
+  if (done) give_credit(memory, done_credit, blockIdx.x, done->uses[blockIdx.x]);
 }

@@ -4,7 +4,7 @@
 //         1 expanded: a copy for each of this rank's experts, ordered by expert, source rank and token
 //         2 backward of combine: rows is the gradient of what combine took. The table is that of the forward pass.
 // The macros of direct.cuh, and
-// TABLE_BLOCKS  the last blocks, which tell all ranks where this rank's tokens go and make the table from what they tell
+// TABLE_BLOCKS  unless OUTPUT is 2, the last blocks, which tell all ranks where this rank's tokens go and make the table from what they tell
 #include "direct.cuh"
 
 constexpr int WARPS = THREADS / 32;
@@ -31,9 +31,11 @@ __device__ inline uint4 wire_piece(const ELEMENT* row, int i, bool wanted, float
   for (int distance = 4; distance > 0; distance /= 2)
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, distance));
   scale = scale_of(amax);
-  Piece<unsigned char, 16> piece;
+  const Divisor divided(scale);
+  Piece<unsigned short, 8> piece;
 #pragma unroll
-  for (int n = 0; n < 16; ++n) piece.value[n] = to_e4m3(to_float(part[n / N].value[n % N]) / scale);
+  for (int n = 0; n < 16; n += 2)
+    piece.value[n / 2] = to_e4m3(divided(to_float(part[n / N].value[n % N])), divided(to_float(part[n / N].value[n % N + 1])));
   return *reinterpret_cast<uint4*>(&piece);
 #else
   return wanted ? load_piece(row, i) : uint4{};
@@ -48,12 +50,36 @@ __device__ inline void push_scale(const Memory& memory, const Buffer& buffer, in
     at<float>(memory, rank, buffer.scales)[index] = scale;
 }
 
-__device__ inline void push_rows(const Memory& memory, const Buffer& buffer, const ELEMENT* x, const int* expert,
-                                 int num_tokens, int pushers, unsigned tag) {
-  wait_for_credit(memory, buffer, tag);
+extern __shared__ __align__(128) unsigned char shared[];
+
+#if BULK
+// Returns the tag.
+__device__ inline unsigned push_rows(const Memory& memory, const Buffer& buffer, const ELEMENT* x, const int* expert,
+                                     int num_tokens, int pushers, Mover& mover) {
+  const unsigned tag = enter_to_push(memory, buffer);
+  if (tag == 0 || threadIdx.x % 32 != 0) return tag;
+  for (int token = threadIdx.x / 32 * pushers + blockIdx.x; token < num_tokens; token += pushers * WARPS) {
+    mover.load(x + static_cast<long long>(token) * HIDDEN);
+    const unsigned ranks = ranks_of(expert, token);
+    const long long slot = static_cast<long long>(memory.rank) * MAX_TOKENS + token;
+    mover.wait_for_load();
+    for (int rank = 0; rank < RANKS; ++rank)
+      if (ranks >> rank & 1) mover.store(at<uint4>(memory, rank, buffer.rows) + slot * PIECES);
+    mover.wait_for_stores();
+    for (int rank = 0; rank < RANKS; ++rank) announce(memory, buffer, rank, token, tag);
+  }
+  return tag;
+}
+#else
+// Returns the tag.
+__device__ inline unsigned push_rows(const Memory& memory, const Buffer& buffer, const ELEMENT* x, const int* expert,
+                                     int num_tokens, int pushers) {
+  unsigned tag = 0;
+  const int lane = threadIdx.x % 32;
   for (int number = blockIdx.x; number < num_items(num_tokens); number += pushers) {
     const Item item(number);
-    const unsigned ranks = item.token < num_tokens ? ranks_of(expert, item.token) : 0;
+    const bool is = item.token < num_tokens;
+    const unsigned ranks = is ? ranks_of(expert, item.token) : 0;
     const long long slot = static_cast<long long>(memory.rank) * MAX_TOKENS + item.token;
     const ELEMENT* row = x + static_cast<long long>(item.token) * HIDDEN;
     for (int start = item.first - item.lane; start < PIECES; start += STEP * UNROLL) {  // the same in all lanes
@@ -62,14 +88,16 @@ __device__ inline void push_rows(const Memory& memory, const Buffer& buffer, con
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
         const int i = start + u * STEP + item.lane;
-        piece[u] = wire_piece(row, i, ranks && i < PIECES, scale[u]);
+        piece[u] = wire_piece(row, i, is && i < PIECES, scale[u]);  // does not wait for `ranks`
       }
+      if (tag == 0) tag = enter_to_push(memory, buffer);
+      if (tag == 0) return 0;
       for (int rank = 0; rank < RANKS; ++rank) {
         if (!(ranks >> rank & 1)) continue;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
           const int i = start + u * STEP + item.lane;
-          if (i < PIECES) push(memory, buffer, rank, slot * PIECES + i, piece[u], tag);
+          push(memory, buffer, rank, slot, i - lane, piece[u], tag);
           if (FP8 && i < PIECES && i % 8 == 0) push_scale(memory, buffer, rank, slot * SCALES + i / 8, scale[u], tag);
         }
       }
@@ -79,30 +107,41 @@ __device__ inline void push_rows(const Memory& memory, const Buffer& buffer, con
       if (threadIdx.x < RANKS) announce(memory, buffer, threadIdx.x, number, tag);
     }
   }
+  return tag ? tag : enter(memory, buffer);
 }
+#endif
 
 #if OUTPUT != 2
-// How many tokens this rank has, and each one's experts and weights, to all ranks.
-__device__ inline void push_choices(const Memory& memory, const Buffer& buffer, const int* expert, const float* weight,
-                                    int num_tokens, int block, unsigned tag) {
-  wait_for_credit(memory, buffer, tag);
-  if (block == 0 && threadIdx.x < RANKS)
-    put_pair(at<uint2>(memory, threadIdx.x, buffer.tokens) + memory.rank, num_tokens, tag);
-  for (int i = block * THREADS + threadIdx.x; i < num_tokens * TOP_K; i += TABLE_BLOCKS * THREADS) {
-    const int id = expert[i];
+// How many tokens this rank has, and each one's experts and weights, to all ranks. Returns the tag.
+__device__ inline unsigned push_choices(const Memory& memory, const Buffer& buffer, const int* expert,
+                                        const float* weight, int num_tokens, int block) {
+  const int num = num_tokens * TOP_K, all = TAGGED ? MAX_TOKENS * TOP_K : num;  // who waits for tags needs no number
+  unsigned tag = 0;
+  for (int start = block * THREADS; start < all || tag == 0; start += TABLE_BLOCKS * THREADS) {
+    const int i = start + threadIdx.x;
+    const int id = i < num ? expert[i] : -1;
+    const float factor = i < num ? weight[i] : 0;
+    if (tag == 0) {
+      tag = enter_to_push(memory, buffer);
+      if (tag == 0) return 0;
+      if (block == 0 && threadIdx.x < RANKS)
+        put_pair(at<uint2>(memory, threadIdx.x, buffer.tokens) + memory.rank, num_tokens, tag);
+    }
+    if (i >= all) break;
     if (id < -1 || id >= NUM_EXPERTS) atomicAdd(memory.report + 2, 1ull);
     const long long index = static_cast<long long>(memory.rank) * MAX_TOKENS * TOP_K + i;
     for (int rank = 0; rank < RANKS; ++rank)
-      put_tagged(at<uint4>(memory, rank, buffer.choices) + index, id, __float_as_uint(weight[i]), tag);
+      put_tagged(at<uint4>(memory, rank, buffer.choices) + index, id, __float_as_uint(factor), tag);
   }
+  return tag;
 }
 
 // ---- the table --------------------------------------------------------------------------------------------------------
 
-// All threads of a block learn how many tokens every rank has.
+// All threads of a block learn how many tokens every rank has; with TAGGED, those that are none have no experts.
 __device__ inline void wait_for_tokens(const Memory& memory, const Buffer& buffer, unsigned tag, Smem& smem) {
   if (threadIdx.x < RANKS) {
-    const unsigned num = wait_for_pair(memory, TOKENS, threadIdx.x, buffer.tokens, threadIdx.x, tag).x;
+    const unsigned num = TAGGED ? MAX_TOKENS : wait_for_pair(memory, TOKENS, threadIdx.x, buffer.tokens, threadIdx.x, tag).x;
     smem.num_tokens[threadIdx.x] = min(num, static_cast<unsigned>(MAX_TOKENS));
   }
   __syncthreads();
@@ -111,11 +150,11 @@ __device__ inline void wait_for_tokens(const Memory& memory, const Buffer& buffe
 // All table blocks have come here. `coming` counts them, over all uses of the buffer.
 __device__ inline void meet(const Memory& memory, unsigned* coming, unsigned tag) {
   __syncthreads();
+  if (TABLE_BLOCKS == 1) return;
   if (threadIdx.x == 0) {
     __threadfence();
     atomicAdd(coming, 1u);
-    if (TABLE_BLOCKS > 1)
-      wait(memory, INSIDE, memory.rank, tag, [&] { return static_cast<int>(acquire(coming) - tag * TABLE_BLOCKS) >= 0; });
+    wait(memory, INSIDE, memory.rank, tag, [&] { return static_cast<int>(acquire(coming) - tag * TABLE_BLOCKS) >= 0; });
   }
   __syncthreads();
 }
@@ -123,8 +162,8 @@ __device__ inline void meet(const Memory& memory, unsigned* coming, unsigned tag
 // Counts and places as `route` does: each warp has a stretch of all tokens; what came before it is counted once.
 __device__ inline void make_table(const Memory& memory, const Buffer& buffer, const Table& table, int block,
                                   unsigned tag, const Smem& smem) {
-  extern __shared__ int count[];  // [WARPS][EXPERTS], then [EXPERTS + 1] offsets
-  int* const offset = count + WARPS * EXPERTS;
+  int* const count = reinterpret_cast<int*>(shared + (BULK ? WARPS * PIECES * 16 : 0));  // [WARPS][EXPERTS]
+  int* const offset = count + WARPS * EXPERTS;                                            // [EXPERTS + 1]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int total = 0;
   for (int rank = 0; rank < RANKS; ++rank) total += smem.num_tokens[rank];
@@ -141,22 +180,33 @@ __device__ inline void make_table(const Memory& memory, const Buffer& buffer, co
     return (static_cast<long long>(rank) * MAX_TOKENS + token) * TOP_K + lane % TOP_K;
   };
 
+  // A warp looks at BATCH groups at a time. If that is all it has, it keeps what it saw.
+  constexpr int MOST_GROUPS = (RANKS * MAX_TOKENS + GROUP_TOKENS - 1) / GROUP_TOKENS;
+  constexpr int MOST = (MOST_GROUPS + TABLE_BLOCKS * WARPS - 1) / (TABLE_BLOCKS * WARPS), BATCH = MOST < 4 ? MOST : 4;
+  int local[BATCH];
   for (int i = threadIdx.x; i < WARPS * EXPERTS; i += THREADS) count[i] = 0;
   __syncthreads();
-  for (int first = begin; first < end; first += GROUP_TOKENS) {
-    const long long i = choice(first);
-    if (i < 0) continue;
-    uint4 word = {};
-    const uint4* from = at<uint4>(memory, memory.rank, buffer.choices) + i;
-    const bool came = wait(memory, CHOICES, i / TOP_K / MAX_TOKENS, tag, [&] {
-      word = peek_tagged(from);
-      return word.y == tag && word.w == tag;
-    });
-    const unsigned local = word.x - memory.rank * EXPERTS;
-    const bool mine = came && word.x < NUM_EXPERTS && local < EXPERTS;
-    table.weight[i] = __uint_as_float(word.z);
-    table.place[i] = mine ? static_cast<int>(local) : -1;  // read again below
-    if (mine) atomicAdd(&count[warp * EXPERTS + local], 1);
+  for (int first = begin; first < end; first += GROUP_TOKENS * BATCH) {
+    const uint4* const words = at<uint4>(memory, memory.rank, buffer.choices);
+    long long i[BATCH];
+    uint4 word[BATCH] = {};
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      i[b] = choice(first + b * GROUP_TOKENS);
+      if (i[b] >= 0) word[b] = peek_tagged(words + i[b]);
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      local[b] = -1;
+      if (i[b] < 0) continue;
+      const auto came = [&] { return word[b].y == tag && word[b].w == tag; };
+      if (!came()) wait(memory, CHOICES, i[b] / TOP_K / MAX_TOKENS, tag, [&] { return word[b] = peek_tagged(words + i[b]), came(); });
+      const unsigned id = came() ? word[b].x : NUM_EXPERTS, mine = id - memory.rank * EXPERTS;
+      if (id < NUM_EXPERTS && mine < EXPERTS) local[b] = static_cast<int>(mine);
+      if (local[b] >= 0) atomicAdd(&count[warp * EXPERTS + local[b]], 1);
+      table.weight[i[b]] = __uint_as_float(word[b].z);
+      if (MOST > BATCH) table.place[i[b]] = local[b];  // read again below
+    }
   }
   __syncthreads();
   for (int e = threadIdx.x; e < EXPERTS; e += THREADS) {
@@ -166,16 +216,19 @@ __device__ inline void make_table(const Memory& memory, const Buffer& buffer, co
       count[w * EXPERTS + e] = sum;
       sum += here;
     }
-    __stcg(table.tiles + block * EXPERTS + e, sum);
+    if (TABLE_BLOCKS > 1)
+      __stcg(table.tiles + block * EXPERTS + e, sum);
+    else
+      offset[e + 1] = sum;
   }
   meet(memory, &buffer.counters->tiles, tag);
   for (int e = threadIdx.x; e < EXPERTS; e += THREADS) {
-    int before = 0, sum = 0;
-    for (int b = 0; b < TABLE_BLOCKS; ++b) {
+    int before = 0, sum = TABLE_BLOCKS > 1 ? 0 : offset[e + 1];
+    for (int b = 0; TABLE_BLOCKS > 1 && b < TABLE_BLOCKS; ++b) {
       if (b == block) before = sum;
       sum += __ldcg(table.tiles + b * EXPERTS + e);
     }
-    for (int w = 0; w < WARPS; ++w) count[w * EXPERTS + e] += before;
+    for (int w = 0; TABLE_BLOCKS > 1 && w < WARPS; ++w) count[w * EXPERTS + e] += before;
     offset[e + 1] = sum;
     if (block == 0) table.count[e] = sum;
   }
@@ -198,25 +251,34 @@ __device__ inline void make_table(const Memory& memory, const Buffer& buffer, co
   __syncthreads();
   if (block == 0) {
     for (int e = threadIdx.x; e <= EXPERTS; e += THREADS) table.offset[e] = offset[e];
-    if (threadIdx.x < RANKS) table.num_tokens[threadIdx.x] = smem.num_tokens[threadIdx.x];
+    if (threadIdx.x < RANKS)
+      table.num_tokens[threadIdx.x] =
+          TAGGED ? wait_for_pair(memory, TOKENS, threadIdx.x, buffer.tokens, threadIdx.x, tag).x : smem.num_tokens[threadIdx.x];
   }
-  for (int first = begin; first < end; first += GROUP_TOKENS) {
-    const long long i = choice(first);
-    const int local = i >= 0 ? table.place[i] : -1;
-    const unsigned same = __match_any_sync(~0u, local);  // in order of token and choice, as lanes are
-    int place = -1;
-    if (local >= 0) {
-      const long long row = offset[local] + count[warp * EXPERTS + local] + __popc(same & ((1u << lane) - 1));
-      place = row < table.max_rows ? static_cast<int>(row) : -2;
-      if (place >= 0)
-        table.slot[place] = static_cast<int>(i / TOP_K);
-      else
-        atomicAdd(memory.report + 1, 1ull);
+  for (int first = begin; first < end; first += GROUP_TOKENS * BATCH) {
+    long long i[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      i[b] = choice(first + b * GROUP_TOKENS);
+      if (MOST > BATCH) local[b] = i[b] >= 0 ? table.place[i[b]] : -1;
     }
-    __syncwarp();
-    if (local >= 0 && lane == __ffs(same) - 1) count[warp * EXPERTS + local] += __popc(same);
-    __syncwarp();
-    if (i >= 0) table.place[i] = place;
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      const unsigned same = __match_any_sync(~0u, local[b]);  // in order of token and choice, as lanes are
+      int place = -1;
+      if (local[b] >= 0) {
+        const long long row = offset[local[b]] + count[warp * EXPERTS + local[b]] + __popc(same & ((1u << lane) - 1));
+        place = row < table.max_rows ? static_cast<int>(row) : -2;
+        if (place >= 0)
+          table.slot[place] = static_cast<int>(i[b] / TOP_K);
+        else
+          atomicAdd(memory.report + 1, 1ull);
+      }
+      __syncwarp();
+      if (local[b] >= 0 && lane == __ffs(same) - 1) count[warp * EXPERTS + local[b]] += __popc(same);
+      __syncwarp();
+      if (i[b] >= 0) table.place[i[b]] = place;
+    }
   }
   // What no token has belongs to nobody.
   for (int rank = 0; rank < RANKS; ++rank) {
@@ -231,6 +293,8 @@ __device__ inline void make_table(const Memory& memory, const Buffer& buffer, co
   }
 }
 
+#endif
+
 // ---- receiving --------------------------------------------------------------------------------------------------------
 
 __device__ inline float pushed_scale(const Memory& memory, const Buffer& buffer, int from, long long index,
@@ -241,32 +305,67 @@ __device__ inline float pushed_scale(const Memory& memory, const Buffer& buffer,
     return __ldcg(at<float>(memory, memory.rank, buffer.scales) + index);
 }
 
-// Whether a token that is on its way goes to this rank; asked by whole warps.
-__device__ inline bool comes(const Memory& memory, const Buffer& buffer, int from, long long slot, unsigned tag) {
+#if OUTPUT == 0
+// One token's row, if it comes, to its slot; every warp looks for its pieces and for the token's choices at once.
+__device__ inline void receive_row(const Memory& memory, const Buffer& buffer, const Item& item, int from, WIRE* rows,
+                                   float* scales, unsigned tag) {
+  const long long slot = static_cast<long long>(from) * MAX_TOKENS + item.token;
   const int j = threadIdx.x % 32;
-  bool mine = false;
-  if (j < TOP_K) {
-    uint4 word = {};
-    wait(memory, CHOICES, from, tag, [&] {
-      word = peek_tagged(at<uint4>(memory, memory.rank, buffer.choices) + slot * TOP_K + j);
-      return word.y == tag && word.w == tag;
+  const uint4* const choices = at<uint4>(memory, memory.rank, buffer.choices) + slot * TOP_K;
+  const uint4* const pieces = at<uint4>(memory, memory.rank, buffer.rows) + slot * PIECES * 2;
+  bool mine = true;
+  for (int start = item.first - item.lane; start < PIECES && mine; start += STEP) {
+    const int i = start + item.lane;
+    uint4 a = {}, b = {};
+    const bool came = wait_together(memory, ROWS, from, tag, [&] {
+      uint4 word = {0, tag, 0, tag};
+      if (j < TOP_K) word = peek_tagged(choices + j);
+      if (i < PIECES) a = peek_tagged(pieces + 2 * i), b = peek_tagged(pieces + 2 * i + 1);
+      if (!__all_sync(~0u, word.y == tag && word.w == tag)) return false;
+      mine = __any_sync(~0u, j < TOP_K && word.x < NUM_EXPERTS && word.x / EXPERTS == memory.rank);
+      return !mine || __all_sync(~0u, i >= PIECES || (a.y == tag && a.w == tag && b.y == tag && b.w == tag));
     });
-    mine = word.y == tag && word.x < NUM_EXPERTS && word.x / EXPERTS == memory.rank;
+    mine &= came;
+    if (mine) store_piece(rows + slot * HIDDEN, i, {a.x, a.z, b.x, b.z});
   }
-  return __any_sync(~0u, mine);
+#if FP8
+  for (int g = mine && item.leads() ? item.lane : SCALES; g < SCALES; g += LANES)
+    scales[slot * SCALES + g] = pushed_scale(memory, buffer, from, slot * SCALES + g, tag);
+#endif
 }
-
-// One token's pieces to where they belong. OUTPUT 0 is only needed for rows that came TAGGED.
+#elif OUTPUT == 1
+#if BULK
+// Copies of one token's row to where its experts want it. One lane.
+__device__ inline void receive_row(const Memory& memory, const Buffer& buffer, const Table& table, int from, int token,
+                                   WIRE* rows, unsigned tag, Mover& mover) {
+  const long long slot = static_cast<long long>(from) * MAX_TOKENS + token;
+  int place[TOP_K];
+  bool any = false;
+#pragma unroll
+  for (int j = 0; j < TOP_K; ++j) {
+    place[j] = __ldcg(table.place + slot * TOP_K + j);
+    any |= place[j] >= 0;
+  }
+  if (!any) return;
+  wait_for_item(memory, buffer, from, token, tag);
+  asm volatile("fence.proxy.async;" ::: "memory");
+  mover.load(at<uint4>(memory, memory.rank, buffer.rows) + slot * PIECES);
+  mover.wait_for_load();
+#pragma unroll
+  for (int j = 0; j < TOP_K; ++j)
+    if (place[j] >= 0) mover.store(rows + static_cast<long long>(place[j]) * HIDDEN);
+  mover.wait_for_reads();
+}
+#else
+// Copies of one token's row to where its experts want it.
 __device__ inline void receive_row(const Memory& memory, const Buffer& buffer, const Table& table, const Item& item,
                                    int from, WIRE* rows, float* scales, unsigned tag) {
   const long long slot = static_cast<long long>(from) * MAX_TOKENS + item.token;
-  if (OUTPUT == 0 && !comes(memory, buffer, from, slot, tag)) return;
-  constexpr int COPIES = OUTPUT == 0 ? 1 : TOP_K;
-  int place[COPIES];
-  bool any = OUTPUT == 0;
+  int place[TOP_K];
+  bool any = false;
 #pragma unroll
-  for (int j = 0; j < COPIES; ++j) {
-    place[j] = OUTPUT == 0 ? static_cast<int>(slot) : __ldcg(table.place + slot * TOP_K + j);
+  for (int j = 0; j < TOP_K; ++j) {
+    place[j] = __ldcg(table.place + slot * TOP_K + j);
     any |= place[j] != -1;
   }
   if (!any) return;
@@ -276,7 +375,7 @@ __device__ inline void receive_row(const Memory& memory, const Buffer& buffer, c
     for (int u = 0; u < UNROLL; ++u)
       if (i + u * STEP < PIECES) piece[u] = pushed(memory, buffer, from, slot * PIECES + i + u * STEP, tag);
 #pragma unroll
-    for (int j = 0; j < COPIES; ++j) {
+    for (int j = 0; j < TOP_K; ++j) {
       if (place[j] < 0) continue;
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u)
@@ -287,12 +386,12 @@ __device__ inline void receive_row(const Memory& memory, const Buffer& buffer, c
   for (int g = item.leads() ? item.lane : SCALES; g < SCALES; g += LANES) {
     const float scale = pushed_scale(memory, buffer, from, slot * SCALES + g, tag);
 #pragma unroll
-    for (int j = 0; j < COPIES; ++j)
+    for (int j = 0; j < TOP_K; ++j)
       if (place[j] >= 0) scales[static_cast<long long>(place[j]) * SCALES + g] = scale;
   }
 #endif
 }
-
+#endif
 #else
 // The gradient of a token's answer, to each of its rows times the weight, and into the gradient of that weight. One warp.
 __device__ inline void spread_row(const Memory& memory, const Buffer& buffer, const Table& table, int from,
@@ -332,67 +431,96 @@ __device__ inline void spread_row(const Memory& memory, const Buffer& buffer, co
 
 // answers, grad_weight: for OUTPUT 2 what combine took, and the gradient of table.weight. rows, scales: as the table
 // orders them; with OUTPUT 0 only what came TAGGED is copied there, everything else is read where it came.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     direct_dispatch(const __grid_constant__ Memory memory, const __grid_constant__ Buffer buffer,
                     const __grid_constant__ Table table, const ELEMENT* x, const int* expert, const float* weight,
                     int num_tokens, const ELEMENT* answers, WIRE* rows, float* scales, float* grad_weight,
                     int pushers) {
-  if (peek(memory.failed)) return;
-  __shared__ Smem smem;
-  const unsigned tag = peek(&buffer.counters->uses) + 1;
 #if OUTPUT == 2
-  if (blockIdx.x < pushers) push_rows(memory, buffer, x, expert, num_tokens, pushers, tag);
-  for (int rank = threadIdx.x; rank < RANKS; rank += THREADS) smem.num_tokens[rank] = table.num_tokens[rank];
+  unsigned tag = blockIdx.x < pushers ? push_rows(memory, buffer, x, expert, num_tokens, pushers) : enter(memory, buffer);
+  if (tag == 0) return;
+  __shared__ int num_tokens_of[RANKS];
+  if (threadIdx.x < RANKS) num_tokens_of[threadIdx.x] = table.num_tokens[threadIdx.x];
   __syncthreads();
-  for (;;) {
-    const int ticket = take_ticket(buffer), from = ticket % RANKS, number = ticket / RANKS;
+  for (int n = 0;; ++n) {
+    const int ticket = next_ticket(buffer, n), from = ticket % RANKS, number = ticket / RANKS;
     if (number >= num_items(MAX_TOKENS)) break;
-    if (number >= num_items(smem.num_tokens[from]) || number % SLICES) continue;
+    if (number >= num_items(num_tokens_of[from]) || number % SLICES) continue;
     if (!TAGGED) {
       if (threadIdx.x < SLICES) wait_for_item(memory, buffer, from, number + threadIdx.x, tag);
       __syncthreads();
     }
-    for (int n = threadIdx.x / 32; n < CHUNK; n += WARPS) {
-      const int token = number / SLICES * CHUNK + n;
-      if (token < smem.num_tokens[from])
+    for (int c = threadIdx.x / 32; c < CHUNK; c += WARPS) {
+      const int token = number / SLICES * CHUNK + c;
+      if (token < num_tokens_of[from])
         spread_row(memory, buffer, table, from, token, answers, rows, grad_weight, tag);
     }
   }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {  // the table is made, for whoever counts
+    atomicAdd(&buffer.counters->tables, TABLE_BLOCKS);
+    atomicAdd(&buffer.counters->tiles, TABLE_BLOCKS);
+  }
+  if (finish<TICKETS>(buffer, tag)) give_credit(memory, buffer.credit, blockIdx.x, tag);
 #else
-  const int table_block = blockIdx.x - (gridDim.x - TABLE_BLOCKS);
+  __shared__ Smem smem;
+#if BULK
+  __shared__ unsigned long long barriers[WARPS];
+  Mover mover(shared, barriers);  // of a warp's first lane
+#endif
+  const int table_block = blockIdx.x - (BLOCKS - TABLE_BLOCKS);
+  unsigned tag;
   if (table_block >= 0) {
-    push_choices(memory, buffer, expert, weight, num_tokens, table_block, tag);
+    tag = push_choices(memory, buffer, expert, weight, num_tokens, table_block);
+    if (tag == 0) return;
     wait_for_tokens(memory, buffer, tag, smem);
     make_table(memory, buffer, table, table_block, tag, smem);
     if (OUTPUT == 0 && !TAGGED)  // everything has come
       for (int rank = 0; rank < RANKS; ++rank)
         for (int i = table_block * THREADS + threadIdx.x; i < num_items(smem.num_tokens[rank]); i += TABLE_BLOCKS * THREADS)
           wait_for_item(memory, buffer, rank, i, tag);
-  } else if (blockIdx.x < pushers) {
-    push_rows(memory, buffer, x, expert, num_tokens, pushers, tag);
+  } else {
+#if BULK
+    tag = blockIdx.x < pushers ? push_rows(memory, buffer, x, expert, num_tokens, pushers, mover) : enter(memory, buffer);
+#else
+    tag = blockIdx.x < pushers ? push_rows(memory, buffer, x, expert, num_tokens, pushers) : enter(memory, buffer);
+#endif
+    if (tag == 0) return;
   }
-  if (OUTPUT == 1 || (TAGGED && table_block < 0)) {
-    if (table_block < 0) wait_for_tokens(memory, buffer, tag, smem);
-    if (OUTPUT == 1) {
-      if (threadIdx.x == 0)
-        wait(memory, INSIDE, memory.rank, tag,
-             [&] { return static_cast<int>(acquire(&buffer.counters->tables) - tag * TABLE_BLOCKS) >= 0; });
+#if OUTPUT == 0
+  if (TAGGED && table_block < 0)
+    for (int n = blockIdx.x; n < RANKS * num_items(MAX_TOKENS); n += BLOCKS - TABLE_BLOCKS)
+      receive_row(memory, buffer, Item(n / RANKS), n % RANKS, rows, scales, tag);
+  // Compact rows are read until combine has taken their answers, which gives the credit.
+  if (finish<false>(buffer, tag) && TAGGED) give_credit(memory, buffer.credit, blockIdx.x, tag);
+#else
+  if (table_block < 0) wait_for_tokens(memory, buffer, tag, smem);
+  if (threadIdx.x == 0)
+    wait(memory, INSIDE, memory.rank, tag,
+         [&] { return static_cast<int>(acquire(&buffer.counters->tables) - tag * TABLE_BLOCKS) >= 0; });
+  __syncthreads();
+#if BULK
+  while (threadIdx.x % 32 == 0) {
+    const int ticket = static_cast<int>(atomicAdd(&buffer.counters->tickets, 1u)), from = ticket % RANKS;
+    if (ticket / RANKS >= MAX_TOKENS) break;
+    if (ticket / RANKS < smem.num_tokens[from])
+      receive_row(memory, buffer, table, from, ticket / RANKS, rows, tag, mover);
+  }
+  mover.wait_for_stores();
+  if (finish<true>(buffer, tag)) give_credit(memory, buffer.credit, blockIdx.x, tag);
+#else
+  for (int n = 0;; ++n) {
+    const int ticket = next_ticket(buffer, n), from = ticket % RANKS;
+    if (ticket / RANKS >= num_items(MAX_TOKENS)) break;
+    const Item item(ticket / RANKS);
+    if (item.number >= num_items(smem.num_tokens[from])) continue;
+    if (!TAGGED) {
+      if (threadIdx.x == 0) wait_for_item(memory, buffer, from, item.number, tag);
       __syncthreads();
     }
-    const int blocks = gridDim.x - (OUTPUT == 0 ? TABLE_BLOCKS : 0);
-    for (int n = blockIdx.x;; n += blocks) {
-      const int ticket = TAGGED ? n : take_ticket(buffer), from = ticket % RANKS;
-      if (ticket / RANKS >= num_items(MAX_TOKENS)) break;
-      const Item item(ticket / RANKS);
-      if (item.number >= num_items(smem.num_tokens[from])) continue;
-      if (!TAGGED) {
-        if (threadIdx.x == 0) wait_for_item(memory, buffer, from, item.number, tag);
-        __syncthreads();
-      }
-      if (item.token < smem.num_tokens[from]) receive_row(memory, buffer, table, item, from, rows, scales, tag);
-    }
+    if (item.token < smem.num_tokens[from]) receive_row(memory, buffer, table, item, from, rows, scales, tag);
   }
+  if (finish<TICKETS>(buffer, tag)) give_credit(memory, buffer.credit, blockIdx.x, tag);
 #endif
-  // Compact rows are read until combine has taken their answers, which gives the credit.
-  if (finish(buffer, tag) && (OUTPUT != 0 || TAGGED)) give_credit(memory, buffer.credit, tag);
+#endif
+#endif
 }

@@ -2,5 +2,6 @@
 #include "direct.cuh"
 
 extern "C" __global__ void direct_free(const __grid_constant__ Memory memory, const Counters* done, long long done_credit) {
-  if (threadIdx.x == 0) give_credit(memory, done_credit, peek(&done->uses));
+  for (int block = threadIdx.x; block < BLOCKS; block += blockDim.x)
+    give_credit(memory, done_credit, block, done->uses[block]);
 }

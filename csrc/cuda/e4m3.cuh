@@ -22,3 +22,27 @@ __device__ inline unsigned char to_e4m3(float value) {
 
 // The factor that makes a group's largest value LARGEST; never so small that it rounds to 0.
 __device__ inline float scale_of(float amax) { return amax > 0 ? fmaxf(amax, 0x1p-100f) / LARGEST : 1; }
+
+// x / scale, the same bits, for many x: by Markstein's theorem two steps from the rounded reciprocal are enough, unless
+// a remainder could be too small for a float.
+struct Divisor {
+  float scale, reciprocal;
+
+  __device__ explicit Divisor(float scale) : scale(scale), reciprocal(1.0f / scale) {}
+  __device__ float operator()(float x) const {
+    if (scale < 0x1p-60f) return x / scale;
+    const float q = x * reciprocal;
+    return fmaf(fmaf(-q, scale, x), reciprocal, q);
+  }
+};
+
+// Two values, the first in the low byte.
+__device__ inline unsigned short to_e4m3(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  unsigned short pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return to_e4m3(low) | to_e4m3(high) << 8;
+#endif
+}

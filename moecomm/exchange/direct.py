@@ -117,7 +117,8 @@ class DirectExchange:
 
         self.comm = as_comm(comm)
         p = self.comm.size
-        available = torch.cuda.get_device_properties("cuda").multi_processor_count
+        device = torch.cuda.get_device_properties("cuda")
+        available, copy_engine = device.multi_processor_count, device.major >= 9
         num_sms = available if num_sms is None else num_sms
 
         def arguments() -> tuple[None, tuple[()], object]:
@@ -139,7 +140,7 @@ class DirectExchange:
             ):
                 if problem:
                     raise ValueError(message)
-            text = f"{max_tokens} {hidden} {num_experts} {top_k} {dtype} {fp8} {max_rows} {num_buffers} {num_sms}"
+            text = f"{max_tokens} {hidden} {num_experts} {top_k} {dtype} {fp8} {max_rows} {num_buffers} {num_sms} {copy_engine}"
             return None, (), lambda: text
 
         text = self.comm.checked("DirectExchange", arguments)[2]()  # type: ignore[operator]
@@ -148,8 +149,9 @@ class DirectExchange:
         self.fp8 = fp8
         experts = num_experts // p
         self.shape = Shape(
-            str(dtype).removeprefix("torch."), fp8 is not None, hidden, top_k, max_tokens, p, experts, num_sms
-        )
+            str(dtype).removeprefix("torch."), fp8 is not None, hidden, top_k, max_tokens, p, experts, num_sms,
+            copy_engine,
+        )  # fmt: skip
         self.num_local_experts = experts
         """Experts of this rank."""
         self.num_experts = num_experts
@@ -270,6 +272,8 @@ class DirectExchange:
         import torch
 
         x, shape, index = x.contiguous(), self.shape, self._next_buffer(0)
+        if x.data_ptr() % 16:
+            x = x.clone()  # all ranks run the same kernel
         buffer, slots = self._buffers.to[index], shape.ranks * shape.max_tokens
         new = x.new_empty
         place = new((slots, shape.top_k), dtype=torch.int32)
@@ -293,11 +297,12 @@ class DirectExchange:
             scales = (
                 self._buffers.part(buffer.scales, size, torch.float32) if in_place else new(size, dtype=torch.float32)
             )
-        kernel, pushers, shared = shape.dispatch(0 if compact else 1, _aligned(x, None if in_place else rows))
+        kind = "compact" if compact else "expanded"
+        kernel, cut, shared = shape.dispatch(kind, _aligned(x, None if in_place else rows))
         kernel(
-            shape.num_sms, 512,
+            shape.num_sms, cut.threads,
             (self._buffers.memory, buffer, self._table(plan), x, expert, weight, x.shape[0], None, rows, scales, None,
-             pushers),
+             cut.pushers),
             shared,
         )  # fmt: skip
         return rows, replace(plan, scales=scales)
@@ -310,12 +315,12 @@ class DirectExchange:
         buffer = self._buffers.back[self._next_buffer(1)]
         y = rows.new_empty((tokens, shape.hidden))
         returned = None if numbers is None else rows.new_empty((tokens, shape.top_k), dtype=torch.float32)
-        kernel, pushers = shape.combine(plan.compact, weight is not None, numbers is not None, _aligned(rows, y))
+        kernel, cut = shape.combine(plan.compact, weight is not None, numbers is not None, _aligned(rows, y))
         done = self._buffers.to[plan.buffer] if plan.compact and self._release(plan) else None
         kernel(
-            shape.num_sms, 512,
+            shape.num_sms, cut.threads,
             (self._buffers.memory, buffer, self._table(plan), rows, rows.stride(0), plan.expert, numbers, tokens, y,
-             returned, pushers, None if done is None else _Address(done.counters), 0 if done is None else done.credit),
+             returned, cut.pushers, None if done is None else _Address(done.counters), 0 if done is None else done.credit),
         )  # fmt: skip
         return y, returned
 
@@ -327,11 +332,11 @@ class DirectExchange:
         buffer = self._buffers.to[self._next_buffer(0)]
         grad_rows = torch.empty_like(rows)
         grad_weight = torch.empty_like(plan.weight)
-        kernel, pushers, shared = shape.dispatch(2, _aligned(grad_y, rows, grad_rows))
+        kernel, cut, shared = shape.dispatch("spread", _aligned(grad_y, rows, grad_rows))
         kernel(
-            shape.num_sms, 512,
+            shape.num_sms, cut.threads,
             (self._buffers.memory, buffer, self._table(plan), grad_y, plan.expert, None, grad_y.shape[0], rows,
-             grad_rows, None, grad_weight, pushers),
+             grad_rows, None, grad_weight, cut.pushers),
             shared,
         )  # fmt: skip
         return grad_rows, grad_weight

@@ -12,14 +12,13 @@ from moecomm.exchange.symmetric import SymmetricMemory
 from moecomm.gating.cuda import ELEMENTS
 from moecomm.gating.kernel import Kernel, Macros
 
-THREADS = 512
-WARPS = THREADS // 32
 TAGGED_BYTES = 2**19
 """A rank whose tokens take at most this sends them with a tag in every 8 bytes. Such rows cost twice the bytes and
 are there without a fence and a flag: 2 us less."""
 
-COUNTERS = 8
-"""32-bit words for Counters."""
+
+SHARED_BYTES = 220 * 1024
+"""Of a block, that rows in bulk may take."""
 
 
 class Memory(ctypes.Structure):
@@ -58,6 +57,22 @@ class Table(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How the blocks of a kernel share its work."""
+
+    threads: int
+    """Of a block."""
+    chunk: int
+    """Tokens that a block moves at a time."""
+    slices: int
+    """Blocks that share a chunk."""
+    unroll: int
+    """Pieces of a row that a thread has under way."""
+    pushers: int
+    """Blocks that push; the others sort or receive from the start."""
+
+
+@dataclass(frozen=True)
 class Shape:
     """What the kernels of an exchange are compiled for."""
 
@@ -70,6 +85,8 @@ class Shape:
     experts: int
     """Of a rank."""
     num_sms: int
+    copy_engine: bool = True
+    """Whether the GPU can move rows in bulk (sm_90)."""
 
     def pieces(self, fp8: bool) -> int:
         """16-byte pieces of a row that travels."""
@@ -87,60 +104,84 @@ class Shape:
 
     @property
     def table_blocks(self) -> int:
-        """So many that a warp makes about eight steps, each with as many tokens as have 32 choices."""
+        """So many that a warp of 16 makes about eight steps, each with as many tokens as have 32 choices."""
         steps = -(-self.ranks * self.max_tokens // (32 // self.top_k))
-        return max(1, min(steps // (WARPS * 8), self.num_sms // 4))
+        return max(1, min(steps // (16 * 8), self.num_sms // 8))
 
-    def cut(self, fp8: bool) -> tuple[int, int]:
-        """CHUNK and SLICES: about two pieces of work for each block where there are few tokens."""
-        chunk = 1 if self.tagged else max(1, min(16, 1 << max(self.max_tokens // 128, 1).bit_length() - 1))
-        lanes = THREADS // chunk
-        slices = max(1, min(-(-self.pieces(fp8) // lanes), 2 * self.num_sms // -(-self.max_tokens // chunk)))
-        return chunk, slices
+    @property
+    def bulk_warps(self) -> int:
+        """Warps of a block that can each hold a row and count experts in shared memory; 0: rows do not move in bulk."""
+        row_bytes = self.pieces(False) * 16
+        if not self.copy_engine or self.fp8 or self.tagged or self.max_tokens <= 2 * self.num_sms:
+            return 0
+        if row_bytes != self.hidden * _itemsize(self.dtype):
+            return 0
+        return min(32, (SHARED_BYTES - 4 * self.experts) // (row_bytes + 4 * self.experts))
 
-    def macros(self, fp8: bool, aligned: bool, most: int) -> Macros:
-        """Those of direct.cuh. most: pieces that a thread may have under way"""
-        chunk, slices = self.cut(fp8)
-        unroll = max(1, min(most, -(-self.pieces(fp8) // (THREADS // chunk * slices))))
+    def cut(self, kind: str) -> Cut:
+        """How a kernel shares its work: dispatch's "compact", "expanded", "spread", or "combine", "combine expanded"."""
+        pieces = self.pieces(self.fp8 and kind in ("compact", "expanded"))
+        blocks = self.num_sms - self.table_blocks
+        if kind in ("compact", "expanded") and self.bulk_warps > 1:
+            pushers = blocks if kind == "compact" else min(blocks, max(8, self.num_sms // 5))
+            return Cut(32 * self.bulk_warps, 1, 1, 1, pushers)
+        few = self.max_tokens <= 2 * self.num_sms
+        # Tagged rows are all latency: many threads with one piece each. Few rows: a row a block.
+        threads = 512 if self.tagged or kind == "combine" else 1024
+        chunk = 1 if few or self.tagged else 8 if kind == "expanded" and self.fp8 else 4
+        lanes = threads // chunk
+        slices = max(1, min(-(-pieces // lanes), blocks // -(-self.max_tokens // chunk), 16))
+        most = {"compact": 4, "expanded": 4, "combine": max(1, 8 // self.ranks)}.get(kind, 1)
+        unroll = max(1, min(2 if self.fp8 else most, -(-pieces // (lanes * slices))))
+        if kind == "compact" or self.tagged or few:
+            pushers = blocks
+        elif kind == "expanded":
+            pushers = self.num_sms * 2 // 5 if self.fp8 else self.num_sms // 5
+        else:
+            pushers = self.num_sms // 2
+        return Cut(threads, chunk, slices, unroll, max(1, min(max(pushers, 8), blocks)))
+
+    def macros(self, kind: str, aligned: bool) -> Macros:
+        """Those of direct.cuh."""
+        cut, fp8 = self.cut(kind), self.fp8 and kind in ("compact", "expanded")
         return (
             ("ELEMENT", ELEMENTS[self.dtype]), ("FP8", int(fp8)), ("HIDDEN", self.hidden), ("TOP_K", self.top_k),
             ("MAX_TOKENS", self.max_tokens), ("RANKS", self.ranks), ("EXPERTS", self.experts),
-            ("ALIGNED", int(aligned)), ("TAGGED", int(self.tagged)), ("CHUNK", chunk), ("SLICES", slices),
-            ("UNROLL", unroll),
+            ("ALIGNED", int(aligned)), ("TAGGED", int(self.tagged)), ("BLOCKS", self.num_sms),
+            ("THREADS", cut.threads), ("CHUNK", cut.chunk), ("SLICES", cut.slices), ("UNROLL", cut.unroll),
+            ("BULK", int(self.bulk_warps > 1 and kind in ("compact", "expanded"))),
         )  # fmt: skip
 
-    def dispatch(self, output: int, aligned: bool) -> tuple[Kernel, int, int]:
-        """The kernel, its pushing blocks, and its dynamic shared memory."""
-        fp8 = self.fp8 and output != 2
-        table = 0 if output == 2 else self.table_blocks
-        most = 2 if fp8 else 4
-        macros = (*self.macros(fp8, aligned, most), ("OUTPUT", output), ("TABLE_BLOCKS", table))
-        pushers = self.num_sms - table
-        if output != 0 and not self.tagged:
-            pushers = min(pushers, max(8, self.num_sms // 5))  # the others copy meanwhile
-        shared = 0 if output == 2 else 4 * (WARPS * self.experts + self.experts + 1)
-        return Kernel("direct_dispatch.cu", "direct_dispatch", macros), pushers, shared
+    def dispatch(self, kind: str, aligned: bool) -> tuple[Kernel, Cut, int]:
+        """The kernel, and its dynamic shared memory."""
+        output = ("compact", "expanded", "spread").index(kind)
+        macros = (*self.macros(kind, aligned), ("OUTPUT", output), ("TABLE_BLOCKS", self.table_blocks))
+        cut = self.cut(kind)
+        warps = cut.threads // 32
+        shared = 0 if kind == "spread" else 4 * (warps * self.experts + self.experts + 1)
+        if kind != "spread" and self.bulk_warps > 1:
+            shared += warps * self.pieces(False) * 16
+        return Kernel("direct_dispatch.cu", "direct_dispatch", macros), cut, shared
 
-    def combine(self, compact: bool, weigh: bool, give_back: bool, aligned: bool) -> tuple[Kernel, int]:
-        """The kernel, and its pushing blocks."""
-        most = max(1, 8 // self.ranks) if compact else 1
+    def combine(self, compact: bool, weigh: bool, give_back: bool, aligned: bool) -> tuple[Kernel, Cut]:
+        """The kernel."""
+        kind = "combine" if compact else "combine expanded"
         choices = (("INPUT", int(not compact)), ("WEIGH", int(weigh)), ("RETURN", int(give_back)))
-        kernel = Kernel("direct_combine.cu", "direct_combine", (*self.macros(False, aligned, most), *choices))
-        return kernel, self.num_sms if self.tagged else min(self.num_sms, max(8, self.num_sms // 4))
-
-    def kernels(self) -> list[Kernel]:
-        """All, for aligned rows."""
-        outputs = (0, 1) if self.fp8 else (0, 1, 2)
-        forms = ((True, False, False), (False, True, False), (False, False, True))
-        return [
-            *(self.dispatch(output, True)[0] for output in outputs),
-            *(self.combine(*form, True)[0] for form in forms[: len(outputs)]),
-            self.free(),
-        ]
+        return Kernel("direct_combine.cu", "direct_combine", (*self.macros(kind, aligned), *choices)), self.cut(kind)
 
     def free(self) -> Kernel:
         """The kernel that frees compact rows."""
-        return Kernel("direct_free.cu", "direct_free", self.macros(False, True, 1))
+        return Kernel("direct_free.cu", "direct_free", self.macros("compact", True))
+
+    def kernels(self) -> list[Kernel]:
+        """All, for aligned rows."""
+        outputs = ("compact", "expanded", "spread")[: 2 if self.fp8 else 3]
+        forms = ((True, False, False), (False, True, False), (False, False, True))
+        return [
+            *(self.dispatch(output, True)[0] for output in outputs),
+            *(self.combine(*form, True)[0] for form in forms[: 0 if self.fp8 else 3]),
+            self.free(),
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +206,8 @@ class Slots:
                 ("scales", scales),
                 ("choices", choices),
                 ("tokens", shape.ranks * 8),
-                ("arrived", slots * shape.cut(fp8)[1] * 4),
-                ("credit", shape.ranks * 4),
+                ("arrived", slots * 16 * 4),
+                ("credit", shape.ranks * shape.num_sms * 4),
             ):
                 offsets[name] = end
                 end = -(-(end + size) // 256) * 256
@@ -194,7 +235,8 @@ class Buffers:
 
         to, back, num_bytes = slots.layout
         self.symmetric = allocate(num_bytes)
-        self.counters = torch.zeros((2, slots.num_buffers, COUNTERS), dtype=torch.int32, device="cuda")
+        words = 4 + slots.shape.num_sms  # struct Counters
+        self.counters = torch.zeros((2, slots.num_buffers, words), dtype=torch.int32, device="cuda")
         self.failed = torch.zeros(1, dtype=torch.int32, device="cuda")
         tiles = slots.shape.table_blocks * slots.shape.experts
         self.tiles = torch.empty((slots.num_buffers, tiles), dtype=torch.int32, device="cuda")
