@@ -1,0 +1,367 @@
+"""Time dispatch and combine between GPUs: DirectExchange, NCCL's all-to-all and RoutedExchange over it.
+
+    torchrun --nproc-per-node 2 bench/exchange_gpu.py --tokens 1,8,128,4096 --out exchange_gpu.jsonl
+    torchrun --nproc-per-node 2 bench/exchange_gpu.py --tokens 4096 --sms 4,8,12,16,24,32,64
+
+One process a GPU, random tokens and experts. All paths of a case take turns in the same run, and every answer is
+checked before it is timed: rows bit for bit, sums against float32. time is the slowest rank's median. "graph" is the
+share of a call in a CUDA graph of many; "eager" are calls from Python.
+
+Columns: floor is the time for the bytes that must leave a rank, one row for each token and other rank that needs it, at
+the rate of a large copy between the GPUs, all ranks sending at once, measured in the same run; rate is what did leave
+(for NCCL and RoutedExchange a row for each choice) over time, of rank 0. A "dispatch" of DirectExchange is everything
+from expert ids to rows; NCCL's is the movement of rows alone, and its time counts for dispatch and for combine.
+"""
+
+# ruff: noqa: N803, N806 - capitals are dimensions
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from environment import environment, environment_lines
+from harness import SEED, Column, Record, append, can_append, positive, print_header, print_row
+
+from moecomm import Comm, FlatAllToAll, RoutedExchange, Routing
+from moecomm.exchange import DirectExchange
+from moecomm.transports.torch import TorchComm
+
+Call = Callable[[], Any]
+BATCH_US = 2000
+"""Of calls in a CUDA graph, about."""
+
+
+class Case(NamedTuple):
+    """A size, and what rows travel as."""
+
+    T: int
+    H: int
+    k: int
+    E: int
+    dtype: str
+    sms: int | None
+
+
+class Path(NamedTuple):
+    """One way to do it."""
+
+    name: str
+    stage: str
+    graph: bool
+    call: Call
+    wrong: Call
+    """How many rows of what `call` returns are wrong."""
+    wire_bytes: int
+    floor_bytes: int
+
+
+def paths(comm: Comm, case: Case, peers: bool) -> Iterator[list[Path]]:
+    """What is measured in turns; when the next list is asked for, the memory of this one is given back."""
+    p, rank = comm.size, comm.rank
+    T, H, k, E, dtype, sms = case
+    fp8 = torch.float8_e4m3fn if dtype == "float8_e4m3fn" else None
+    exchange = DirectExchange(comm, T, H, E, k, torch.bfloat16, fp8=fp8, num_sms=sms, limit=20)
+    with ThreadPoolExecutor(8) as pool:  # rank 0 first: the others find its results on disk
+        for turn in (0, 1):
+            if (rank > 0) == bool(turn):
+                list(pool.map(lambda kernel: _load(kernel, rank), exchange.shape.kernels()))
+            comm.barrier()
+    generator = torch.Generator("cuda").manual_seed(SEED + rank)
+    x = torch.randn((T, H), device="cuda", generator=generator).bfloat16()
+    expert = torch.rand((T, E), device="cuda", generator=generator).topk(k).indices.int()
+    weight = torch.rand((T, k), device="cuda", generator=generator)
+    routing = Routing(expert, weight)
+    everyone = comm.all_gather(x)  # [p * T, H]: by slot
+    to = torch.zeros((T, p), dtype=torch.bool, device="cuda").scatter_(1, (expert // (E // p)).long(), True)
+    ranks = to.sum(1, keepdim=True)
+    others = int(to.sum() - to[:, rank].sum())
+    row_bytes = H * 2 if fp8 is None else H + 4 * -(-H // 128)
+    floor = others * row_bytes
+
+    rows, plan = exchange.dispatch(x, routing)
+    n = int(plan.offset[-1])
+    slots = plan.slot[:n].long()
+    wanted = everyone if fp8 is None else _quantised(everyone)
+    if fp8 is not None:
+        wanted, scales = wanted
+    answers = rows.clone() if fp8 is None else None
+
+    def wrong_rows(got: Any, index: Any, into: Any) -> int:
+        new, plan = got
+        bad = (new[into].view(torch.uint8) != wanted[index].view(torch.uint8)).any(1)
+        if fp8 is not None:
+            bad |= (plan.scales[into] != scales[index]).any(1)
+        return int(bad.sum())
+
+    def compact() -> Any:
+        got = exchange.dispatch_compact(x, routing)
+        exchange.free_rows(got[1])
+        return got
+
+    compact_rows = exchange.dispatch_compact(x, routing)
+    exchange.free_rows(compact_rows[1])
+    unique = slots.unique()
+    mine = [
+        Path("direct", "dispatch", True, compact, lambda: wrong_rows(compact(), unique, unique), floor, floor),
+        Path(
+            "direct", "dispatch_expanded", True, lambda: exchange.dispatch(x, routing),
+            lambda: wrong_rows(exchange.dispatch(x, routing), slots, slice(0, n)), floor, floor,
+        ),
+    ]  # fmt: skip
+    if fp8 is None:
+        sums = weight.sum(1, keepdim=True) * x.float()
+        counted = (ranks * x.float()).bfloat16()
+        mine += [
+            Path(
+                "direct", "combine", True, lambda: exchange.combine(everyone, compact_rows[1]),
+                lambda: int((exchange.combine(everyone, compact_rows[1]) != counted).any(1).sum()), floor, floor,
+            ),
+            Path(
+                "direct", "combine_expanded", True, lambda: exchange.combine(answers, plan),
+                lambda: _far(exchange.combine(answers, plan), sums), floor, floor,
+            ),
+        ]  # fmt: skip
+    if peers and fp8 is None:
+        mine += list(_peers(comm, x, routing, sums, case, floor))
+    yield mine
+    exchange.check()
+    exchange.free()
+
+
+def _peers(comm: Comm, x: Any, routing: Routing, sums: Any, case: Case, floor: int) -> Iterator[Path]:
+    p, rank, (T, H, k, E, _, _) = comm.size, comm.rank, case
+    if T * k % p == 0:
+        rows = torch.randn((T * k, H), device="cuda").bfloat16()
+        got = torch.empty_like(rows)
+        moved = rows.nbytes // p * (p - 1)
+        own = slice(T * k // p * rank, T * k // p * (rank + 1))
+
+        def all_to_all() -> Any:
+            dist.all_to_all_single(got, rows)
+            return got
+
+        for graph in (True, False):
+            yield Path(
+                "nccl",
+                "all_to_all",
+                graph,
+                all_to_all,
+                lambda: int((all_to_all()[own] != rows[own]).sum()),
+                moved,
+                floor,
+            )
+    routed = RoutedExchange(FlatAllToAll(comm), E // p)
+    rows, plan = routed.dispatch(x, routing)
+    away = int((routing.expert // (E // p) != rank).sum()) * H * 2
+    tokens = comm.all_gather(x)
+    order = _order(comm, routing, E // p, T)
+    yield Path(
+        "routed", "dispatch_expanded", False, lambda: routed.dispatch(x, routing),
+        lambda: int((routed.dispatch(x, routing)[0] != tokens[order]).any(1).sum()), away, floor,
+    )  # fmt: skip
+    yield Path(
+        "routed", "combine_expanded", False, lambda: routed.combine(rows, plan),
+        lambda: _far(routed.combine(rows, plan), sums), away, floor,
+    )  # fmt: skip
+
+
+def _order(comm: Comm, routing: Routing, experts: int, T: int) -> Any:
+    """The slots of the rows of this rank's experts, by expert, source rank and token."""
+    every = comm.all_gather(routing.expert).reshape(-1).cpu().numpy()
+    mine = np.flatnonzero(every // experts == comm.rank)
+    order = mine[np.argsort(every[mine], kind="stable")]
+    return torch.from_numpy(order // routing.expert.shape[1]).cuda()
+
+
+def _far(y: Any, sums: Any) -> int:
+    """Rows off by more than bfloat16's rounding of parts and sum explains."""
+    return int(((y.float() - sums).abs() > 2**-7 * sums.abs().amax(1, keepdim=True)).any(1).sum())
+
+
+def _quantised(x: Any) -> tuple[Any, Any]:
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 128)).reshape(x.shape[0], -1, 128)
+    amax = padded.abs().amax(2)
+    scale = torch.where(amax > 0, amax.clamp(min=2.0**-100) / 448, 1.0)
+    values = (padded / scale[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]]
+    return values.to(torch.float8_e4m3fn), scale
+
+
+def _load(kernel: Any, device: int) -> None:
+    with torch.cuda.device(device):
+        kernel.load()
+
+
+def elapsed_us(work: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def prepared(comm: Comm, path: Path) -> tuple[Call, int]:
+    """What is timed, and how many calls that is."""
+    path.call()
+    torch.cuda.synchronize()
+    comm.barrier()
+    once = elapsed_us(path.call)
+    num = int(max(1, min(50, BATCH_US // max(once if not path.graph else once / 4, 1))))
+    num = int(comm.all_gather(np.array([num])).min())
+    if not path.graph:
+
+        def calls() -> None:
+            for _ in range(num):
+                path.call()
+
+        return calls, num
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    comm.barrier()
+    with torch.cuda.graph(graph):
+        for _ in range(num):
+            path.call()
+    torch.cuda.synchronize()
+    comm.barrier()
+    graph.replay()
+    return graph.replay, num
+
+
+def measure(comm: Comm, case: Case, options: argparse.Namespace, rate: float) -> Iterator[Record]:
+    """The records of a case. Collective."""
+    with torch.no_grad():
+        for group in paths(comm, case, options.peers == "yes"):
+            wrong = [int(comm.all_reduce(np.array([int(path.wrong())]))[0]) for path in group]
+            timed = [prepared(comm, path) for path in group]
+            samples: list[list[float]] = [[] for _ in group]
+            order = list(range(len(group)))
+            shuffle = random.Random(SEED).shuffle
+            for _ in range(options.reps):
+                shuffle(order)
+                for i in order:
+                    torch.cuda.synchronize()
+                    comm.barrier()
+                    samples[i].append(elapsed_us(timed[i][0]) / timed[i][1])
+            for i, path in enumerate(group):
+                slowest = np.asarray(comm.all_gather(np.array([samples[i]]))).max(axis=0)
+                time_us = float(np.median(slowest))
+                yield {
+                    "bench": "exchange_gpu", "stage": path.stage, "path": path.name,
+                    "how": "graph" if path.graph else "eager", "ranks": comm.size, **case._asdict(),
+                    "sms": (case.sms or _sms()) if path.name == "direct" else None,
+                    "time_us": round(time_us, 3), "floor_us": round(path.floor_bytes / rate * 1e6, 3),
+                    "wire_bytes": path.wire_bytes, "wire_GBps": round(path.wire_bytes / time_us / 1e3, 1),
+                    "link_GBps": round(rate / 1e9, 1), "wrong": wrong[i],
+                    "samples_us": [round(float(sample), 3) for sample in slowest],
+                }  # fmt: skip
+            del timed
+
+
+def _sms() -> int:
+    return int(torch.cuda.get_device_properties("cuda").multi_processor_count)
+
+
+def link_rate(comm: Comm) -> float:
+    """Bytes a second that a rank sends to its neighbour by copies of 256 MiB, all ranks at once."""
+    from cupy.cuda import runtime
+
+    from moecomm.exchange.symmetric import ipc_memory
+
+    size = 256 * 2**20
+    memory = ipc_memory(comm, 2 * size)
+    to = memory.pointers[(comm.rank + 1) % comm.size] + size
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def copy() -> None:
+        for _ in range(8):
+            runtime.memcpyAsync(to, memory.pointers[comm.rank], size, runtime.memcpyDeviceToDevice, stream)
+
+    copy()
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        comm.barrier()
+        times.append(elapsed_us(copy))
+    slowest = np.asarray(comm.all_gather(np.array([times]))).max(axis=0)
+    memory.free()
+    return float(8 * size / np.median(slowest) * 1e6)
+
+
+COLUMNS = [
+    Column("T", "T", "", 7), Column("H", "H", "", 6), Column("k", "k", "", 3), Column("E", "E", "", 5),
+    Column("dtype", "travels as", "", 15), Column("sms", "SMs", "", 6), Column("path", "path", "", 8),
+    Column("stage", "stage", "", 19), Column("how", "", "", 7), Column("time_us", "time", "us", 11, ".2f"),
+    Column("floor_us", "floor", "us", 9, ".2f"), Column("wire_GBps", "rate", "GB/s", 8, ".1f"),
+    Column("wrong", "#wrong", "", 8),
+]  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=rest, formatter_class=raw)
+    add = parser.add_argument
+
+    def whole(text: str) -> list[int]:
+        return [positive(part) for part in text.split(",")]
+
+    add("--tokens", type=whole, default=[1, 8, 128, 1024, 4096], metavar="T,..", help="a rank (default: %(default)s)")
+    add("--hidden", type=positive, default=7168, help="(default: %(default)s)")
+    add("--top-k", type=positive, default=8, help="(default: %(default)s)")
+    add("--experts", type=positive, default=256, help="(default: %(default)s)")
+    add("--dtypes", default="bfloat16,float8_e4m3fn", help="what dispatch's rows travel as (default: %(default)s)")
+    add("--sms", type=whole, default=[None], metavar="N,..", help="blocks of a kernel (default: all multiprocessors)")
+    add("--peers", choices=("yes", "no"), default="yes", help="NCCL and RoutedExchange too (default: %(default)s)")
+    add("--reps", type=positive, default=15, help="timed turns (default: %(default)s)")
+    add("--out", metavar="FILE.jsonl", help="append the rows as JSON Lines, with all samples")
+    options = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, one process for each GPU")
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
+    return options
+
+
+def main() -> int:
+    """All cases. The exit status: 1 if a row was wrong."""
+    options = parse()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    comm = TorchComm(dist.group.WORLD)
+    if options.out and not can_append(options.out, comm):
+        return 2
+    rate = link_rate(comm)
+    ran_on: Record = {}
+    if comm.rank == 0:
+        ran_on = environment()
+        ran_on["machine"] |= {"gpu": torch.cuda.get_device_name(), "gpus": comm.size}
+        ran_on["versions"] |= {"NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+        about = [f" exchange_gpu: {comm.size} ranks, link {rate / 1e9:.0f} GB/s each way", *environment_lines(ran_on)]
+        print_header(about, COLUMNS)
+    wrong = 0
+    for dtype in options.dtypes.split(","):
+        for T in options.tokens:
+            for sms in options.sms:
+                case = Case(T, options.hidden, options.top_k, options.experts, dtype, sms)
+                for record in measure(comm, case, options, rate):
+                    wrong += record["wrong"]
+                    if comm.rank == 0:
+                        print_row(record | {"sms": record["sms"] or "-"}, COLUMNS)
+                        if options.out:
+                            append(options.out, record | ran_on)
+                torch.cuda.empty_cache()
+    dist.destroy_process_group()
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
