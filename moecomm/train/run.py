@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moecomm.comm import Comm
-from moecomm.nn import LayerReport, TransformerLM, config_named, layer_groups, plot_routing
+from moecomm.nn import Config, LayerReport, TransformerLM, config_named, layer_groups, plot_routing
 from moecomm.train.loop import Plan, Trainer, balanced
 from moecomm.train.saving import restore, save
 from moecomm.train.text import Text, read_text
@@ -43,9 +43,12 @@ def world() -> Iterator[tuple[Comm | None, torch.device]]:
     dist.destroy_process_group()
 
 
-def build(options: Namespace, comm: Comm | None, device: torch.device) -> Trainer:
-    """The model and what trains it. Collective. Raises ValueError for options that do not fit together."""
-    config = balanced(config_named(options.config), options.balance)
+def build(options: Namespace, comm: Comm | None, device: torch.device, config: Config | None = None) -> Trainer:
+    """The model and what trains it. Collective. Raises ValueError for options that do not fit together.
+
+    config  None: the one that the options name
+    """
+    config = balanced(config or config_named(options.config), options.balance)
     text = Text(read_text(options.text), config.context, options.seed)
     sizes = {name: getattr(options, name) for name in ("tensor", "expert", "expert_tensor")}
     if comm is None and any(size not in (None, 1) for size in sizes.values()):

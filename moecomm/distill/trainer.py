@@ -1,0 +1,107 @@
+"""The trainer of moecomm.train with a teacher beside the text."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecomm.comm import Comm
+from moecomm.distill.loss import distillation_loss
+from moecomm.distill.schedule import Schedule
+from moecomm.distill.student import start_from, student_config
+from moecomm.distill.teacher import CachedTeacher, ModelTeacher, Teacher
+from moecomm.nn import Config, Output, TransformerLM, config_named, layer_groups
+from moecomm.train.loop import Plan, Trainer
+from moecomm.train.run import build as build_alone
+from moecomm.train.run import read_log
+from moecomm.train.saving import restore
+from moecomm.train.text import Text
+
+
+class Distiller(Trainer):
+    """Steps of AdamW on a student: the text's loss and, for as long as the schedule says, the teacher's.
+
+    model, text, plan  as for Trainer. Batches, learning rate and schedule depend on a step's number alone, so a run
+                       that was interrupted goes on as if it had not been
+    temperature        of `distillation_loss`
+
+    Raises ValueError if the teacher has another vocabulary or cannot read such long sequences.
+    """
+
+    def __init__(
+        self,
+        model: TransformerLM,
+        text: Text,
+        plan: Plan,
+        teacher: Teacher,
+        schedule: Schedule,
+        temperature: float = 1.0,
+    ) -> None:
+        check_sizes(teacher, model.config)
+        super().__init__(model, text, plan)
+        self.teacher, self.schedule, self.temperature = teacher, schedule, temperature
+
+    def settings(self) -> dict[str, Any]:
+        """As Trainer's, and the distillation."""
+        return {**super().settings(), "distillation": {**asdict(self.schedule), "temperature": self.temperature}}
+
+    def objective(self, number: int, tokens: Tensor, losses: Tensor, output: Output) -> Tensor:
+        """As Trainer's, and alpha * T^2 * KL(teacher || student). Every tensor rank has whole logits."""
+        alpha = self.schedule.at(number)
+        if not alpha:
+            return super().objective(number, tokens, losses, output)
+        with self._precision():
+            teacher = self.teacher(tokens[:, :-1])
+        logits, teacher = output.logits.flatten(0, 1), teacher.flatten(0, 1)
+        return distillation_loss(losses, logits, teacher, alpha=alpha, temperature=self.temperature) + output.loss
+
+
+def check_sizes(teacher: Teacher | Config, student: Config) -> None:
+    """Raises ValueError if the student cannot learn from the teacher."""
+    if teacher.vocabulary != student.vocabulary:
+        raise ValueError(
+            f"teacher: its vocabulary is {teacher.vocabulary}, expected {student.vocabulary}, the student's"
+        )
+    if teacher.context < student.context:
+        raise ValueError(f"teacher: it reads {teacher.context} tokens, expected >= {student.context}, as the student")
+
+
+def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distiller:
+    """What trains the student. Collective. Raises ValueError for options that do not fit together."""
+    schedule = Schedule(options.schedule, options.alpha, options.stop)
+    if schedule.stop is not None and schedule.stop > options.steps:
+        raise ValueError(f"stop is step {schedule.stop}, expected <= {options.steps}, the steps of the run")
+    taught = config_of_run(options.teacher)
+    if options.config is None:
+        config = student_config(taught, options.layers or taught.num_layers * 7 // 8)
+    else:
+        config = config_named(options.config)
+    check_sizes(taught, config)
+    sizes = {name: getattr(options, name) for name in ("tensor", "expert", "expert_tensor")}
+    groups = None if comm is None else layer_groups(comm, taught.experts or (0,), **sizes)
+    model = TransformerLM(taught, groups=groups, device=device)
+    try:
+        restore(model, options.teacher, comm)
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from None
+    teacher: Teacher = ModelTeacher(model)
+    if options.cache:
+        teacher = CachedTeacher(teacher, options.cache, options.cache_top or taught.vocabulary, comm)
+    alone = build_alone(options, comm, device, config)
+    if options.start == "teacher":
+        start_from(alone.model, model)
+    return Distiller(alone.model, alone.text, alone.plan, teacher, schedule, options.temperature)
+
+
+def config_of_run(folder: Path) -> Config:
+    """The model that a run of moecomm.train or moecomm.distill has trained. Raises ValueError if there is none."""
+    try:
+        found = read_log(folder)[0]["config"]
+    except OSError as error:
+        raise ValueError(f"teacher: {folder / 'log.jsonl'}: {error.strerror}: no run of moecomm.train") from None
+    return Config(**{**found, "experts": tuple(found["experts"])})
