@@ -1,7 +1,7 @@
 """The same losses however the model is split: over experts, slices of experts, tensor, data and pipeline ranks.
 
-One rank computes all micro-batches one after the other; that is the definition. 20 steps of AdamW in float32; losses
-must agree within 1e-5 of their value.
+One rank computes all micro-batches one after the other; that is the definition. 20 steps in float32; losses must agree
+within 1e-5 of their value. The optimizer is SGD, because Adam does not notice a gradient that is several times too large.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from moecomm.nn import CONFIGS, TransformerLM, layer_groups, next_token_loss, re
 from moecomm.nn.pipeline import pipeline_stage, stage_loss  # noqa: E402
 
 STEPS, MICRO_BATCHES, MICRO_BATCH, LENGTH = 20, 4, 2, 12
-CONFIG = replace(CONFIGS["tiny"], z_loss=0.001, capacity_factor=1.25)
-LEARNED = replace(CONFIG, residual="learned", activation="swiglu")
+CONFIG = replace(CONFIGS["tiny"], std=0.2, z_loss=0.001, capacity_factor=1.25)
 TOP_2 = replace(CONFIG, residual="none", top_k=2, experts=(4, 4))
 
 
@@ -33,7 +32,7 @@ def tokens(step: int) -> torch.Tensor:
 
 def train(model: TransformerLM, data_rank: int = 0, data_size: int = 1, comm: Comm | None = None) -> list[float]:
     """The mean loss over all micro-batches, at each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     losses = []
     for step in range(STEPS):
         mine = tokens(step).chunk(data_size)[data_rank]
@@ -54,7 +53,7 @@ def train(model: TransformerLM, data_rank: int = 0, data_size: int = 1, comm: Co
 @cache
 def on_one_rank(config: object) -> list[float]:
     losses = train(TransformerLM(config))
-    assert losses[-1] < losses[0] - 0.4
+    assert losses[-1] < losses[0] - 0.3
     return losses
 
 
@@ -66,8 +65,7 @@ def on_many(comm: Comm, config: object, **sizes: int) -> list[float]:
 
 SPLITS = [
     *((CONFIG, {"expert": expert, "tensor": tensor}) for expert in (1, 2, 4) for tensor in (1, 2)),
-    (LEARNED, {"expert": 2, "tensor": 2, "expert_tensor": 2}),
-    (TOP_2, {"expert": 2, "tensor": 2}),
+    (TOP_2, {"expert": 2, "tensor": 2, "expert_tensor": 2}),
 ]
 
 
@@ -103,7 +101,7 @@ def in_stages(comm: Comm) -> list[float]:
     num_micro = MICRO_BATCHES // mine.data.size
     stage = pipeline_stage(model, MICRO_BATCH, LENGTH, group)
     schedule = Schedule1F1B(stage, num_micro, loss_fn=stage_loss, scale_grads=False)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     losses = []
     for step in range(STEPS):
         batch = tokens(step).chunk(mine.data.size)[mine.data.rank].flatten(0, 1)
