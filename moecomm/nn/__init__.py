@@ -3,7 +3,7 @@
 from moecomm.nn.balance import loss_carried, update_bias
 from moecomm.nn.configs import CONFIGS, Config, config_named
 from moecomm.nn.experts import Experts
-from moecomm.nn.gradients import reduce_gradients
+from moecomm.nn.gradients import parameter_groups, reduce_gradients
 from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
 from moecomm.nn.local import LocalExchange
 from moecomm.nn.moe import MoE, exchange_over
@@ -31,6 +31,7 @@ __all__ = [
     "layer_topologies",
     "loss_carried",
     "next_token_loss",
+    "parameter_groups",
     "plot_routing",
     "pyramid",
     "reduce_gradients",

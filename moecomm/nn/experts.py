@@ -11,7 +11,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from moecomm.nn.linear import Activation
-from moecomm.nn.seeds import draw, parameter, part_of
+from moecomm.nn.seeds import Slice, draw, parameter, part_of
+
+SLICED = {"up": 1, "gate": 1, "up_bias": 0, "down": 0}
+"""The dimension of an expert's weight that is its inner width."""
 
 
 class Experts(nn.Module):
@@ -40,15 +43,17 @@ class Experts(nn.Module):
             raise ValueError(f"Experts: ffn is {ffn}, which {part[1]} slices cannot share")
         self.experts = tuple(experts)
         self.activation = activation
+        self.slices = {name: Slice(dim, part) for name, dim in SLICED.items()}
+        """Of one expert's weights."""
 
-        def bank(name: str, shape: tuple[int, int], sliced: int) -> nn.Parameter:
-            slices = [part_of(draw(shape, std, *key, "expert", e, name), sliced, part) for e in experts]
+        def bank(name: str, shape: tuple[int, int]) -> nn.Parameter:
+            slices = [part_of(draw(shape, std, *key, "expert", e, name), SLICED[name], part) for e in experts]
             return parameter(torch.stack(slices) if slices else torch.zeros(0, *shape), like)
 
-        self.up = bank("up", (hidden, ffn), 1)
-        self.down = bank("down", (ffn, hidden), 0)
+        self.up = bank("up", (hidden, ffn))
+        self.down = bank("down", (ffn, hidden))
         if activation == "swiglu":
-            self.gate = bank("gate", (hidden, ffn), 1)
+            self.gate = bank("gate", (hidden, ffn))
         else:
             self.up_bias = parameter(torch.zeros(len(experts), ffn // part[1]), like)
             self.down_bias = parameter(torch.zeros(len(experts), hidden), like) if part[0] == 0 else None

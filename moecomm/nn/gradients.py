@@ -1,4 +1,4 @@
-"""Gradients of the loss over all ranks and micro-batches, from those that each rank has."""
+"""Gradients of the loss over all ranks and micro-batches, from those that each rank has; groups for an optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ import torch
 from torch import Tensor
 
 from moecomm.groups import Groups, reduce_expert_gradient
-from moecomm.nn.moe import MoE
+from moecomm.nn.experts import Experts
+from moecomm.nn.moe import ExpertLayer
+
+
+def parameter_groups(model: torch.nn.Module, **of_experts: Any) -> list[dict[str, Any]]:
+    """The parameters in two groups for any torch optimizer, "dense" and "experts". Not collective.
+
+    of_experts  settings of the second, such as lr=1e-4
+
+    An expert without tokens has a gradient of zeros, never None: so says `reduce_gradients`, and momentum goes on.
+    """
+    experts = [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
+    ids = {*map(id, experts)}
+    dense = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    return [{"name": "dense", "params": dense}, {"name": "experts", "params": experts, **of_experts}]
 
 
 def reduce_gradients(model: torch.nn.Module, groups: Groups | None, num_micro_batches: int = 1) -> None:
@@ -25,7 +39,7 @@ def reduce_gradients(model: torch.nn.Module, groups: Groups | None, num_micro_ba
     experts: dict[int, tuple[Groups, list[Any]]] = {}
     of_experts: set[int] = set()
     for module in model.modules():
-        if isinstance(module, MoE) and module.groups is not None:
+        if isinstance(module, ExpertLayer) and module.groups is not None:
             theirs = list(module.experts.parameters())
             experts.setdefault(id(module.groups), (module.groups, []))[1].extend(theirs)
             of_experts.update(map(id, theirs))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moecomm.comm import Comm
 from moecomm.exchange.lanes import replicated
-from moecomm.nn.seeds import draw, parameter, part_of
+from moecomm.nn.seeds import Slice, draw, parameter, part_of
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -52,6 +52,7 @@ class ColumnLinear(nn.Module):
         weight = part_of(draw((blocks, outputs, inputs), std, *key), 1, part_in(tensor))
         self.weight = parameter(weight.reshape(-1, inputs), like)
         self.bias = parameter(torch.zeros(len(self.weight)), like)
+        self.slices = dict.fromkeys(("weight", "bias"), Slice(0, part_in(tensor), blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         """Not collective."""
@@ -74,6 +75,7 @@ class RowLinear(nn.Module):
         self.tensor = tensor
         self.weight = parameter(part_of(draw((outputs, inputs), std, *key), 1, part_in(tensor)), like)
         self.bias = parameter(torch.zeros(outputs), like)
+        self.slices = {"weight": Slice(1, part_in(tensor))}
 
     def forward(self, x: Tensor) -> Tensor:
         """Collective over tensor."""

@@ -66,7 +66,22 @@ def exchange_over(
     return TensorParallelExchange(inner, groups.tensor, part=part)
 
 
-class MoE(nn.Module):
+class ExpertLayer(nn.Module):
+    """What layers with experts have in common: the experts of this rank, and what brings tokens to them."""
+
+    exchange: Exchange
+    experts: Experts
+    groups: Groups | None
+    """Who holds which experts."""
+
+    def answers(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """tokens [T, hidden] -> [T, hidden], of each the weighted sum of its experts' answers. Collective."""
+        rows, plan = self.exchange.dispatch(tokens, routing)
+        answers: Tensor = self.exchange.combine(self.experts(rows, plan.rows_per_expert), plan)
+        return answers
+
+
+class MoE(ExpertLayer):
     """x [..., hidden] -> (y [..., hidden], routing). Each token goes to the top_k experts that its gate chooses.
 
     hidden, ffn      width of the tokens, and inside an expert
@@ -106,7 +121,7 @@ class MoE(nn.Module):
         self.num_experts, self.top_k, self.groups = num_experts, top_k, groups
         self.capacity_factor = capacity_factor
         self.choices = choices or {}
-        here, part = _held(groups, self.exchange.num_local_experts)
+        here, part = held_experts(groups, self.exchange.num_local_experts)
         self.gate = parameter(draw((num_experts, hidden), std, *key, "gate"), like | {"dtype": torch.float32})
         self.experts = Experts(hidden, ffn, here, activation=activation, part=part, std=std, key=key, **like)
         self.register_buffer("bias", torch.zeros(num_experts, device=like.get("device")))
@@ -119,9 +134,7 @@ class MoE(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # before anything travels
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         routing = route(logits, self.top_k, bias=self.bias, capacity=self._capacity(len(tokens)), **self.choices)
-        rows, plan = self.exchange.dispatch(tokens, routing)
-        y = self.exchange.combine(self.experts(rows, plan.rows_per_expert), plan)
-        return y.reshape(x.shape), routing
+        return self.answers(tokens, routing).reshape(x.shape), routing
 
     def _capacity(self, num_tokens: int) -> int | None:
         if self.capacity_factor is None or not self.training:
@@ -129,7 +142,7 @@ class MoE(nn.Module):
         return expert_capacity(num_tokens, self.num_experts, self.top_k, factor=self.capacity_factor)
 
 
-def _held(groups: Groups | None, num_local_experts: int) -> tuple[range, tuple[int, int]]:
+def held_experts(groups: Groups | None, num_local_experts: int) -> tuple[range, tuple[int, int]]:
     """The global ids of the experts here, and which slice of them."""
     if groups is None:
         return range(num_local_experts), (0, 1)

@@ -1,12 +1,26 @@
-"""First weights: each is drawn from a seed and a name, so it is the same however a model is split over ranks."""
+"""First weights: each is drawn from a seed and a name, so it is the same however a model is split over ranks.
+
+And `Slice`, which says how it is split.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Slice(NamedTuple):
+    """Which slice of a whole weight a rank has: number i of n along a dimension, part = (i, n).
+
+    blocks  how many matrices lie side by side along it, each of which is sliced
+    """
+
+    dim: int
+    part: tuple[int, int]
+    blocks: int = 1
 
 
 def draw(shape: tuple[int, ...], std: float, *key: object) -> Tensor:

@@ -1,0 +1,212 @@
+"""Checkpoints that any split can load: tensors by layer name and global expert id, each saved by one of its owners.
+
+    from moecomm.nn import checkpoint
+
+    checkpoint.save("run", step, model, optimizer, comm=comm)
+    checkpoint.load(checkpoint.last("run"), model, optimizer, comm=comm)  # other sizes of expert, tensor ... are fine
+
+A checkpoint is a folder: checkpoint.json says which tensors there are and which safetensors file has which part.
+It gets its name when it is complete, so that whatever is interrupted, the ones before stay as they are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moecomm.comm import Comm
+from moecomm.errors import CommError
+from moecomm.nn.slices import Held, Piece, held
+from moecomm.nn.stored import INDEX, VERSION, Stored, parameters, read_index, state_dict, to_disk, write
+
+UNFINISHED = "unfinished"
+T = TypeVar("T")
+
+
+def save(
+    folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
+    comm: Comm | None = None, values: dict[str, Any] | None = None, keep: int | None = None,
+) -> Path:  # fmt: skip
+    """Write folder/step-<step>, and return its path.
+
+    folder     on a file system that all ranks share; made if it is not there
+    model      parameters and persistent buffers; what several ranks have is written by one of them
+    optimizer  any of torch's kind whose states are numbers, or tensors of the parameter's shape; None: no states
+    comm       all ranks; None: this one alone
+    values     to be saved beside, such as the state of a scheduler: what JSON can say. Those of rank 0 count
+    keep       how many checkpoints may stay in the folder, this one and those of the highest lower steps; None: all
+
+    Collective. On all ranks, ValueError for what cannot be saved, a step that is there already, or a folder that
+    another job is writing to; OSError for a full disk and the like. The checkpoints that were there stay.
+    """
+    folder, rank = Path(folder), 0 if comm is None else comm.rank
+    parts = _together(comm, lambda: [*_parts(held(model), optimizer)])
+    tensors = _owned(comm, parts)
+    finished, unfinished = folder / f"step-{step:06d}", folder / UNFINISHED
+    with ExitStack() as stack:
+        _together(comm, lambda: stack.enter_context(_begun(folder, finished)) if rank == 0 else None)
+        file = f"rank-{rank:05d}.safetensors"
+        _together(comm, lambda: write(unfinished / file, {piece.key(): piece.values for piece in tensors}))
+        lines = [[p.name, p.shape, str(p.values.dtype)[6:], file, p.start, tuple(p.values.shape)] for p in tensors]
+        every = [line for lines in _gather(comm, json.dumps(lines)) for line in json.loads(lines)]
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] if optimizer else None
+        index = {"format": "moecomm", "version": VERSION, "values": values or {}, "groups": groups, "tensors": every}
+        _together(comm, lambda: _finish(unfinished, finished, index, keep) if rank == 0 else None)
+    return finished
+
+
+def load(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, comm: Comm | None = None
+) -> dict[str, Any]:
+    """Fill model and optimizer from a checkpoint, whatever the split it was saved under. Returns the values saved.
+
+    path  what `save` or `last` returned
+
+    Every tensor of the model must be in the checkpoint, with the same shape, and every one of the checkpoint in the
+    model of some rank. Collective. On all ranks, ValueError for a checkpoint that is truncated, of another program, of
+    a newer version or of another model, and OSError for one that is missing: all found before anything is changed.
+    """
+    path = Path(path)
+    index = _together(comm, lambda: read_index(path))
+    with ExitStack() as stack:
+        stored = _together(comm, lambda: Stored(path, index, stack))
+        mine = held(model)
+        wanted = _together(comm, lambda: [stored.checked(p) for h in mine for p in h.pieces(h.tensor)])
+        named = {name for names in _gather(comm, json.dumps([p.name for p in wanted])) for name in json.loads(names)}
+        unknown = sorted({*stored.tensors} - {*stored.of_optimizer} - named)
+        if unknown:
+            raise ValueError(f"{path} has {unknown[0]} ({len(unknown)} such), which the model has on no rank")
+        if optimizer is not None:
+            state = _together(comm, lambda: state_dict(optimizer, mine, index["groups"], stored))
+        _together(comm, lambda: stored.fill(*wanted))
+        if optimizer is not None:
+            _together(comm, lambda: optimizer.load_state_dict(state))
+    return dict(index["values"])
+
+
+def last(folder: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step in a folder, or None. Not collective."""
+    return max(Path(folder).glob("step-*"), default=None, key=_step)
+
+
+# ---- what is saved, and by whom --------------------------------------------------------------------------------------
+
+
+def _parts(tensors: list[Held], optimizer: Any) -> Iterator[list[Piece]]:
+    """Each piece of the model on this rank, and behind it what the optimizer knows of it."""
+    states = {id(p): optimizer.state.get(p, {}) for p in parameters(optimizer, tensors)} if optimizer else {}
+    for one in tensors:
+        pieces = one.pieces(one.tensor)
+        parts = [[piece] for piece in pieces]
+        for state, value in states.get(id(one.tensor), {}).items():
+            kind = "optimizer" if isinstance(value, Tensor) else "number"
+            if isinstance(value, int | float):
+                value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+            if not isinstance(value, Tensor) or (value.shape != one.tensor.shape and value.numel() > 1):
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                wanted = f"a number or a tensor {tuple(one.tensor.shape)}"
+                raise ValueError(f"optimizer state {state} of {one.name} is {got}, expected {wanted}")
+            for number, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
+                if value.shape == one.tensor.shape:
+                    part.append(one.pieces(value)[number]._replace(name=f"optimizer/{state}/{piece.name}"))
+                elif not any(piece.start):  # one for the whole tensor
+                    shape = tuple(value.shape)
+                    part.append(Piece(f"{kind}/{state}/{piece.name}", shape, (0,) * len(shape), value.detach().clone()))
+        yield from parts
+
+
+def _owned(comm: Comm | None, parts: list[list[Piece]]) -> list[Piece]:
+    """The pieces that this rank writes: of a part's holders, the one with the fewest numbers so far. Collective."""
+    lines = [[part[0].key(), part[0].shape, str(part[0].values.dtype), part[0].values.numel()] for part in parts]
+    holders: dict[str, list[int]] = {}
+    looks: dict[str, Any] = {}
+    for rank, text in enumerate(_gather(comm, json.dumps(lines))):
+        for key, *look in json.loads(text):
+            if looks.setdefault(key, look) != look:
+                raise ValueError(f"checkpoint.save: {key} is {looks[key][:2]}, but {look[:2]} on rank {rank}")
+            holders.setdefault(key, []).append(rank)
+    load = [0] * (1 if comm is None else comm.size)
+    owner = {}
+    for key, ranks in holders.items():
+        owner[key] = min(ranks, key=load.__getitem__)
+        load[owner[key]] += looks[key][-1]
+    mine = 0 if comm is None else comm.rank
+    return [piece for part in parts if owner[part[0].key()] == mine for piece in part]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _begun(folder: Path, finished: Path) -> Iterator[None]:
+    """An empty folder for what is unfinished, while no other job can have one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # let go when the process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another job is writing a checkpoint to {folder}") from None
+        if finished.exists():
+            raise ValueError(f"{finished} is there already: remove it, or give another folder")
+        unfinished = folder / UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            yield
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _finish(unfinished: Path, finished: Path, index: dict[str, Any], keep: int | None) -> None:
+    """Write the index, give the folder its name, remove old ones."""
+    (unfinished / INDEX).write_text(json.dumps(index, default=float))
+    for path in (unfinished / INDEX, unfinished):
+        to_disk(path)
+    unfinished.rename(finished)
+    to_disk(finished.parent)
+    older = sorted((p for p in finished.parent.glob("step-*") if _step(p) < _step(finished)), key=_step)
+    for path in older[: len(older) + 1 - keep] if keep else ():
+        shutil.rmtree(path.rename(unfinished))
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
+
+
+# ---- all ranks -------------------------------------------------------------------------------------------------------
+
+
+def _together(comm: Comm | None, call: Callable[[], T]) -> T:
+    """call() on every rank. What fails on one is raised on all, as an OSError or a ValueError. Collective."""
+    mine, problem = None, ""
+    try:
+        result = call()
+    except CommError:
+        raise  # nothing can be told to the others
+    except Exception as error:
+        mine, problem = error, f"{'OSError' if isinstance(error, OSError) else 'ValueError'} {error}"
+    for rank, text in enumerate(_gather(comm, problem)):
+        if text:
+            kind, _, words = text.partition(" ")
+            where = "" if comm is None else f"  (rank {rank} of {comm.size})"
+            raise {"OSError": OSError, "ValueError": ValueError}[kind](f"checkpoint: {words}{where}") from mine
+    return result
+
+
+def _gather(comm: Comm | None, text: str) -> list[str]:
+    """The texts of all ranks. Collective."""
+    if comm is None:
+        return [text]
+    mine = np.frombuffer(text.encode(), np.uint8)
+    lengths = comm.all_gather(np.array([len(mine)]))
+    flat, ends = comm.all_gather(mine, lengths), np.cumsum(lengths)
+    return [bytes(flat[end - length : end]).decode() for length, end in zip(lengths, ends, strict=True)]
