@@ -41,10 +41,15 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, tensor
     """
     if logits.shape != teacher.shape:
         raise ValueError(f"divergence: teacher is {tuple(teacher.shape)}, expected {tuple(logits.shape)} as the logits")
-    if not temperature > 0:
-        raise ValueError(f"divergence: temperature is {temperature}, expected > 0")
+    check_temperature("divergence", temperature)
     result: Tensor = _Divergence.apply(_exact(logits), _exact(teacher), temperature, tensor)
     return result
+
+
+def check_temperature(function: str, temperature: float) -> None:
+    """Raises ValueError unless it is above 0."""
+    if not temperature > 0:
+        raise ValueError(f"{function}: temperature is {temperature}, expected > 0")
 
 
 def _exact(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moecomm.comm import Comm
-from moecomm.distill.loss import distillation_loss
+from moecomm.distill.loss import check_temperature, distillation_loss
 from moecomm.distill.schedule import Schedule
 from moecomm.distill.student import start_from, student_config
 from moecomm.distill.teacher import CachedTeacher, ModelTeacher, Teacher
@@ -30,7 +30,7 @@ class Distiller(Trainer):
                        that was interrupted goes on as if it had not been
     temperature        of `distillation_loss`
 
-    Raises ValueError if the teacher has another vocabulary or cannot read such long sequences.
+    Raises ValueError if the teacher has another vocabulary or cannot read such long sequences, or the temperature is 0.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Distiller(Trainer):
         temperature: float = 1.0,
     ) -> None:
         check_sizes(teacher, model.config)
+        check_temperature("Distiller", temperature)
         super().__init__(model, text, plan)
         self.teacher, self.schedule, self.temperature = teacher, schedule, temperature
 
