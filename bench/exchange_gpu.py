@@ -7,6 +7,11 @@ One process a GPU, random tokens and experts. All paths of a case take turns in 
 checked before it is timed: rows bit for bit, sums against float32. time is the slowest rank's median. "graph" is the
 share of a call in a CUDA graph of many; "eager" are calls from Python.
 
+A "dispatch" here includes the small kernel that frees its rows, 1 to 2 us, which combine spares; "dispatch, combine" is
+the pair. "in place": the tokens lie in `DirectExchange.tokens`. "dispatch, gemm" is an expanded dispatch and then a
+matrix product [T, H] x [H, 2048], "dispatch + gemm" both at once, by `DirectExchange.start`: give --sms for both to
+have room.
+
 Columns: floor is the time for the bytes that must leave a rank, one row for each token and other rank that needs it, at
 the rate of a large copy between the GPUs, all ranks sending at once, measured in the same run; rate is what did leave
 (for NCCL and RoutedExchange a row for each choice) over time, of rank 0. A "dispatch" of DirectExchange is everything
@@ -107,6 +112,18 @@ def paths(comm: Comm, case: Case, peers: bool) -> Iterator[list[Path]]:
         exchange.free_rows(got[1])
         return got
 
+    def in_place() -> Any:
+        here = exchange.tokens()[:T]
+        if not torch.cuda.is_current_stream_capturing():
+            here.copy_(x)
+        got = exchange.dispatch_compact(here, routing)
+        exchange.free_rows(got[1])
+        return got
+
+    def pair() -> Any:
+        got = exchange.dispatch_compact(x, routing)
+        return exchange.combine(everyone, got[1])
+
     compact_rows = exchange.dispatch_compact(x, routing)
     exchange.free_rows(compact_rows[1])
     unique = slots.unique()
@@ -117,9 +134,15 @@ def paths(comm: Comm, case: Case, peers: bool) -> Iterator[list[Path]]:
             lambda: wrong_rows(exchange.dispatch(x, routing), slots, slice(0, n)), floor, floor,
         ),
     ]  # fmt: skip
+    if exchange.tokens() is not None:
+        wrong = lambda: wrong_rows(in_place(), unique, unique)  # noqa: E731
+        mine.append(Path("direct", "dispatch, in place", True, in_place, wrong, floor, floor))
+    counted = (ranks * x.float()).bfloat16()
+    wrong_pair = lambda: int((pair() != counted).any(1).sum())  # noqa: E731
+    back = others * H * 2
+    mine.append(Path("direct", "dispatch, combine", True, pair, wrong_pair, floor + back, floor + back))
     if fp8 is None:
         sums = weight.sum(1, keepdim=True) * x.float()
-        counted = (ranks * x.float()).bfloat16()
         mine += [
             Path(
                 "direct", "combine", True, lambda: exchange.combine(everyone, compact_rows[1]),
@@ -130,11 +153,30 @@ def paths(comm: Comm, case: Case, peers: bool) -> Iterator[list[Path]]:
                 lambda: _far(exchange.combine(answers, plan), sums), floor, floor,
             ),
         ]  # fmt: skip
+        mine += list(_overlap(exchange, x, routing, mine[1].wrong, floor))
     if peers and fp8 is None:
         mine += list(_peers(comm, x, routing, sums, case, floor))
     yield mine
     exchange.check()
     exchange.free()
+
+
+def _overlap(exchange: DirectExchange, x: Any, routing: Routing, wrong: Call, floor: int) -> Iterator[Path]:
+    """A matrix product such as a residual MLP's, alone, after a dispatch, and while the dispatch runs."""
+    weight = torch.randn((x.shape[1], 2048), device="cuda").bfloat16()
+
+    def after() -> Any:
+        got = exchange.dispatch(x, routing)
+        return got, x @ weight
+
+    def under() -> Any:
+        started = exchange.start(exchange.dispatch, x, routing)
+        product = x @ weight
+        return started.wait(), product
+
+    yield Path("gemm", "alone", True, lambda: x @ weight, lambda: 0, 0, floor)
+    yield Path("direct", "dispatch, gemm", True, after, wrong, floor, floor)
+    yield Path("direct", "dispatch + gemm", True, under, wrong, floor, floor)
 
 
 def _peers(comm: Comm, x: Any, routing: Routing, sums: Any, case: Case, floor: int) -> Iterator[Path]:

@@ -11,7 +11,6 @@
 // TAGGED      1: rows travel with the tag in every 8 bytes: twice the bytes, but nobody waits for a fence and a flag
 // BLOCKS      of a kernel; THREADS of a block
 // CHUNK       tokens that a block pushes at a time, a power of two up to THREADS / 32; 1 if TAGGED
-// BULK        1: a warp moves a row at a time with the copy engine (sm_90), CHUNK is 1 and SLICES too
 // SLICES      blocks that share such a chunk, each with its part of the rows
 // UNROLL      pieces of a row that a thread has under way
 #pragma once
@@ -324,47 +323,3 @@ __device__ inline int next_ticket(const Buffer& buffer, int n) {
   __syncthreads();
   return ticket;
 }
-
-#if BULK
-__device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
-
-// One lane of a warp, moving rows through shared memory of its own.
-struct Mover {
-  static constexpr int BYTES = PIECES * 16;
-  unsigned row, barrier, parity = 0;
-
-  __device__ Mover(unsigned char* rows, unsigned long long* barriers) {
-    const int warp = threadIdx.x / 32;
-    row = shared_address(rows + warp * BYTES), barrier = shared_address(barriers + warp);
-    if (threadIdx.x % 32 != 0) return;
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
-    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
-  }
-  __device__ void load(const void* from) const {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(BYTES) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(row),
-                 "l"(from), "r"(BYTES), "r"(barrier)
-                 : "memory");
-  }
-  __device__ void wait_for_load() {
-    asm volatile(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
-            barrier),
-        "r"(parity)
-        : "memory");
-    parity ^= 1;
-  }
-  __device__ void store(void* to) const {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(row), "r"(BYTES)
-                 : "memory");
-  }
-  // The row may be loaded anew.
-  __device__ void wait_for_reads() const {
-    asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
-  }
-  // What was stored has arrived.
-  __device__ void wait_for_stores() const {
-    asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group 0; fence.proxy.async;" ::: "memory");
-  }
-};
-#endif

@@ -50,36 +50,17 @@ __device__ inline void push_scale(const Memory& memory, const Buffer& buffer, in
     at<float>(memory, rank, buffer.scales)[index] = scale;
 }
 
-extern __shared__ __align__(128) unsigned char shared[];
-
-#if BULK
-// Returns the tag.
-__device__ inline unsigned push_rows(const Memory& memory, const Buffer& buffer, const ELEMENT* x, const int* expert,
-                                     int num_tokens, int pushers, Mover& mover) {
-  const unsigned tag = enter_to_push(memory, buffer);
-  if (tag == 0 || threadIdx.x % 32 != 0) return tag;
-  for (int token = threadIdx.x / 32 * pushers + blockIdx.x; token < num_tokens; token += pushers * WARPS) {
-    mover.load(x + static_cast<long long>(token) * HIDDEN);
-    const unsigned ranks = ranks_of(expert, token);
-    const long long slot = static_cast<long long>(memory.rank) * MAX_TOKENS + token;
-    mover.wait_for_load();
-    for (int rank = 0; rank < RANKS; ++rank)
-      if (ranks >> rank & 1) mover.store(at<uint4>(memory, rank, buffer.rows) + slot * PIECES);
-    mover.wait_for_stores();
-    for (int rank = 0; rank < RANKS; ++rank) announce(memory, buffer, rank, token, tag);
-  }
-  return tag;
-}
-#else
 // Returns the tag.
 __device__ inline unsigned push_rows(const Memory& memory, const Buffer& buffer, const ELEMENT* x, const int* expert,
                                      int num_tokens, int pushers) {
   unsigned tag = 0;
   const int lane = threadIdx.x % 32;
+  const bool in_place = x == at<ELEMENT>(memory, memory.rank, buffer.rows) + static_cast<long long>(memory.rank) * MAX_TOKENS * HIDDEN;
+  const unsigned wanted = in_place ? ~(1u << memory.rank) : ~0u;
   for (int number = blockIdx.x; number < num_items(num_tokens); number += pushers) {
     const Item item(number);
     const bool is = item.token < num_tokens;
-    const unsigned ranks = is ? ranks_of(expert, item.token) : 0;
+    const unsigned ranks = is ? ranks_of(expert, item.token) & wanted : 0;
     const long long slot = static_cast<long long>(memory.rank) * MAX_TOKENS + item.token;
     const ELEMENT* row = x + static_cast<long long>(item.token) * HIDDEN;
     for (int start = item.first - item.lane; start < PIECES; start += STEP * UNROLL) {  // the same in all lanes
@@ -109,7 +90,6 @@ __device__ inline unsigned push_rows(const Memory& memory, const Buffer& buffer,
   }
   return tag ? tag : enter(memory, buffer);
 }
-#endif
 
 #if OUTPUT != 2
 // How many tokens this rank has, and each one's experts and weights, to all ranks. Returns the tag.
@@ -162,8 +142,8 @@ __device__ inline void meet(const Memory& memory, unsigned* coming, unsigned tag
 // Counts and places as `route` does: each warp has a stretch of all tokens; what came before it is counted once.
 __device__ inline void make_table(const Memory& memory, const Buffer& buffer, const Table& table, int block,
                                   unsigned tag, const Smem& smem) {
-  int* const count = reinterpret_cast<int*>(shared + (BULK ? WARPS * PIECES * 16 : 0));  // [WARPS][EXPERTS]
-  int* const offset = count + WARPS * EXPERTS;                                            // [EXPERTS + 1]
+  extern __shared__ int count[];  // [WARPS][EXPERTS], then [EXPERTS + 1] offsets
+  int* const offset = count + WARPS * EXPERTS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int total = 0;
   for (int rank = 0; rank < RANKS; ++rank) total += smem.num_tokens[rank];
@@ -334,29 +314,6 @@ __device__ inline void receive_row(const Memory& memory, const Buffer& buffer, c
 #endif
 }
 #elif OUTPUT == 1
-#if BULK
-// Copies of one token's row to where its experts want it. One lane.
-__device__ inline void receive_row(const Memory& memory, const Buffer& buffer, const Table& table, int from, int token,
-                                   WIRE* rows, unsigned tag, Mover& mover) {
-  const long long slot = static_cast<long long>(from) * MAX_TOKENS + token;
-  int place[TOP_K];
-  bool any = false;
-#pragma unroll
-  for (int j = 0; j < TOP_K; ++j) {
-    place[j] = __ldcg(table.place + slot * TOP_K + j);
-    any |= place[j] >= 0;
-  }
-  if (!any) return;
-  wait_for_item(memory, buffer, from, token, tag);
-  asm volatile("fence.proxy.async;" ::: "memory");
-  mover.load(at<uint4>(memory, memory.rank, buffer.rows) + slot * PIECES);
-  mover.wait_for_load();
-#pragma unroll
-  for (int j = 0; j < TOP_K; ++j)
-    if (place[j] >= 0) mover.store(rows + static_cast<long long>(place[j]) * HIDDEN);
-  mover.wait_for_reads();
-}
-#else
 // Copies of one token's row to where its experts want it.
 __device__ inline void receive_row(const Memory& memory, const Buffer& buffer, const Table& table, const Item& item,
                                    int from, WIRE* rows, float* scales, unsigned tag) {
@@ -391,7 +348,6 @@ __device__ inline void receive_row(const Memory& memory, const Buffer& buffer, c
   }
 #endif
 }
-#endif
 #else
 // The gradient of a token's answer, to each of its rows times the weight, and into the gradient of that weight. One warp.
 __device__ inline void spread_row(const Memory& memory, const Buffer& buffer, const Table& table, int from,
@@ -463,10 +419,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (finish<TICKETS>(buffer, tag)) give_credit(memory, buffer.credit, blockIdx.x, tag);
 #else
   __shared__ Smem smem;
-#if BULK
-  __shared__ unsigned long long barriers[WARPS];
-  Mover mover(shared, barriers);  // of a warp's first lane
-#endif
   const int table_block = blockIdx.x - (BLOCKS - TABLE_BLOCKS);
   unsigned tag;
   if (table_block >= 0) {
@@ -479,11 +431,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = table_block * THREADS + threadIdx.x; i < num_items(smem.num_tokens[rank]); i += TABLE_BLOCKS * THREADS)
           wait_for_item(memory, buffer, rank, i, tag);
   } else {
-#if BULK
-    tag = blockIdx.x < pushers ? push_rows(memory, buffer, x, expert, num_tokens, pushers, mover) : enter(memory, buffer);
-#else
     tag = blockIdx.x < pushers ? push_rows(memory, buffer, x, expert, num_tokens, pushers) : enter(memory, buffer);
-#endif
     if (tag == 0) return;
   }
 #if OUTPUT == 0
@@ -498,16 +446,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wait(memory, INSIDE, memory.rank, tag,
          [&] { return static_cast<int>(acquire(&buffer.counters->tables) - tag * TABLE_BLOCKS) >= 0; });
   __syncthreads();
-#if BULK
-  while (threadIdx.x % 32 == 0) {
-    const int ticket = static_cast<int>(atomicAdd(&buffer.counters->tickets, 1u)), from = ticket % RANKS;
-    if (ticket / RANKS >= MAX_TOKENS) break;
-    if (ticket / RANKS < smem.num_tokens[from])
-      receive_row(memory, buffer, table, from, ticket / RANKS, rows, tag, mover);
-  }
-  mover.wait_for_stores();
-  if (finish<true>(buffer, tag)) give_credit(memory, buffer.credit, blockIdx.x, tag);
-#else
   for (int n = 0;; ++n) {
     const int ticket = next_ticket(buffer, n), from = ticket % RANKS;
     if (ticket / RANKS >= num_items(MAX_TOKENS)) break;
@@ -520,7 +458,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (item.token < smem.num_tokens[from]) receive_row(memory, buffer, table, item, from, rows, scales, tag);
   }
   if (finish<TICKETS>(buffer, tag)) give_credit(memory, buffer.credit, blockIdx.x, tag);
-#endif
 #endif
 #endif
 }

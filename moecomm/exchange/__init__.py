@@ -6,4 +6,13 @@ from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange
 from moecomm.exchange.tensor_parallel import LanePlan, TensorParallelExchange
 
-__all__ = ["DirectExchange", "DirectPlan", "HierarchicalExchange", "LanePlan", "Plan", "RelayPlan", "RoutedExchange", "TensorParallelExchange"]
+__all__ = [
+    "DirectExchange",
+    "DirectPlan",
+    "HierarchicalExchange",
+    "LanePlan",
+    "Plan",
+    "RelayPlan",
+    "RoutedExchange",
+    "TensorParallelExchange",
+]

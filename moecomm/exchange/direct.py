@@ -23,14 +23,14 @@ PHASES = {
 
 @dataclass(frozen=True, eq=False)
 class DirectPlan:
-    """Made by `dispatch`, taken by `combine`. All tensors are on the device; a *slot* is source rank * max_tokens + token.
+    """Made by `dispatch`, taken by `combine`. Everything is on the device; a slot is source rank * max_tokens + token.
 
     rows_per_expert  [local experts] int32: rows of each expert of this rank
-    offset           [local experts + 1] int32: where each expert's rows begin among the rows ordered by expert; the last
-                     one is how many there are
+    offset           [local experts + 1] int32: where each expert's rows begin among the rows ordered by expert; the
+                     last one is how many there are
     slot             [max_rows] int32: the slot of each of those rows: what a grouped GEMM gathers compact rows by
-    place            [slots, K] int32: the other way, where the row of each choice is; -1: not of this rank, -2: no room.
-                     With weight it is what `moecomm.unpermute` takes to sum the answers of compact rows
+    place            [slots, K] int32: the other way, where the row of each choice is; -1: not of this rank, -2: no
+                     room. With weight it is what `moecomm.unpermute` takes to sum the answers of compact rows
     weight           [slots, K] float32: of the choices; differentiable, as routing.weight is
     num_tokens       [ranks] int32: tokens of each rank
     scales           [rows, ceil(H / 128)] float32, if the rows are float8
@@ -79,8 +79,8 @@ class DirectExchange:
     dtype        of the rows: torch.float32, bfloat16 or float16
     fp8          what dispatch's rows travel and arrive as: None: dtype; torch.float8_e4m3fn: with a scale for each 128
                  values, quantised on the way. combine stays dtype
-    max_rows     room for rows ordered by expert; None: for all that can come, p * max_tokens * min(K, E / p). A row that
-                 finds no room is lost, and its answer counts as zeros: `check` raises
+    max_rows     room for rows ordered by expert; None: for all that can come, p * max_tokens * min(K, E / p). A row
+                 that finds no room is lost, and its answer counts as zeros: `check` raises
     num_buffers  plans of `dispatch_compact` that may wait for their combine at a time, at least
     num_sms      blocks of a kernel, one to a multiprocessor; None: all. Fewer leave room for what runs meanwhile
     limit        seconds that a kernel waits for another rank
@@ -117,8 +117,7 @@ class DirectExchange:
 
         self.comm = as_comm(comm)
         p = self.comm.size
-        device = torch.cuda.get_device_properties("cuda")
-        available, copy_engine = device.multi_processor_count, device.major >= 9
+        available = torch.cuda.get_device_properties("cuda").multi_processor_count
         num_sms = available if num_sms is None else num_sms
 
         def arguments() -> tuple[None, tuple[()], object]:
@@ -140,8 +139,8 @@ class DirectExchange:
             ):
                 if problem:
                     raise ValueError(message)
-            text = f"{max_tokens} {hidden} {num_experts} {top_k} {dtype} {fp8} {max_rows} {num_buffers} {num_sms} {copy_engine}"
-            return None, (), lambda: text
+            rest = f"{num_experts} {top_k} {dtype} {fp8} {max_rows} {num_buffers} {num_sms}"
+            return None, (), lambda: f"{max_tokens} {hidden} {rest}"
 
         text = self.comm.checked("DirectExchange", arguments)[2]()  # type: ignore[operator]
         self.comm.agree("DirectExchange: the arguments", text)
@@ -149,9 +148,8 @@ class DirectExchange:
         self.fp8 = fp8
         experts = num_experts // p
         self.shape = Shape(
-            str(dtype).removeprefix("torch."), fp8 is not None, hidden, top_k, max_tokens, p, experts, num_sms,
-            copy_engine,
-        )  # fmt: skip
+            str(dtype).removeprefix("torch."), fp8 is not None, hidden, top_k, max_tokens, p, experts, num_sms
+        )
         self.num_local_experts = experts
         """Experts of this rank."""
         self.num_experts = num_experts
@@ -166,7 +164,7 @@ class DirectExchange:
         """Why this exchange cannot be used any more, or None."""
         self.comm.barrier()
 
-    # ---- the calls -----------------------------------------------------------------------------------------------------
+    # ---- the calls -------------------------------------------------------------------------------------------------
 
     def dispatch(self, x: Any, routing: Routing) -> tuple[Any, DirectPlan]:
         """Send every token to its experts.
@@ -191,6 +189,18 @@ class DirectExchange:
         Not differentiable. Raises RuntimeError if num_buffers plans hold their rows already.
         """
         return self._dispatch("dispatch_compact", x, routing, True)
+
+    def tokens(self) -> Any:
+        """[max_tokens, H] where the next `dispatch_compact` wants this rank's tokens: write x there, pass its first T
+        rows, and they are not copied. None for rows that travel with tags or as float8, or are no multiple of 16 bytes.
+        Not collective. Raises RuntimeError as `dispatch_compact` does."""
+        shape, calls = self.shape, list(self._calls)
+        buffer = self._buffers.to[self._next_buffer(0)]
+        self._calls = calls
+        if shape.tagged or shape.fp8 or shape.hidden * self.dtype.itemsize % 16:
+            return None
+        size = shape.max_tokens * shape.hidden * self.dtype.itemsize
+        return self._buffers.part(buffer.rows + self.comm.rank * size, (shape.max_tokens, shape.hidden), self.dtype)
 
     def combine(self, rows: Any, plan: DirectPlan) -> Any:
         """Bring the experts' answers home: for each token, their weighted sum.
@@ -242,8 +252,8 @@ class DirectExchange:
             kernel.load()
 
     def check(self) -> None:
-        """Wait for the calls so far. Raises CommError if a rank did not come, ValueError if a routing named experts that
-        do not exist, OverflowError if rows found no room, since the last check."""
+        """Wait for the calls so far. Raises CommError if a rank did not come, ValueError if a routing named experts
+        that do not exist, OverflowError if rows found no room, since the last check."""
         import torch
 
         torch.cuda.current_stream().synchronize()
@@ -255,9 +265,7 @@ class DirectExchange:
                 f"dispatch: routing.expert has {unknown} ids outside -1 .. {self.num_experts - 1}{self.comm.where()}"
             )
         if lost:
-            raise OverflowError(
-                f"dispatch: {lost} rows beyond max_rows = {self.max_rows} found no room and were lost{self.comm.where()}"
-            )
+            raise OverflowError(f"dispatch: {lost} rows beyond max_rows = {self.max_rows} were lost{self.comm.where()}")
 
     def free(self) -> None:
         """Give the memory back. Collective, after the last call."""
@@ -265,15 +273,13 @@ class DirectExchange:
         self.failure = "it was freed"
         self._buffers.symmetric.free()
 
-    # ---- the kernels: direct_autograd.py calls these too -------------------------------------------------------------------
+    # ---- the kernels: direct_autograd.py calls these too -----------------------------------------------------------
 
     def send(self, x: Any, expert: Any, weight: Any, compact: bool) -> tuple[Any, DirectPlan]:
         """One launch of dispatch. expert [T, K] int32, weight [T, K] float32, contiguous."""
         import torch
 
         x, shape, index = x.contiguous(), self.shape, self._next_buffer(0)
-        if x.data_ptr() % 16:
-            x = x.clone()  # all ranks run the same kernel
         buffer, slots = self._buffers.to[index], shape.ranks * shape.max_tokens
         new = x.new_empty
         place = new((slots, shape.top_k), dtype=torch.int32)
@@ -316,11 +322,12 @@ class DirectExchange:
         y = rows.new_empty((tokens, shape.hidden))
         returned = None if numbers is None else rows.new_empty((tokens, shape.top_k), dtype=torch.float32)
         kernel, cut = shape.combine(plan.compact, weight is not None, numbers is not None, _aligned(rows, y))
-        done = self._buffers.to[plan.buffer] if plan.compact and self._release(plan) else None
+        done = self._buffers.to[plan.buffer] if self._release(plan) else None
+        credit = (None, 0) if done is None else (_Address(done.counters), done.credit)
         kernel(
             shape.num_sms, cut.threads,
             (self._buffers.memory, buffer, self._table(plan), rows, rows.stride(0), plan.expert, numbers, tokens, y,
-             returned, cut.pushers, None if done is None else _Address(done.counters), 0 if done is None else done.credit),
+             returned, cut.pushers, *credit),
         )  # fmt: skip
         return y, returned
 
@@ -379,7 +386,7 @@ class DirectExchange:
             self._held[plan.buffer] = False
         return held
 
-    # ---- checks ----------------------------------------------------------------------------------------------------------
+    # ---- checks ----------------------------------------------------------------------------------------------------
 
     def _usable(self, call: str) -> None:
         report = int(self._buffers.report[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +16,6 @@ from moecomm.gating.kernel import Kernel, Macros
 TAGGED_BYTES = 2**19
 """A rank whose tokens take at most this sends them with a tag in every 8 bytes. Such rows cost twice the bytes and
 are there without a fence and a flag: 2 us less."""
-
-
-SHARED_BYTES = 220 * 1024
-"""Of a block, that rows in bulk may take."""
 
 
 class Memory(ctypes.Structure):
@@ -85,8 +82,6 @@ class Shape:
     experts: int
     """Of a rank."""
     num_sms: int
-    copy_engine: bool = True
-    """Whether the GPU can move rows in bulk (sm_90)."""
 
     def pieces(self, fp8: bool) -> int:
         """16-byte pieces of a row that travels."""
@@ -108,38 +103,25 @@ class Shape:
         steps = -(-self.ranks * self.max_tokens // (32 // self.top_k))
         return max(1, min(steps // (16 * 8), self.num_sms // 8))
 
-    @property
-    def bulk_warps(self) -> int:
-        """Warps of a block that can each hold a row and count experts in shared memory; 0: rows do not move in bulk."""
-        row_bytes = self.pieces(False) * 16
-        if not self.copy_engine or self.fp8 or self.tagged or self.max_tokens <= 2 * self.num_sms:
-            return 0
-        if row_bytes != self.hidden * _itemsize(self.dtype):
-            return 0
-        return min(32, (SHARED_BYTES - 4 * self.experts) // (row_bytes + 4 * self.experts))
-
     def cut(self, kind: str) -> Cut:
-        """How a kernel shares its work: dispatch's "compact", "expanded", "spread", or "combine", "combine expanded"."""
-        pieces = self.pieces(self.fp8 and kind in ("compact", "expanded"))
-        blocks = self.num_sms - self.table_blocks
-        if kind in ("compact", "expanded") and self.bulk_warps > 1:
-            pushers = blocks if kind == "compact" else min(blocks, max(8, self.num_sms // 5))
-            return Cut(32 * self.bulk_warps, 1, 1, 1, pushers)
-        few = self.max_tokens <= 2 * self.num_sms
-        # Tagged rows are all latency: many threads with one piece each. Few rows: a row a block.
-        threads = 512 if self.tagged or kind == "combine" else 1024
-        chunk = 1 if few or self.tagged else 8 if kind == "expanded" and self.fp8 else 4
-        lanes = threads // chunk
-        slices = max(1, min(-(-pieces // lanes), blocks // -(-self.max_tokens // chunk), 16))
+        """How a kernel shares its work: "compact", "expanded", "spread" (dispatch), "combine", "combine expanded"."""
+        fp8 = self.fp8 and kind in ("compact", "expanded")
+        pieces, blocks = self.pieces(fp8), self.num_sms - self.table_blocks
+        # Few tokens: one chunk for each block. Many: chunks small enough to share evenly, large enough for a flag each.
+        chunk = (
+            1 if self.tagged else min(8 if kind == "expanded" and fp8 else 4, _power_of_two(self.max_tokens / blocks))
+        )
+        items = -(-self.max_tokens // chunk)
+        few = items <= blocks
+        threads = 512 if self.tagged or kind == "combine" or (kind == "compact" and fp8 == few) else 1024
+        slices = max(1, min(-(-pieces * chunk // threads), blocks // items, 16))
         most = {"compact": 4, "expanded": 4, "combine": max(1, 8 // self.ranks)}.get(kind, 1)
-        unroll = max(1, min(2 if self.fp8 else most, -(-pieces // (lanes * slices))))
-        if kind == "compact" or self.tagged or few:
+        unroll = max(1, min(2 if fp8 else most, -(-pieces * chunk // (threads * slices))))
+        if few or kind == "compact":
             pushers = blocks
-        elif kind == "expanded":
-            pushers = self.num_sms * 2 // 5 if self.fp8 else self.num_sms // 5
         else:
-            pushers = self.num_sms // 2
-        return Cut(threads, chunk, slices, unroll, max(1, min(max(pushers, 8), blocks)))
+            pushers = int(self.num_sms * {"expanded": 0.4 if fp8 else 0.25}.get(kind, 0.5))
+        return Cut(threads, chunk, slices, unroll, min(max(pushers, 8), blocks))
 
     def macros(self, kind: str, aligned: bool) -> Macros:
         """Those of direct.cuh."""
@@ -149,7 +131,6 @@ class Shape:
             ("MAX_TOKENS", self.max_tokens), ("RANKS", self.ranks), ("EXPERTS", self.experts),
             ("ALIGNED", int(aligned)), ("TAGGED", int(self.tagged)), ("BLOCKS", self.num_sms),
             ("THREADS", cut.threads), ("CHUNK", cut.chunk), ("SLICES", cut.slices), ("UNROLL", cut.unroll),
-            ("BULK", int(self.bulk_warps > 1 and kind in ("compact", "expanded"))),
         )  # fmt: skip
 
     def dispatch(self, kind: str, aligned: bool) -> tuple[Kernel, Cut, int]:
@@ -157,10 +138,7 @@ class Shape:
         output = ("compact", "expanded", "spread").index(kind)
         macros = (*self.macros(kind, aligned), ("OUTPUT", output), ("TABLE_BLOCKS", self.table_blocks))
         cut = self.cut(kind)
-        warps = cut.threads // 32
-        shared = 0 if kind == "spread" else 4 * (warps * self.experts + self.experts + 1)
-        if kind != "spread" and self.bulk_warps > 1:
-            shared += warps * self.pieces(False) * 16
+        shared = 0 if kind == "spread" else 4 * (cut.threads // 32 * self.experts + self.experts + 1)
         return Kernel("direct_dispatch.cu", "direct_dispatch", macros), cut, shared
 
     def combine(self, compact: bool, weigh: bool, give_back: bool, aligned: bool) -> tuple[Kernel, Cut]:
@@ -260,6 +238,10 @@ class Buffers:
         for length in shape:
             size *= length
         return self.symmetric.own[offset : offset + size].view(dtype).view(shape)
+
+
+def _power_of_two(least: float) -> int:
+    return 1 << max(math.ceil(least) - 1, 0).bit_length()
 
 
 def _itemsize(dtype: str) -> int:

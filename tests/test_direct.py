@@ -1,0 +1,76 @@
+"""What of DirectExchange needs no GPU: its kernels compile, its buffers do not overlap, its launches fit.
+
+tests/programs/direct.py checks what it does, on a machine with GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moecomm.exchange.direct_kernels import Shape, Slots
+from moecomm.gating.kernel import Kernel
+
+SHAPES = {
+    "many rows": Shape("bfloat16", False, 7168, 8, 4096, 2, 128, 132),
+    "float8": Shape("bfloat16", True, 7168, 8, 4096, 8, 32, 24),
+    "tags, rows of any size": Shape("float32", False, 33, 3, 17, 4, 5, 132),
+    "one rank": Shape("float16", False, 1030, 1, 300, 1, 1, 2),
+    "float8, tags": Shape("bfloat16", True, 200, 32, 20, 2, 1024, 132),
+}
+LARGE = Shape("float32", False, 16384, 32, 32768, 8, 1024, 132)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [*((90, name) for name in SHAPES), (80, "float8, tags"), (80, "one rank"), (100, "many rows")],
+)
+def test_kernels_compile(architecture: int, name: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from test_cuda_sources import compile_for
+
+    shape = SHAPES[name]
+    aligned = int(shape.hidden % 16 == 0)
+    for kernel in shape.kernels():
+        macros = tuple((macro, aligned if macro == "ALIGNED" else value) for macro, value in kernel.macros)
+        assert compile_for(architecture, Kernel(kernel.source, kernel.name, macros)) == ""
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), LARGE], ids=[*SHAPES, "large"])
+def test_parts_of_the_buffers_do_not_overlap(shape: Shape) -> None:
+    to, back, num_bytes = Slots(shape, 3).layout
+    assert len(to) == len(back) == 3
+    offsets = [offset for buffer in (*to, *back) for offset in buffer.values()]
+    assert offsets == sorted(offsets) and all(offset % 256 == 0 for offset in offsets)
+    slots = shape.ranks * shape.max_tokens
+    for buffers, kinds in ((to, ("compact", "expanded", "spread")), (back, ("combine", "combine expanded"))):
+        for buffer in buffers:
+            ends = [*offsets, num_bytes]
+            room = {name: ends[ends.index(offset) + 1 :] for name, offset in buffer.items()}
+            size = {
+                name: min((end for end in room[name] if end > offset), default=0) - offset
+                for name, offset in buffer.items()
+            }
+            assert size["arrived"] >= 4 * slots * max(shape.cut(kind).slices for kind in kinds)
+            assert size["credit"] >= 4 * shape.ranks * shape.num_sms
+            assert size["rows"] >= slots * shape.pieces(shape.fp8 and buffers is to) * 16 * (1 + shape.tagged)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), LARGE], ids=[*SHAPES, "large"])
+def test_launches_fit(shape: Shape) -> None:
+    for num_sms in (2, 3, 8, 132):
+        some = replace(shape, num_sms=num_sms)
+        assert 1 <= some.table_blocks < num_sms
+        for kind in ("compact", "expanded", "spread"):
+            _, cut, shared = some.dispatch(kind, True)
+            assert 32 <= cut.threads <= 1024 and shared <= 222 * 1024
+            assert cut.threads % (32 * cut.chunk) == 0 and 1 <= cut.pushers <= num_sms - some.table_blocks
+        for kind in ("combine", "combine expanded"):
+            cut = some.cut(kind)
+            assert cut.threads % (32 * cut.chunk) == 0 and 1 <= cut.pushers <= num_sms
+
+
+def test_small_calls_have_tags() -> None:
+    shape = SHAPES["many rows"]
+    assert not shape.tagged and replace(shape, max_tokens=8).tagged
