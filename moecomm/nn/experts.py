@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ class Experts(nn.Module):
                  on which rank holds it
     activation   "gelu": gelu(x up + b) down + b'. "swiglu": (silu(x gate) * (x up)) down, without biases
     part         (i, n): hold slice i of n of each expert's inner width; the n answers are to be added. Slice 0 adds b'
-    key          seed and name of the layer
+    weights      weights(e, name) gives the whole weight of expert e, such as "up" [hidden, ffn]; None: drawn
+    key          seed and name of the layer, of those drawn
     like         device, dtype
 
     Weights are [E', hidden, ffn / n] and [E', ffn / n, hidden]. Rows in bfloat16 go through torch's grouped GEMM, if
@@ -34,7 +35,8 @@ class Experts(nn.Module):
 
     def __init__(
         self, hidden: int, ffn: int, experts: Sequence[int], *, activation: Activation = "gelu",
-        part: tuple[int, int] = (0, 1), std: float = 0.02, key: tuple[object, ...] = (), **like: Any,
+        part: tuple[int, int] = (0, 1), std: float = 0.02, key: tuple[object, ...] = (),
+        weights: Callable[[int, str], Tensor] | None = None, **like: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if activation not in ("gelu", "swiglu"):
@@ -47,7 +49,8 @@ class Experts(nn.Module):
         """Of one expert's weights."""
 
         def bank(name: str, shape: tuple[int, int]) -> nn.Parameter:
-            slices = [part_of(draw(shape, std, *key, "expert", e, name), SLICED[name], part) for e in experts]
+            whole = weights or (lambda e, name: draw(shape, std, *key, "expert", e, name))
+            slices = [part_of(whole(e, name), SLICED[name], part) for e in experts]
             return parameter(torch.stack(slices) if slices else torch.zeros(0, *shape), like)
 
         self.up = bank("up", (hidden, ffn))

@@ -1,0 +1,47 @@
+"""Parameter groups, and gradients that are never None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from moecomm import Comm, Topology, build_groups  # noqa: E402
+from moecomm.nn import CONFIGS, MoE, TransformerLM, parameter_groups, reduce_gradients  # noqa: E402
+from moecomm.transports import threads  # noqa: E402
+
+
+def test_two_groups_have_every_parameter_once() -> None:
+    model = TransformerLM(CONFIGS["tiny"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    dense, experts = parameter_groups(model, lr=0.5)
+    assert {names[id(p)] for p in experts["params"]} == {name for name in names.values() if ".experts." in name}
+    assert sorted(names[id(p)] for group in (dense, experts) for p in group["params"]) == sorted(names.values())
+    assert (dense["name"], experts["name"], experts["lr"], "lr" in dense) == ("dense", "experts", 0.5, False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.SGD(p, 1.0), lambda p: torch.optim.Adam(p, 1.0), lambda p: torch.optim.Adagrad(p, 1.0)],
+)
+def test_an_optimizer_takes_them(make: Callable[[Any], Any]) -> None:
+    """All tokens go to expert 2; the others, on both ranks, get zeros and stay where they are."""
+
+    def body(comm: Comm) -> None:
+        groups = build_groups(comm, Topology(2, expert=2))
+        layer = torch.nn.Sequential(MoE(8, 16, 4, groups=groups), MoE(8, 16, 4, groups=groups))
+        layer[0].bias[2] = 10
+        optimizer = make(parameter_groups(layer, lr=1e-3))
+        before = layer[0].experts.up.detach().clone()
+        layer[0](torch.ones(5, 8))[0].square().sum().backward()  # the second layer is not even called
+        reduce_gradients(layer, groups)
+        assert all(p.grad is not None for p in layer.parameters())
+        assert all((p.grad == 0).all() for p in layer[1].parameters())
+        optimizer.step()
+        moved = (layer[0].experts.up != before).flatten(1).any(1).tolist()
+        assert moved == ([True, False] if comm.rank == 1 else [False, False])
+
+    threads.run(2, body)
