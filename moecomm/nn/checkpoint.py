@@ -49,18 +49,18 @@ def save(
     another job is writing to; OSError for a full disk and the like. The checkpoints that were there stay.
     """
     folder, rank = Path(folder), 0 if comm is None else comm.rank
-    parts = _together(comm, lambda: [*_parts(held(model), optimizer)])
+    parts = together(comm, lambda: [*_parts(held(model), optimizer)])
     tensors = _owned(comm, parts)
     finished, unfinished = folder / f"step-{step:06d}", folder / UNFINISHED
     with ExitStack() as stack:
-        _together(comm, lambda: stack.enter_context(_begun(folder, finished)) if rank == 0 else None)
+        together(comm, lambda: stack.enter_context(_begun(folder, finished)) if rank == 0 else None)
         file = f"rank-{rank:05d}.safetensors"
-        _together(comm, lambda: write(unfinished / file, {piece.key(): piece.values for piece in tensors}))
+        together(comm, lambda: write(unfinished / file, {piece.key(): piece.values for piece in tensors}))
         lines = [[p.name, p.shape, str(p.values.dtype)[6:], file, p.start, tuple(p.values.shape)] for p in tensors]
-        every = [line for lines in _gather(comm, json.dumps(lines)) for line in json.loads(lines)]
+        every = [line for lines in gather(comm, json.dumps(lines)) for line in json.loads(lines)]
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] if optimizer else None
         index = {"format": "moecomm", "version": VERSION, "values": values or {}, "groups": groups, "tensors": every}
-        _together(comm, lambda: _finish(unfinished, finished, index, keep) if rank == 0 else None)
+        together(comm, lambda: _finish(unfinished, finished, index, keep) if rank == 0 else None)
     return finished
 
 
@@ -76,20 +76,20 @@ def load(
     a newer version or of another model, and OSError for one that is missing: all found before anything is changed.
     """
     path = Path(path)
-    index = _together(comm, lambda: read_index(path))
+    index = together(comm, lambda: read_index(path))
     with ExitStack() as stack:
-        stored = _together(comm, lambda: Stored(path, index, stack))
+        stored = together(comm, lambda: Stored(path, index, stack))
         mine = held(model)
-        wanted = _together(comm, lambda: [stored.checked(p) for h in mine for p in h.pieces(h.tensor)])
-        named = {name for names in _gather(comm, json.dumps([p.name for p in wanted])) for name in json.loads(names)}
+        wanted = together(comm, lambda: [stored.checked(p) for h in mine for p in h.pieces(h.tensor)])
+        named = {name for names in gather(comm, json.dumps([p.name for p in wanted])) for name in json.loads(names)}
         unknown = sorted({*stored.tensors} - {*stored.of_optimizer} - named)
         if unknown:
             raise ValueError(f"{path} has {unknown[0]} ({len(unknown)} such), which the model has on no rank")
         if optimizer is not None:
-            state = _together(comm, lambda: state_dict(optimizer, mine, index["groups"], stored))
-        _together(comm, lambda: stored.fill(*wanted))
+            state = together(comm, lambda: state_dict(optimizer, mine, index["groups"], stored))
+        together(comm, lambda: stored.fill(*wanted))
         if optimizer is not None:
-            _together(comm, lambda: optimizer.load_state_dict(state))
+            together(comm, lambda: optimizer.load_state_dict(state))
     return dict(index["values"])
 
 
@@ -129,7 +129,7 @@ def _owned(comm: Comm | None, parts: list[list[Piece]]) -> list[Piece]:
     lines = [[part[0].key(), part[0].shape, str(part[0].values.dtype), part[0].values.numel()] for part in parts]
     holders: dict[str, list[int]] = {}
     looks: dict[str, Any] = {}
-    for rank, text in enumerate(_gather(comm, json.dumps(lines))):
+    for rank, text in enumerate(gather(comm, json.dumps(lines))):
         for key, *look in json.loads(text):
             if looks.setdefault(key, look) != look:
                 raise ValueError(f"checkpoint.save: {key} is {looks[key][:2]}, but {look[:2]} on rank {rank}")
@@ -185,7 +185,7 @@ def _step(path: Path) -> int:
 # ---- all ranks -------------------------------------------------------------------------------------------------------
 
 
-def _together(comm: Comm | None, call: Callable[[], T]) -> T:
+def together(comm: Comm | None, call: Callable[[], T]) -> T:
     """call() on every rank. What fails on one is raised on all, as an OSError or a ValueError. Collective."""
     mine, problem = None, ""
     try:
@@ -194,7 +194,7 @@ def _together(comm: Comm | None, call: Callable[[], T]) -> T:
         raise  # nothing can be told to the others
     except Exception as error:
         mine, problem = error, f"{'OSError' if isinstance(error, OSError) else 'ValueError'} {error}"
-    for rank, text in enumerate(_gather(comm, problem)):
+    for rank, text in enumerate(gather(comm, problem)):
         if text:
             kind, _, words = text.partition(" ")
             where = "" if comm is None else f"  (rank {rank} of {comm.size})"
@@ -202,7 +202,7 @@ def _together(comm: Comm | None, call: Callable[[], T]) -> T:
     return result
 
 
-def _gather(comm: Comm | None, text: str) -> list[str]:
+def gather(comm: Comm | None, text: str) -> list[str]:
     """The texts of all ranks. Collective."""
     if comm is None:
         return [text]
