@@ -3,37 +3,21 @@
 // ELEMENT   float, bfloat16, float16
 // ALIGNED   1: every row starts at a multiple of 16 bytes; 0: anywhere
 // TOP_K     1, 2, 4, 8: k itself; 0: any k
+#include "e4m3.cuh"
 #include "rows.cuh"
 
-constexpr int GROUP = 128;          // values that share a scale
-constexpr float LARGEST = 448.0f;   // of e4m3
 constexpr int BATCH = TOP_K ? TOP_K : 8;
 constexpr int WIDTH = ALIGNED ? 16 / sizeof(ELEMENT) : 4;  // values of a thread
 constexpr int LANES = GROUP / WIDTH;
 using P = Piece<ELEMENT, WIDTH>;
 using Q = Piece<unsigned char, WIDTH>;
 
-// Rounded to nearest, ties to even. What is larger than LARGEST becomes LARGEST, NaN becomes NaN.
-__device__ inline unsigned char to_e4m3(float value) {
-#if __CUDA_ARCH__ >= 890
-  unsigned short pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
-  return static_cast<unsigned char>(pair);
-#else
-  const unsigned sign = __float_as_uint(value) >> 24 & 0x80;
-  const float size = fminf(fabsf(value), LARGEST);
-  if (value != value) return sign | 0x7f;
-  if (size < 0.015625f) return sign | __float2int_rn(size * 512.0f);  // below 2^-6: steps of 2^-9
-  const unsigned bits = __float_as_uint(size);
-  return sign | ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
-#endif
-}
-
 // scales [num_rows, groups of a row]. The blocks after the first copy_blocks fill the empty rows: zeros, scale 1.
 extern "C" __global__ void permute_fp8(const ELEMENT* __restrict__ x, const int* __restrict__ row,
                                        const int* __restrict__ source, unsigned char* __restrict__ rows,
                                        float* __restrict__ scales, int num_tokens, int num_values, int top_k,
                                        int num_rows, int copy_blocks) {
+  wait_for_inputs();
   const int groups = (num_values + GROUP - 1) / GROUP;
   if (blockIdx.x >= copy_blocks) {
     fill_empty_rows(source, num_rows, blockIdx.x - copy_blocks, [&](int64 empty, int lane) {
@@ -62,7 +46,7 @@ extern "C" __global__ void permute_fp8(const ELEMENT* __restrict__ x, const int*
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2)
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, distance));
-  const float scale = amax > 0 ? fmaxf(amax, 0x1p-100f) / LARGEST : 1;  // never so small that it rounds to 0
+  const float scale = scale_of(amax);
   Q quantised;
 #pragma unroll
   for (int n = 0; n < WIDTH; ++n) quantised.value[n] = to_e4m3(to_float(piece.value[n]) / scale);

@@ -7,7 +7,6 @@
 //
 // THREADS, BLOCKS   threads of a block; blocks that a multiprocessor must hold, for the compiler's register budget
 // GRID              1: many blocks, which wait for each other: no more than multiprocessors; 0: one block
-// SLICES            with ROWS: clusters, each of which decides for all tokens and moves its slice of every row
 // MASK              1: masked tokens get no experts
 // NORMALIZE         1: a token's kept weights are divided by their sum
 // ALIGNED           1: each expert's rows end at a multiple of `align`
@@ -30,6 +29,7 @@ constexpr int STEP = THREADS / K * K;                      // assignments that a
 constexpr bool CHOICE_MAJOR = DROP == 1 && K > 1;          // slots: all first choices, then all second ones, ...
 constexpr bool RANKED = CAPACITY && DROP >= 2;             // the largest keys stay
 constexpr bool DIRECT = !CHOICE_MAJOR && !CHUNKED;         // bits are set while selecting, and kept
+constexpr bool EARLY = DIRECT && WORDS32 <= 2;            // counts are published as soon as the bits are there
 constexpr bool WEIGHTS_LATER = NORMALIZE || CAPACITY;      // a weight depends on other choices of its token, or on drops
 constexpr int PASSES = CHOICE_MAJOR ? K : 1;
 constexpr unsigned NOTHING = 0xffffffffu;                  // the choice of a masked token
@@ -149,7 +149,7 @@ __device__ inline void write_z(const Arguments& a, uint4 sum, unsigned num_chose
 }
 
 #if GRID && !CLUSTER
-#define WAIT_FOR_ALL board.wait_for_all()
+#define WAIT_FOR_ALL board.wait_for_all<true>()
 #else
 #define WAIT_FOR_ALL __syncthreads()
 #endif
@@ -160,14 +160,12 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   __shared__ unsigned long long counts_arrived, losses_arrived;
   __shared__ unsigned num_chosen;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = threadIdx.x % LANES;
-  const int blocks = CLUSTER ? CLUSTER : gridDim.x, block = blockIdx.x % blocks, slice = CLUSTER ? blockIdx.x / blocks : 0;
-  const bool writes = SLICES == 1 || slice == 0;  // all slices find the same
+  const int blocks = gridDim.x, block = blockIdx.x;
   const int first = block * a.tokens_per_block;
   const int tokens = max(0, min(a.tokens_per_block, a.num_tokens - first)), n = tokens * K;
   const int64 first_assignment = static_cast<int64>(first) * K;
 #if ROWS
-  const int part_bytes = a.row_bytes / SLICES;
-  unsigned* bits = reinterpret_cast<unsigned*>(shared + SLOTS * part_bytes);  // [WORDS32, E]
+  unsigned* bits = reinterpret_cast<unsigned*>(shared + SLOTS * a.row_bytes);  // [WORDS32, E]
 #else
   unsigned* bits = reinterpret_cast<unsigned*>(shared);
 #endif
@@ -181,24 +179,11 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   float* const score = SPILL ? a.weight + first_assignment : reinterpret_cast<float*>(own + a.tokens_per_block * K);
   unsigned* const part = own + (SPILL ? 0 : 2 * a.tokens_per_block * K);
   float* const scratch = reinterpret_cast<float*>(part + (GRID && !CLUSTER ? PART : 0));
-#if GRID && !CLUSTER
-  Board board(a.board);
-#endif
-  moecomm::Generator generator{a.seed, a.generator_offset};
-  if ((NOISE || RANKED) && a.offset_tensor) generator.offset += static_cast<unsigned long long>(*a.offset_tensor);
-
-  // ---- select ----
-  const ELEMENT* const logits = a.logits + static_cast<int64>(first) * E;
-  const auto row_of = [&](int start) { return logits + static_cast<int64>(min(start + lane / LANES, tokens - 1)) * E; };
-  Logits ahead[CHUNKS];
-  if (warp * TEAMS_OF_WARP < tokens) load_logits(row_of(warp * TEAMS_OF_WARP), member, ahead);
-  for (int i = threadIdx.x; i < WORDS32 * E; i += THREADS) bits[i] = 0;
+  share_out<WORDS32 * E>([&](int i) { bits[i] = 0; });
 #if ROWS
   __shared__ unsigned long long arrived[BULK ? SLOTS : 1];
-  const Copier copier{a.x + static_cast<int64>(first) * a.row_bytes + slice * part_bytes, shared, arrived, tokens,
-                      a.row_bytes, part_bytes};
+  const Copier copier{a.x + static_cast<int64>(first) * a.row_bytes, shared, arrived, tokens, a.row_bytes};
   copier.prepare();
-  if (CLUSTER) copier.start();  // few tokens: their rows do not keep logits waiting
 #endif
   if (CLUSTER && threadIdx.x == 0) {
     expect(&counts_arrived, CLUSTER * PACKED * 16);
@@ -206,9 +191,26 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   }
   if (CLUSTER) cluster_arrive();  // its shared memory is ready for what others send
   __syncthreads();
+  wait_for_inputs();
+
+  // ---- select ----
+  const ELEMENT* const logits = a.logits + static_cast<int64>(first) * E;
+  const auto row_of = [&](int start) { return logits + static_cast<int64>(min(start + lane / LANES, tokens - 1)) * E; };
+  Logits ahead[CHUNKS];
+  if (warp * TEAMS_OF_WARP < tokens) load_logits(row_of(warp * TEAMS_OF_WARP), member, ahead);
+#if ROWS
+  const bool at_once = a.tokens_per_block <= TEAMS;  // all logits are asked for: rows do not keep them waiting
+  if (at_once) copier.start();
+#endif
+#if GRID && !CLUSTER
+  Board board(a.board);
+#endif
+  moecomm::Generator generator{a.seed, a.generator_offset};
+  if ((NOISE || RANKED) && a.offset_tensor) generator.offset += static_cast<unsigned long long>(*a.offset_tensor);
   float mean[VALUES] = {}, z = 0.0f;
   bool bad = false;
   const Selection how{a.bias, generator, a.noise_scale, scratch + warp * (E + GROUPS)};
+#pragma unroll 1
   for (int start = warp * TEAMS_OF_WARP; start < tokens; start += TEAMS) {
     const int local = start + lane / LANES;
     const ELEMENT* const row = row_of(start);
@@ -224,7 +226,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     const unsigned long long element = static_cast<unsigned long long>(first + local) * E;
     const Token token = choose(x, row, element, member, live ? 1.0f : 0.0f, how, mean);
     if (local >= tokens) continue;
-    if (member == 0 && writes) {
+    if (member == 0) {
       a.lse[first + local] = live ? token.lse : 0.0f;
       if (live) z = fmaf(token.lse, token.lse, z);
     }
@@ -235,7 +237,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       if (j >= K) continue;
       pick[local * K + j] = live ? token.expert[s] : NOTHING;
       if (WEIGHTS_LATER) score[local * K + j] = live ? token.score[s] : 0.0f;
-      if (!CAPACITY && writes) {
+      if (!CAPACITY) {
         const int64 assignment = first_assignment + local * K + j;
         a.expert[assignment] = live ? token.expert[s] : -1;
         if (!NORMALIZE) a.weight[assignment] = live ? moecomm::mul(a.scale, token.score[s]) : 0.0f;
@@ -244,23 +246,40 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     }
   }
   if (BIAS)
-    for (int e = threadIdx.x; e < E; e += THREADS) bad |= !(fabsf(a.bias[e]) < INFINITE);
+    share_out<E>([&](int e) { bad |= !(fabsf(a.bias[e]) < INFINITE); });
   z = warp_sum(z);
   const unsigned problems = __any_sync(ALL, bad) ? 1 : 0;
   if (lane == 0) warp_losses[warp] = make_uint4(0, __float_as_uint(z), problems, 0);
   __syncthreads();
 #if ROWS
-  if (!CLUSTER) copier.start();
+  if (!at_once) copier.start();
 #endif
 
   // ---- count ----
-  for (int e = threadIdx.x; e < E; e += THREADS) counted[e] = 0;
+  const auto tokens_of = [&](int e) {  // with EARLY
+    unsigned sum = 0;
+#pragma unroll
+    for (int word = 0; word < WORDS32; ++word) sum += __popc(bits[word * E + e]);
+    return sum;
+  };
+#if CLUSTER
+  static_assert(EARLY, "a cluster has few tokens");
+  cluster_wait();
+  share_counts(tokens_of, block, words, &counts_arrived);
+#elif GRID
+  if (EARLY) board.publish(0, tokens_of);
+  if (warp == WARPS - 1) {
+    const uint4 sum = add_losses(lane < WARPS ? warp_losses[lane] : make_uint4(0, 0, 0, 0));
+    if (lane < 2) store_word(&board.losses[block].of_block + lane, make_uint4(0, sum.y, sum.z, board.tag));
+  }
+#endif
+  share_out<E>([&](int e) { counted[e] = 0; });
   if (!DIRECT) __syncthreads();
   for (int pass = 0; pass < PASSES; ++pass) {
     for (int chunk = 0; chunk < (DIRECT ? 1 : tokens); chunk += 32 * WORDS32) {
       const int chunk_end = min(tokens, chunk + 32 * WORDS32) * K;
       if (!DIRECT) {
-        for (int i = threadIdx.x; i < WORDS32 * E; i += THREADS) bits[i] = 0;
+        share_out<WORDS32 * E>([&](int i) { bits[i] = 0; });
         __syncthreads();
         for (int i = chunk * K + threadIdx.x; i < chunk_end; i += THREADS) {
           const int local = i / K - chunk;
@@ -269,7 +288,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
         }
         __syncthreads();
       }
-      for (int e = threadIdx.x; e < E; e += THREADS) {
+      share_out<E>([&](int e) {
         unsigned so_far = counted[e];
 #pragma unroll
         for (int word = 0; word < WORDS32; ++word) {
@@ -277,7 +296,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
           so_far += __popc(bits[word * E + e]);
         }
         counted[e] = so_far;
-      }
+      });
       __syncthreads();
       if (!DIRECT)
         for (int i = chunk * K + threadIdx.x; i < chunk_end; i += THREADS) {
@@ -288,19 +307,17 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       if (!DIRECT) __syncthreads();
     }
 #if GRID && !CLUSTER
-    board.publish(pass, [&](int e) { return counted[e]; });
+    if (!EARLY) board.publish(pass, [&](int e) { return counted[e]; });
     if (PASSES > 1) {  // each pass is counted from 0
       __syncthreads();
-      for (int e = threadIdx.x; e < E; e += THREADS) counted[e] = 0;
+      share_out<E>([&](int e) { counted[e] = 0; });
     }
 #endif
   }
 
   // ---- exchange ----
 #if CLUSTER
-  cluster_wait();
-  share_counts(counted, block, words, &counts_arrived);
-  if (!CAPACITY && NORMALIZE && writes) write_weights(a, score, n, a.weight + first_assignment);
+  if (!CAPACITY && NORMALIZE) write_weights(a, score, n, a.weight + first_assignment);
   await(&counts_arrived);
   add_shared_counts(words, block, total, before);
   __syncthreads();
@@ -308,11 +325,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   if (!CAPACITY && NORMALIZE) write_weights(a, score, n, a.weight + first_assignment);
 #endif
 #if GRID && !CLUSTER
-  if (warp == 0) {
-    const uint4 sum = add_losses(lane < WARPS ? warp_losses[lane] : make_uint4(0, 0, 0, 0));
-    if (lane == 0) board.losses[block] = sum;
-  }
-  board.wait_for_all();
+  board.wait_for_all<false>();
   for (int pass = 0; pass < PASSES; ++pass) {
     board.collect(pass, total, before, part);
     __syncthreads();
@@ -323,12 +336,12 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
           a.slot[first_assignment + i] = counted[e] + before[e] + (pick[i] >> 10);
         }
       __syncthreads();
-      for (int e = threadIdx.x; e < E; e += THREADS) counted[e] += total[e];
+      share_out<E>([&](int e) { counted[e] += total[e]; });
       __syncthreads();
     }
   }
   if (PASSES > 1) {
-    for (int e = threadIdx.x; e < E; e += THREADS) total[e] = counted[e];
+    share_out<E>([&](int e) { total[e] = counted[e]; });
     __syncthreads();
   }
 #endif
@@ -350,7 +363,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
 #if GRID && !CLUSTER
   unsigned long long share = 0, earlier = 0;
 #endif
-  if (warp == 0 && writes) {
+  if (warp == 0) {
     const uint4 sum = add_losses(lane < WARPS ? warp_losses[lane] : make_uint4(0, 0, 0, 0));
 #if CLUSTER
     if (lane == 0) send(0, block_losses + block, sum, &losses_arrived);
@@ -366,7 +379,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   if (warp == WARPS - 1 && block == 0) {
     uint4 sum = make_uint4(0, 0, 0, 0);
     for (int other = lane; other < blocks; other += 32) {
-      const uint4 loss = __ldcg(board.losses + other);
+      const uint4 loss = board.read(&board.losses[other].of_block);
       sum.y = __float_as_uint(__uint_as_float(sum.y) + __uint_as_float(loss.y));
       sum.z |= loss.z;
     }
@@ -374,12 +387,12 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     if (lane == 0) write_z(a, sum, num_chosen);
   }
 #endif
-  if (block == 0 && writes)
-    for (int e = threadIdx.x; e <= E; e += THREADS) {
+  if (block == 0)
+    share_out<E + 1>([&](int e) {
       if (e < E) a.load[e] = total[e];
       if (e < E) a.count[e] = CAPACITY ? min(static_cast<int>(total[e]), a.capacity) : total[e];
       a.offset[e] = CAPACITY ? e * a.capacity : begin[e];
-    }
+    });
   const auto rank_of = [&](int i) {
     if (!DIRECT) return pick[i] >> 10;
     const int local = i / K, at = local / 32 * E + static_cast<int>(pick[i]);
@@ -398,6 +411,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       if (total[e] > a.capacity) keep_largest(a.key + begin[e], total[e], a.capacity, a.place + begin[e]);
     WAIT_FOR_ALL;
   }
+#pragma unroll 1
   for (int i = THREADS - 1 - threadIdx.x; i < n; i += THREADS) {  // the first warps are busy: few choices are for the last
     const unsigned picked = pick[i];
     const int64 assignment = first_assignment + i;
@@ -412,28 +426,27 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       if (CAPACITY && slot >= a.capacity) slot = -1;
       if (slot >= 0) {
         to = (CAPACITY ? static_cast<int>(e) * a.capacity : begin[e]) + slot;
-        if (writes) a.source[to] = static_cast<int>(assignment);
+        a.source[to] = static_cast<int>(assignment);
       }
       if (CAPACITY && slot < 0) score[i] = 0.0f;
     }
     if (ROWS) pick[i] = to;
-    if (!writes) continue;
     a.slot[assignment] = slot;
     if (CAPACITY) a.expert[assignment] = slot < 0 ? -1 : static_cast<int>(picked & 1023);
     a.row[assignment] = to;
   }
   if (CAPACITY || ROWS) __syncthreads();
 #if ROWS
-  copier.finish(pick, a.rows + slice * part_bytes);
+  copier.finish(pick, a.rows);
 #endif
-  if (CAPACITY && writes) write_weights(a, score, n, a.weight + first_assignment);
+  if (CAPACITY) write_weights(a, score, n, a.weight + first_assignment);
 
   // Rows that hold nothing: behind each expert's last one, and behind all experts.
   const auto empty_row = [&](int r) {
 #if ROWS
-    zero_part(a.rows + static_cast<int64>(r) * a.row_bytes + slice * part_bytes, part_bytes);
+    zero_row(a.rows + static_cast<int64>(r) * a.row_bytes, a.row_bytes);
 #endif
-    if (lane == 0 && writes) a.source[r] = -1;
+    if (lane == 0) a.source[r] = -1;
   };
   const int parts = max(1, blocks / E);
   if (CAPACITY || ALIGNED)
@@ -446,7 +459,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     for (int r = begin[E] + block * WARPS + warp; r < a.num_rows; r += blocks * WARPS) empty_row(r);
 
 #if CLUSTER
-  if (block == 0 && writes && warp == 0) {
+  if (block == 0 && warp == 0) {
     await(&losses_arrived);
     const uint4 sum = add_losses(lane < CLUSTER ? block_losses[lane] : make_uint4(0, 0, 0, 0));
     if (lane == 0) *a.aux_loss = mean_aux(sum, num_chosen);

@@ -37,6 +37,7 @@ __device__ inline float team_sum(float value) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Arguments a) {
+  wait_for_inputs();
   constexpr int TEAMS = THREADS / LANES, PADDED = VALUES * LANES;
   const int member = threadIdx.x % LANES, team = threadIdx.x / LANES;
   const int first = blockIdx.x * TEAMS * EACH + team;

@@ -1,7 +1,7 @@
 // Rows of x on their way through shared memory to the rows of their experts, while and after the block decides.
 //
 // BULK  1: the copy engine moves whole rows (sm_90; rows are multiples of 16 bytes); 0: threads move WORDs
-// SLOTS  rows of x, or parts of them, that a block holds at once, for BULK
+// SLOTS  rows of x that a block holds at once, for BULK
 #pragma once
 #include "rows.cuh"
 
@@ -16,10 +16,10 @@ constexpr int COPIERS = SLOTS < 8 ? (SLOTS < WARPS ? SLOTS : WARPS) : (WARPS < 8
 constexpr int DEPTH = SLOTS / COPIERS;          // rows that a copier has under way
 
 struct Copier {
-  const unsigned char* x;       // the block's first row, its part of it
-  unsigned char* ring;          // SLOTS parts
+  const unsigned char* x;       // the block's first row
+  unsigned char* ring;          // SLOTS rows
   unsigned long long* arrived;  // SLOTS barriers
-  int tokens, row_bytes, part_bytes;
+  int tokens, row_bytes;
 
   __device__ static bool works() { return threadIdx.x % 32 == 0 && threadIdx.x / 32 < COPIERS; }
   __device__ int number() const { return threadIdx.x / 32; }
@@ -36,10 +36,10 @@ struct Copier {
     const int token = number() + n * COPIERS, slot = number() * DEPTH + n % DEPTH;
     if (token >= tokens) return;
     const unsigned barrier = shared_address(arrived + slot);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(part_bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(row_bytes) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(ring + static_cast<int64>(slot) * part_bytes)),
-                 "l"(x + static_cast<int64>(token) * row_bytes), "r"(part_bytes), "r"(barrier)
+                     shared_address(ring + static_cast<int64>(slot) * row_bytes)),
+                 "l"(x + static_cast<int64>(token) * row_bytes), "r"(row_bytes), "r"(barrier)
                  : "memory");
   }
 
@@ -53,7 +53,7 @@ struct Copier {
     if (!works()) return;
     for (int n = 0; number() + n * COPIERS < tokens; ++n) {
       const int token = number() + n * COPIERS, slot = number() * DEPTH + n % DEPTH;
-      const unsigned from = shared_address(ring + static_cast<int64>(slot) * part_bytes);
+      const unsigned from = shared_address(ring + static_cast<int64>(slot) * row_bytes);
       asm volatile(
           "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
               shared_address(arrived + slot)),
@@ -64,7 +64,7 @@ struct Copier {
         if (to >= 0)
           asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
                            rows + static_cast<int64>(to) * row_bytes),
-                       "r"(from), "r"(part_bytes)
+                       "r"(from), "r"(row_bytes)
                        : "memory");
       }
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -87,7 +87,7 @@ struct Copier {
   const unsigned char* x;
   unsigned char* ring;
   unsigned long long* arrived;
-  int tokens, row_bytes, part_bytes;
+  int tokens, row_bytes;
 
   __device__ void prepare() const {}
   __device__ void start() const {}
@@ -95,7 +95,7 @@ struct Copier {
   __device__ void finish(const unsigned* row, unsigned char* rows) const {
     for (int token = threadIdx.x / 32; token < tokens; token += THREADS / 32) {
       const Word* const from = reinterpret_cast<const Word*>(x + static_cast<int64>(token) * row_bytes);
-      for (int i = threadIdx.x % 32; i < part_bytes / static_cast<int>(sizeof(Word)); i += 32) {
+      for (int i = threadIdx.x % 32; i < row_bytes / static_cast<int>(sizeof(Word)); i += 32) {
         const Word word = from[i];
         for (int j = 0; j < K; ++j) {
           const int to = static_cast<int>(row[token * K + j]);
@@ -108,7 +108,7 @@ struct Copier {
 
 #endif
 
-__device__ inline void zero_part(unsigned char* part, int part_bytes) {  // by one warp
-  for (int i = threadIdx.x % 32; i < part_bytes / static_cast<int>(sizeof(Word)); i += 32)
-    reinterpret_cast<Word*>(part)[i] = Word{};
+__device__ inline void zero_row(unsigned char* row, int row_bytes) {  // by one warp
+  for (int i = threadIdx.x % 32; i < row_bytes / static_cast<int>(sizeof(Word)); i += 32)
+    reinterpret_cast<Word*>(row)[i] = Word{};
 }

@@ -1,9 +1,10 @@
 // How the blocks of one launch tell each other what they counted.
 //
-// All blocks of a launch run at once. They write their counts to the board and wait for each other; then each adds up
-// what it needs. Launches that share a board run one after the other; it starts as zeros and is never cleared: its
-// counters go on from launch to launch. A few blocks can instead be a cluster (sm_90), and write into each other's
-// shared memory.
+// All blocks of a launch run at once. They write their counts to the board, in words of 16 bytes that also hold the
+// launch's tag, and wait for each other; then each adds up what it needs. A word with that tag is there: so nobody waits
+// until all that a block wrote is visible. Launches that share a board run one after the other; it starts as zeros and
+// is never cleared: its counters, and with them the tags, go on from launch to launch. A few blocks can instead be a
+// cluster (sm_90), and write into each other's shared memory.
 //
 // THREADS     threads of a block
 // CLUSTER     blocks of a cluster; 0: no clusters, the board is used
@@ -12,40 +13,83 @@
 #include "route_select.cuh"
 
 constexpr int WARPS = THREADS / 32;
-constexpr int COUNTS = 32 / COUNT_BITS;  // of one word
-constexpr int VECTORS = (E * COUNT_BITS + 127) / 128;  // 16-byte words that hold a block's counts
-constexpr int SUMS = COUNT_BITS == 32 ? 4 : 8;         // words that hold a vector's counts summed over blocks
+constexpr int COUNTS = 32 / COUNT_BITS;         // of 4 bytes
+constexpr int SUMS = COUNT_BITS == 32 ? 3 : 6;  // numbers of 4 bytes that hold a word's counts summed over blocks
+// The 16-byte words of a block, with 12 bytes of counts each. An even number: memory is written 32 bytes at a time, and
+// what has been written in part must be fetched first.
+constexpr int VECTORS = (E + 6 * COUNTS - 1) / (6 * COUNTS) * 2;
 constexpr int SPREAD = VECTORS <= 32 ? 1 << log2_up(VECTORS) : 32;  // lanes that share a row
 constexpr int ROWS_AT_ONCE = VECTORS <= 32 ? THREADS / SPREAD : WARPS;
 
 constexpr int PART = 2 * WARPS * VECTORS * SUMS <= 16384 ? 2 * WARPS * VECTORS * SUMS : 0;  // words; 0: add at once
+
+// body(i) for every i < N, shared out among the threads. How many rounds that takes is known to the compiler.
+template <int N, typename Body>
+__device__ inline void share_out(Body body) {
+#pragma unroll 4
+  for (int first = 0; first < N; first += THREADS)
+    if (first + THREADS <= N || first + static_cast<int>(threadIdx.x) < N) body(first + static_cast<int>(threadIdx.x));
+}
 
 struct Header {
   unsigned arrivals, arrivals_before;  // at the barriers of all launches; when this launch began
   unsigned long long aux;              // what blocks have added, in units of 2^-40, times 4096, + their number
 };
 
+struct Losses {
+  uint4 of_block, unused;
+};
+
+__device__ inline uint4 load_word(const uint4* from) {
+  unsigned long long low, high;
+  asm volatile("{ .reg .b128 word; ld.relaxed.gpu.global.b128 word, [%2]; mov.b128 {%0, %1}, word; }"
+               : "=l"(low), "=l"(high)
+               : "l"(from)
+               : "memory");
+  return make_uint4(low, low >> 32, high, high >> 32);
+}
+
+__device__ inline void store_word(uint4* to, uint4 word) {
+  const unsigned long long low = static_cast<unsigned long long>(word.y) << 32 | word.x;
+  const unsigned long long high = static_cast<unsigned long long>(word.w) << 32 | word.z;
+  asm volatile("{ .reg .b128 word; mov.b128 word, {%1, %2}; st.relaxed.gpu.global.b128 [%0], word; }" ::"l"(to), "l"(low),
+               "l"(high)
+               : "memory");
+}
+
 struct Board {
   Header* header;
-  uint4* losses;     // [blocks]
-  unsigned* counts;  // [passes, blocks, VECTORS * 4]
-  unsigned before, barriers = 0;
+  Losses* losses;  // [blocks]
+  uint4* counts;   // [passes, blocks, VECTORS]
+  unsigned before, tag, barriers = 0;
 
   __device__ explicit Board(uint4* board)
-      : header(reinterpret_cast<Header*>(board)), losses(board + 1),
-        counts(reinterpret_cast<unsigned*>(board + 1 + gridDim.x)) {
+      : header(reinterpret_cast<Header*>(board)), losses(reinterpret_cast<Losses*>(board + 2)),
+        counts(board + 2 + 2 * gridDim.x) {
     before = *reinterpret_cast<volatile unsigned*>(&header->arrivals_before);
+    tag = ~before;  // 0 after 4 billion arrivals
   }
 
-  // All blocks wait for each other; what they wrote before is visible after.
+  // Waits for the word.
+  __device__ uint4 read(const uint4* from) const {
+    uint4 word;
+    do word = load_word(from);
+    while (word.w != tag);
+    return word;
+  }
+
+  // All blocks wait for each other. FENCED: whatever they wrote before is visible after.
+  template <bool FENCED>
   __device__ void wait_for_all() {
     ++barriers;
     __syncthreads();
     if (threadIdx.x == 0) {
-      asm volatile("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&header->arrivals) : "memory");
+      if (FENCED) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&header->arrivals) : "memory");
       unsigned seen;
-      do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(&header->arrivals) : "memory");
+      do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(&header->arrivals) : "memory");
       while (static_cast<int>(seen - before - barriers * gridDim.x) < 0);
+      if (FENCED) asm volatile("fence.acq_rel.gpu;" ::: "memory");
     }
     __syncthreads();
   }
@@ -66,39 +110,42 @@ struct Board {
 
   template <typename Count>
   __device__ void publish(int pass, Count count) const {
-    unsigned* const row = counts + (static_cast<int64>(pass) * gridDim.x + blockIdx.x) * VECTORS * 4;
-    for (int w = threadIdx.x; w * COUNTS < E; w += THREADS) {
-      unsigned word = 0;
+    uint4* const row = counts + (static_cast<int64>(pass) * gridDim.x + blockIdx.x) * VECTORS;
+    share_out<VECTORS>([&](int v) {
+      unsigned word[3] = {};
 #pragma unroll
-      for (int c = 0; c < COUNTS; ++c)
-        if (w * COUNTS + c < E) word |= count(w * COUNTS + c) << (c * COUNT_BITS % 32);
-      row[w] = word;
-    }
+      for (int c = 0; c < 3 * COUNTS; ++c) {
+        const int e = v * 3 * COUNTS + c;
+        if (e < E) word[c / COUNTS] |= count(e) << (c * COUNT_BITS % 32);
+      }
+      store_word(row + v, make_uint4(word[0], word[1], word[2], tag));
+    });
   }
 
   // Into shared memory: total[E], and preceding[E] of the blocks before this one. part: PART words.
   __device__ void collect(int pass, unsigned* total, unsigned* preceding, unsigned* part) const {
-    constexpr int AT_ONCE = 5;
+    constexpr int AT_ONCE = 8;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = gridDim.x;
-    const uint4* const rows = reinterpret_cast<const uint4*>(counts) + static_cast<int64>(pass) * blocks * VECTORS;
-    const auto expert = [](int s, int v) { return v * (16 / (COUNT_BITS / 8)) + (COUNT_BITS == 8 ? s / 2 * 4 + s % 2 : s); };
+    const uint4* const rows = counts + static_cast<int64>(pass) * blocks * VECTORS;
+    const auto expert = [](int s, int v) { return v * 3 * COUNTS + (COUNT_BITS == 8 ? s / 2 * 4 + s % 2 : s); };
     if (!PART) {
-      for (int e = threadIdx.x; e < E; e += THREADS) total[e] = preceding[e] = 0;
+      share_out<E>([&](int e) { total[e] = preceding[e] = 0; });
       __syncthreads();
     }
     for (int v = lane % SPREAD; v - lane % SPREAD < VECTORS; v += SPREAD) {
       unsigned all[SUMS] = {}, earlier[SUMS] = {};
       for (int first = threadIdx.x / SPREAD; first < blocks; first += ROWS_AT_ONCE * AT_ONCE) {
         uint4 row[AT_ONCE];
+        const auto place = [&](int n) { return rows + static_cast<int64>(first + n * ROWS_AT_ONCE) * VECTORS + v; };
 #pragma unroll
         for (int n = 0; n < AT_ONCE; ++n) {
-          row[n] = make_uint4(0, 0, 0, 0);
-          const int r = first + n * ROWS_AT_ONCE;
-          if (r < blocks && v < VECTORS) row[n] = __ldcg(rows + static_cast<int64>(r) * VECTORS + v);
+          row[n] = make_uint4(0, 0, 0, tag);
+          if (first + n * ROWS_AT_ONCE < blocks && v < VECTORS) row[n] = load_word(place(n));
         }
 #pragma unroll
         for (int n = 0; n < AT_ONCE; ++n) {
-          const unsigned word[4] = {row[n].x, row[n].y, row[n].z, row[n].w};
+          while (row[n].w != tag) row[n] = load_word(place(n));
+          const unsigned word[3] = {row[n].x, row[n].y, row[n].z};
           const bool precedes = first + n * ROWS_AT_ONCE < static_cast<int>(blockIdx.x);
 #pragma unroll
           for (int s = 0; s < SUMS; ++s) {
@@ -134,7 +181,7 @@ struct Board {
     }
     if (!PART) return;
     __syncthreads();
-    for (int i = threadIdx.x; i < 2 * SUMS * VECTORS; i += THREADS) {
+    share_out<2 * SUMS * VECTORS>([&](int i) {
       unsigned sum = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) sum += part[w * 2 * SUMS * VECTORS + i];
@@ -142,7 +189,7 @@ struct Board {
       const int e = expert(i / VECTORS % SUMS, i % VECTORS);
       if (e < E) to[e] = COUNT_BITS == 8 ? sum & 0xffffu : sum;
       if (COUNT_BITS == 8 && e + 2 < E) to[e + 2] = sum >> 16;
-    }
+    });
   }
 };
 
@@ -192,19 +239,20 @@ __device__ inline void await(unsigned long long*) {}
 #endif
 
 // Hands this block's counts to every block of the cluster: words [CLUSTER, PACKED] there.
-__device__ inline void share_counts(const unsigned* count, int rank, uint4* words, unsigned long long* arrived) {
-  for (int i = threadIdx.x; i < CLUSTER * PACKED; i += THREADS) {
+template <typename Count>
+__device__ inline void share_counts(Count count, int rank, uint4* words, unsigned long long* arrived) {
+  share_out<CLUSTER * PACKED>([&](int i) {
     const int first = i % PACKED * 8;
     unsigned word[4] = {};
 #pragma unroll
     for (int c = 0; c < 8; ++c)
-      if (first + c < E) word[c / 2] |= count[first + c] << (c % 2 * 16);
+      if (first + c < E) word[c / 2] |= count(first + c) << (c % 2 * 16);
     send(i / PACKED, words + rank * PACKED + i % PACKED, make_uint4(word[0], word[1], word[2], word[3]), arrived);
-  }
+  });
 }
 
 __device__ inline void add_shared_counts(const uint4* words, int rank, unsigned* total, unsigned* before) {
-  for (int e = threadIdx.x; e < E; e += THREADS) {
+  share_out<E>([&](int e) {
     unsigned all = 0, preceding = 0;
 #pragma unroll
     for (int block = 0; block < CLUSTER; ++block) {
@@ -214,5 +262,5 @@ __device__ inline void add_shared_counts(const uint4* words, int rank, unsigned*
     }
     total[e] = all;
     before[e] = preceding;
-  }
+  });
 }

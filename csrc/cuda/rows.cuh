@@ -5,6 +5,14 @@
 
 using int64 = long long;
 
+// From here on memory may be read and written: the kernel before on the stream has ended, and what it wrote is visible.
+// Until then this one has been started beside it, as the next one is from now on.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 struct bfloat16 {
   unsigned short bits;
 };

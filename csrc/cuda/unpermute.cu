@@ -5,6 +5,7 @@
 // WIDTH     elements that a thread moves at once: 16 bytes' worth, or 1 where rows do not start at multiples of 16 bytes
 // TOP_K     1, 2, 4, 8: k itself; 0: any k
 // UNROLL    pieces of a thread
+// READ_ONCE 1: what is read is the first to leave the second cache
 #include "rows.cuh"
 
 using P = Piece<ELEMENT, WIDTH>;
@@ -15,6 +16,7 @@ extern "C" __global__ void unpermute(const P* __restrict__ rows, const int* __re
                                      const float* __restrict__ weight, const P* __restrict__ residual,
                                      P* __restrict__ y, int num_tokens, int pieces_per_row, int top_k, int stride,
                                      int slices) {
+  wait_for_inputs();
   const Place place(stride, slices, UNROLL);
   if (place.token >= num_tokens) return;
   const int k = TOP_K ? TOP_K : top_k;
@@ -30,12 +32,12 @@ extern "C" __global__ void unpermute(const P* __restrict__ rows, const int* __re
     for (int j = 0; j < BATCH; ++j)
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u)
-        piece[j][u] = load_if<true>(from[j] >= 0 && place.column + u * stride < pieces_per_row,
+        piece[j][u] = load_if<READ_ONCE>(from[j] >= 0 && place.column + u * stride < pieces_per_row,
                               rows + static_cast<int64>(from[j]) * pieces_per_row + place.column + u * stride);
     if (residual && j0 == 0)
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
-        const P start = load_if<true>(place.column + u * stride < pieces_per_row, residual + first + u * stride);
+        const P start = load_if<READ_ONCE>(place.column + u * stride < pieces_per_row, residual + first + u * stride);
 #pragma unroll
         for (int n = 0; n < WIDTH; ++n) sum[u][n] = to_float(start.value[n]);
       }

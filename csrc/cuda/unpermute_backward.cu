@@ -14,6 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     unpermute_backward(const P* __restrict__ grad_y, const P* __restrict__ rows, const int* __restrict__ row,
                        const float* __restrict__ weight, const int* __restrict__ source, P* __restrict__ grad_rows,
                        float* __restrict__ grad_weight, int num_tokens, int pieces_per_row, int top_k, int num_rows) {
+  wait_for_inputs();
   if (blockIdx.x >= num_tokens) {
     zero_empty_rows(source, num_rows, pieces_per_row, grad_rows, blockIdx.x - num_tokens);
     return;

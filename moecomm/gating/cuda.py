@@ -14,6 +14,7 @@ from math import gcd
 from typing import Any
 
 from moecomm.gating.kernel import Kernel as Kernel
+from moecomm.gating.kernel import libcuda
 
 # ---- the board on which the blocks of a launch tell each other what they counted -----------------------------------
 
@@ -25,7 +26,7 @@ SPARE_BOARDS = 8
 def _capture_number(stream: int) -> int:
     """Which capture of a CUDA graph the stream is part of; 0: none."""
     status, number = ctypes.c_int(0), ctypes.c_uint64(0)
-    ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2(
+    libcuda().cuStreamGetCaptureInfo_v2(
         ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
     )
     return number.value if status.value else 0
@@ -68,6 +69,9 @@ MOST_CHOICES_BYTES = 96 * 1024
 """Shared memory that a block's counts and choices may fill; beyond, its choices wait in the outputs."""
 MOST_BYTES = 220 * 1024
 """Shared memory of a block."""
+ONE_LAUNCH = range(513, 32768)
+"""Tokens for which route_permute is one launch. Else two are faster: a few blocks soon route few tokens, and many small
+blocks move many rows best."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,6 @@ class Geometry:
     blocks: int
     tokens_per_block: int
     cluster: int = 0
-    slices: int = 1
 
 
 def _power_of_two(n: int) -> int:
@@ -125,17 +128,14 @@ def geometry(gate: Gate, tokens: int, multiprocessors: int, clusters: bool) -> G
     lanes = min(32, _power_of_two(-(-gate.experts // (16 if few else 4))))
     if gate.num_groups > 1 or (not few and gate.experts >= 64):
         lanes = 32
-    one_block = tokens <= 64 and not copies and gate.experts <= 128
-    if clusters and tokens <= 512 and not (one_block and gate.top_k == 1):
+    if clusters and not copies and tokens <= (512 if few else 256):
         tokens_per_block = max(-(-tokens // 8), 1)
         lanes = min(32, 2 * lanes) if gate.top_k == 1 else lanes
         threads = min(max(_power_of_two(tokens_per_block * lanes), 64), 512)
-        slices = (8 if few else 16) if copies else 1
-        slices = slices if gate.row_bytes % (16 * slices) == 0 else 1
-        return Geometry(lanes, threads + 32, 8, tokens_per_block, 8, slices)
+        return Geometry(lanes, threads + 32, 8, tokens_per_block, 8)
     if tokens <= 64 and few and not copies:
         return Geometry(lanes, min(max(_power_of_two(tokens * lanes), 64), 512) + 32, 1, max(tokens, 1))
-    tokens_per_block = max(-(-tokens // multiprocessors), 1 if copies else 4)
+    tokens_per_block = max(-(-tokens // multiprocessors), 1 if copies else 8)
     threads = min(max(_power_of_two(tokens_per_block * lanes), 256), 512)
     if tokens_per_block * lanes < 4 * threads:
         threads += 32
@@ -151,8 +151,8 @@ def plan(gate: Gate, tokens: int, multiprocessors: int, capability: int) -> Plan
     boarded = cut.blocks > 1 and not cut.cluster
     words = min(-(-per_block // 32), max(1, min(8, 8192 // experts)))
     count_bits = 8 if per_block < 256 else 16 if per_block < 65536 else 32
-    vectors = -(-experts * count_bits // 128)
-    part = 2 * warps * vectors * (4 if count_bits == 32 else 8) if boarded else 0  # PART of route_exchange.cuh
+    vectors = -(-experts * count_bits // 192) * 2
+    part = 2 * warps * vectors * (3 if count_bits == 32 else 6) if boarded else 0  # PART of route_exchange.cuh
     numbers = (2 * words + (4 if cut.blocks > 1 else 2)) * experts + 1 + (part if part <= 16384 else 0)
     numbers += warps * (experts + gate.num_groups) if gate.num_groups > 1 else 0
     choices_bytes = 8 * per_block * top_k
@@ -160,7 +160,7 @@ def plan(gate: Gate, tokens: int, multiprocessors: int, capability: int) -> Plan
     shared_bytes = 4 * numbers + (0 if spill else choices_bytes)
     macros: dict[str, object] = {
         "ELEMENT": gate.element, "E": experts, "K": top_k, "LANES": cut.lanes, "THREADS": cut.threads, "BLOCKS": 1,
-        "GRID": int(cut.blocks > 1), "CLUSTER": cut.cluster, "SLICES": cut.slices, "MASK": gate.mask,
+        "GRID": int(cut.blocks > 1), "CLUSTER": cut.cluster, "MASK": gate.mask,
         "NORMALIZE": gate.normalize, "SCORE": gate.score, "BIAS": gate.bias, "GROUPS": gate.num_groups,
         "TOP_GROUPS": gate.top_groups, "NOISE": gate.noise, "ALIGNED": gate.aligned, "CAPACITY": gate.capacity,
         "EXACT": int(bool(gate.score or gate.bias or gate.num_groups > 1 or (gate.capacity and gate.drop == 2))),
@@ -168,15 +168,14 @@ def plan(gate: Gate, tokens: int, multiprocessors: int, capability: int) -> Plan
         "COUNT_BITS": count_bits, "ROWS": int(gate.row_bytes >= 0),
     }  # fmt: skip
     if gate.row_bytes >= 0:
-        part_bytes = gate.row_bytes // cut.slices
-        slots = min(24, (MOST_BYTES - shared_bytes) // max(part_bytes, 1), per_block)
+        slots = min(24, (MOST_BYTES - shared_bytes) // max(gate.row_bytes, 1), per_block)
         slots = slots // 8 * 8 if slots > 8 else slots  # 8 warps move rows
         bulk = capability >= 90 and gate.word == 16 and slots > 0
         macros |= {"BULK": int(bulk), "SLOTS": slots if bulk else 0, "WORD": WORDS[gate.word]}
-        shared_bytes += slots * part_bytes if bulk else 0
-    records = 1 + cut.blocks * (1 + (top_k if gate.drop == 1 else 1) * vectors) if boarded else 0
+        shared_bytes += slots * gate.row_bytes if bulk else 0
+    records = 2 + cut.blocks * (2 + (top_k if gate.drop == 1 else 1) * vectors) if boarded else 0
     kernel = Kernel("route.cu", "route", tuple(macros.items()))
-    return Plan(kernel, cut.blocks * cut.slices, cut.threads, shared_bytes, per_block, records)
+    return Plan(kernel, cut.blocks, cut.threads, shared_bytes, per_block, records)
 
 
 # ---- route ---------------------------------------------------------------------------------------------------------

@@ -28,12 +28,13 @@ def permute(x: Any, row: Any, source: Any) -> Any:
     top_k = _special(row)
     threads, unroll = (64, 4) if top_k in (1, 2) else (256, 1)
     keep = int(rows.nbytes in KEPT_BYTES)
-    macros = ("WORD", WORDS[width]), ("TOP_K", top_k), ("UNROLL", unroll), ("KEEP", keep)
+    once = int(top_k != 1)
+    macros = ("WORD", WORDS[width]), ("TOP_K", top_k), ("UNROLL", unroll), ("READ_ONCE", once), ("KEEP", keep)
     words = row_bytes // width
-    stride, slices, blocks = _cut(row.shape[0], words, threads, unroll)
+    stride, slices, blocks = _cut(rows.shape[0] if top_k == 1 else row.shape[0], words, threads, unroll)
     numbers = (row.shape[0], words, row.shape[1], rows.shape[0], stride, slices, blocks)
     kernel = Kernel("permute.cu", "permute", macros)
-    _launch(kernel, blocks + _fill_blocks(rows), threads, (x, row, source, rows, *numbers))
+    _launch(kernel, blocks + (_fill_blocks(rows) if top_k != 1 else 0), threads, (x, row, source, rows, *numbers))
     return rows
 
 
@@ -70,7 +71,8 @@ def unpermute(rows: Any, row: Any, weight: Any, residual: Any) -> Any:
     width = _width(rows, y, residual)
     top_k = _special(row, weight)
     threads, unroll = {1: (64, 4), 2: (64, 4), 4: (128, 2)}.get(top_k, (256, 1))
-    macros = *_element(rows), ("WIDTH", width), ("TOP_K", top_k), ("UNROLL", unroll)
+    once = int(row.shape[1] < 4 or rows.nbytes < 2**30)
+    macros = *_element(rows), ("WIDTH", width), ("TOP_K", top_k), ("UNROLL", unroll), ("READ_ONCE", once)
     pieces = rows.shape[1] // width
     stride, slices, blocks = _cut(row.shape[0], pieces, threads, unroll)
     tensors = rows, row, weight, residual, y

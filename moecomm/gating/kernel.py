@@ -3,6 +3,9 @@
 A kernel is specialised for its shape and options by macros, so a new combination costs a compilation of a few seconds.
 The result is kept in cupy's cache on disk and, loaded, for the life of the process. Nothing here waits for the device,
 and all memory comes from torch.
+
+A kernel that calls wait_for_inputs (rows.cuh) starts while the one before it on the stream ends, from compute
+capability 9.0 on: programmatic dependent launch, as the CUDA programming guide calls it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,25 @@ from pathlib import Path
 from typing import Any
 
 Macros = tuple[tuple[str, object], ...]
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, with the one value that is used here."""
+
+    _fields_ = [("id", ctypes.c_int), ("value", ctypes.c_int * 17)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+_STARTS_EARLY = _Attribute(6, (ctypes.c_int * 17)(0, 1))
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed."""
 
 
 def source_folder() -> Path:
@@ -47,8 +69,14 @@ def compiler_options(macros: Macros) -> tuple[str, ...]:
 
 
 @cache
-def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, Any]:
-    """The driver's handle of a kernel, and the module that must live as long."""
+def libcuda() -> ctypes.CDLL:
+    """The CUDA driver, for the calls that cupy has no functions for."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
+def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, bool, Any]:
+    """The driver's handle of a kernel, whether it may start early, and the module that must live as long."""
     import cupy
     import torch
     from cupy_backends.cuda.api import driver
@@ -65,7 +93,8 @@ def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, Any
         # All the shared memory that a block may ask for (CU_FUNC_ATTRIBUTE_ and cudaDevAttr numbers).
         most = cupy.cuda.runtime.deviceGetAttribute(97, device) - driver.funcGetAttribute(1, function)
         driver.funcSetAttribute(function, 8, most)
-    return function, module
+    waits = "wait_for_inputs();" in read_source(source)
+    return function, waits and torch.cuda.get_device_capability(device)[0] >= 9, module
 
 
 @dataclass(frozen=True)
@@ -79,11 +108,14 @@ class Kernel:
     name: str
     macros: Macros = ()
 
-    def load(self) -> int:
+    def load(self) -> None:
         """Compile and load for the current device. Raises RuntimeError while a CUDA graph is captured."""
+        self._loaded()
+
+    def _loaded(self) -> tuple[int, bool]:
         import torch
 
-        return _load(self.source, self.name, self.macros, torch.cuda.current_device())[0]
+        return _load(self.source, self.name, self.macros, torch.cuda.current_device())[:2]
 
     def __call__(self, grid: int, block: int, args: Sequence[Any], shared_bytes: int = 0) -> None:
         """Launch on torch's current stream, with `shared_bytes` of dynamic shared memory.
@@ -92,13 +124,27 @@ class Kernel:
               float: 32 bits; a ctypes object, a struct say: itself
         """
         import torch
-        from cupy_backends.cuda.api import driver
 
-        function = self.load()
+        function, early = self._loaded()
+        _enter_context()
         values = [_argument(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream().cuda_stream
-        driver.launchKernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+        config = _Config((grid, 1, 1), (block, 1, 1), shared_bytes, stream, ctypes.pointer(_STARTS_EARLY), int(early))
+        error = libcuda().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None)
+        if error:
+            raise RuntimeError(f"{self.name}: cuLaunchKernelEx failed with CUresult {error}; expected 0")
+
+
+def _enter_context() -> None:
+    """A thread that autograd made may have a current device and no driver context yet."""
+    from cupy_backends.cuda.api import driver
+
+    if driver.ctxGetCurrent() == 0:
+        import cupy
+        import torch
+
+        cupy.cuda.Device(torch.cuda.current_device()).use()
 
 
 def _argument(value: Any) -> Any:

@@ -244,11 +244,12 @@ unpermute.register_autograd(_unpermute_gradient, setup_context=_save_unpermute)
 
 @operator(f"(Tensor x, {ROUTE}) -> ({FIELDS}, Tensor)")
 def route_permute(x: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """The fields of a Routing, and the rows [N, H] of x [T, H]. On CUDA one launch."""
+    """The fields of a Routing, and the rows [N, H] of x [T, H]. On CUDA one launch, where that is faster than two."""
     if x.is_cuda:
         from moecomm.gating import cuda
 
-        return cuda.route_permute(x, logits, *rest[:-1])
+        if len(x) in cuda.ONE_LAUNCH:
+            return cuda.route_permute(x, logits, *rest[:-1])
     fields = route.kernel(logits, *rest)
     return *fields, permute.kernel(x, fields[3], fields[4], rest[-1])
 

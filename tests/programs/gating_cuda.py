@@ -1,6 +1,8 @@
 """The gate on a GPU against its definition, with fresh random inputs: python tests/programs/gating_cuda.py [CHECK ...]
 
 Every output is poisoned before a kernel writes it: torch fills new memory with NaN or the largest integer.
+
+    compute-sanitizer --tool racecheck python tests/programs/gating_cuda.py small
 """
 
 # ruff: noqa: N803, N806 - capitals are dimensions
@@ -13,15 +15,16 @@ import numpy as np
 import torch
 
 from moecomm import Routing, route
-from moecomm.gating import Generator, Noise, permute, permute_fp8, reference, route_permute, unpermute
+from moecomm.gating import Generator, Noise, cuda, permute, permute_fp8, reference, route_permute, unpermute
 
 options = argparse.ArgumentParser(description=__doc__)
 options.add_argument(
     "checks",
     nargs="*",
     metavar="CHECK",
-    help="route, route_gradient, rows, fused, layer, graph, bad_logits; default: all",
+    help="route, route_gradient, rows, fused, layer, graph, bad_logits, small; default: all",
 )
+options.add_argument("--case", type=int, help="of small: this one alone")
 options.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(4), "little"))
 options = options.parse_args()
 draw = np.random.default_rng(options.seed)
@@ -126,7 +129,7 @@ def check_route_gradient() -> int:
             loss = (routing.weight * direction.to(device)).sum() + 2 * routing.aux_loss + 0.1 * routing.z_loss
             grads.append(torch.autograd.grad(loss, leaf)[0])
         wrong = error(grads[1], grads[0])
-        assert wrong < {torch.float32: 1e-5}.get(dtype, 5e-3), (wrong, T, E, K, dtype, kept is not None, choices)
+        assert wrong < {torch.float32: 3e-5}.get(dtype, 5e-3), (wrong, T, E, K, dtype, kept is not None, choices)
         cases += 1
     return cases
 
@@ -305,7 +308,50 @@ def check_bad_logits() -> None:
         raise AssertionError(f"{bad} in the logits went unseen")
 
 
-for name in options.checks or ("route", "route_gradient", "rows", "fused", "layer", "graph", "bad_logits"):
+def everything(device: str, logits: torch.Tensor, x: torch.Tensor, K: int, choices: dict) -> list[torch.Tensor]:
+    """What each kernel answers: logits and x, and tensors among the choices, are on the CPU."""
+    choices = {name: a.to(device) if isinstance(a, torch.Tensor) else a for name, a in choices.items()}
+    logits, x = (a.to(device).requires_grad_() for a in (logits, x))
+    routing = route(logits, K, **choices)
+    rows = permute(x, routing)
+    y = unpermute(rows, routing, x)
+    eight_bits, scales = permute_fp8(x.detach(), routing)
+    roots = y, routing.weight, routing.aux_loss, routing.z_loss
+    grads = torch.autograd.grad(roots, (logits, x), [torch.ones_like(a) for a in roots])
+    again, fused = route_permute(logits.detach(), x.detach(), K, **choices)
+    fields = (getattr(r, name) for r in (routing, again) for name in INTEGERS + FLOATS)
+    return [*fields, rows, fused, eight_bits.float(), scales, y, *grads]
+
+
+def check_small() -> int:
+    """Every kernel and every way of cutting its launch, as if the GPU were small: for compute-sanitizer."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    generator, mask, bias = Generator(5, 6), torch.arange(600) % 5 > 0, torch.linspace(-1, 1, 64)
+    sure = {"score": "sigmoid", "bias": bias, "num_groups": 8, "top_groups": 4, "normalize": "selected"}
+    cuda._device = lambda number: (4, 90)
+    cases = [
+        (600, 128, 2, 40, {}), (600, 64, 1, 7, {"align": 4}), (600, 64, 8, 128, sure),
+        (600, 64, 4, 128, {"mask": mask, "noise": Noise("gumbel"), "generator": generator}),
+        (40, 64, 2, 8, {"capacity": 2, "drop": "probability"}), (300, 16, 2, 7, {"capacity": 20, "drop": "choice"}),
+        (1200, 16, 3, 8, {"capacity": 200}),
+        (300, 16, 2, 128, {"capacity": 20, "drop": "probability", "normalize": "selected"}),
+        (600, 64, 2, 24, {"capacity": 3, "drop": "random", "mask": mask, "generator": generator}),
+        (40, 128, 1, 128, {}), (50, 64, 8, 24, {"normalize": "selected"}),  # clusters, which racecheck cannot follow
+    ]  # fmt: skip
+    for n, (T, E, K, H, choices) in enumerate(cases):
+        if options.case not in (None, n):
+            continue
+        cuda.ONE_LAUNCH = range(T + 1)
+        cuda.MOST_CHOICES_BYTES = 0 if n in (7, 8) else 96 * 1024
+        dtype = (torch.bfloat16, torch.float32, torch.float16)[n % 3]
+        logits, x = random_logits(T, E), torch.randn(T, H).to(dtype)
+        answers = zip(*(everything(device, logits, x, K, choices) for device in ("cuda", "cpu")), strict=True)
+        for i, (got, wanted) in enumerate(answers):
+            assert error(got, wanted) < max(TOLERANCE[dtype], 3e-5), (i, error(got, wanted), T, E, K, H, choices)
+    return len(cases) if options.case is None else 1
+
+
+for name in options.checks or ("route", "route_gradient", "rows", "fused", "layer", "graph", "bad_logits", "small"):
     cases = globals()[f"check_{name}"]()
     torch.cuda.synchronize()
     print(f"{name}: as defined" + (f", {cases} cases" if cases else ""), flush=True)
