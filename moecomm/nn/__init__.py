@@ -6,6 +6,7 @@ from moecomm.nn.experts import Experts
 from moecomm.nn.gradients import parameter_groups, reduce_gradients
 from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
 from moecomm.nn.local import LocalExchange
+from moecomm.nn.memory import Memory, memory_estimate
 from moecomm.nn.moe import MoE, exchange_over
 from moecomm.nn.pyramid import layer_groups, layer_topologies, pyramid
 from moecomm.nn.report import LayerReport, plot_routing, routing_report
@@ -20,6 +21,7 @@ __all__ = [
     "Experts",
     "LayerReport",
     "LocalExchange",
+    "Memory",
     "MoE",
     "Output",
     "ResidualMoE",
@@ -30,6 +32,7 @@ __all__ = [
     "layer_groups",
     "layer_topologies",
     "loss_carried",
+    "memory_estimate",
     "next_token_loss",
     "parameter_groups",
     "plot_routing",
