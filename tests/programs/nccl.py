@@ -90,10 +90,10 @@ def check_transport(comm: Comm, makes: list[Callable]) -> None:
 
 def check_stream(comm: Comm) -> None:
     """On a stream of its own, behind work that takes long."""
-    with torch.cuda.stream(torch.cuda.Stream()):
+    a2a = HierarchicalAllToAll(comm, Nodes.of_size(2, comm.size))
+    with a2a, torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(100_000_000)
-        x = torch.full((comm.size, 1 << 20), comm.rank, device="cuda")
-        got = HierarchicalAllToAll(comm, Nodes.of_size(2, comm.size))(x.bfloat16())
+        got = a2a(torch.full((comm.size, 1 << 20), comm.rank, device="cuda").bfloat16())
         assert torch.equal(got, torch.arange(comm.size, device="cuda").bfloat16()[:, None].expand(-1, 1 << 20))
 
 
@@ -192,6 +192,7 @@ if not shares_gpu:
             inner = RoutedExchange(FlatAllToAll(groups.expert_lane), experts)
             exchange = TensorParallelExchange(inner, groups.tensor)
             check_exchange(exchange, 2 * topology.expert, seed=topology.coords(rank)["data"])
+            groups.free()
     done("streams, tensor-parallel exchange")
 
 if over_mpi and not shares_gpu:  # rank 1 comes, but sends nothing: the others' kernels wait for it
