@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, gloo_run
 
 torch = pytest.importorskip("torch")
+from safetensors.torch import load_file  # noqa: E402
 
 from moecomm import Comm  # noqa: E402
 from moecomm.distill import (  # noqa: E402
@@ -291,9 +292,9 @@ def test_resumed_across_the_stop(
     assert main([*options(taught, parts), *staged, "--resume"]) == 0
     losses = [[(r["step"], r["loss"]) for r in records(out) if "loss" in r] for out in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 10
-    saved = [np.load(out / "step-000010" / "rank-0.npz") for out in (whole, parts)]
-    assert saved[0].files == saved[1].files
-    assert all(np.array_equal(saved[0][name], saved[1][name]) for name in saved[0].files)
+    saved = [load_file(out / "step-000010" / "rank-00000.safetensors") for out in (whole, parts)]
+    assert [*saved[0]] == [*saved[1]]
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
 
 
 def test_a_run(taught: Path, tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_a_run(taught: Path, tmp_path: Path) -> None:
     assert found[0]["config"]["num_layers"] == 2
     assert found[0]["distillation"] == {"kind": "full", "alpha": 1.0, "stop": None, "temperature": 1.0}
     assert [r["step"] for r in found if "loss" in r] == list(range(1, 11))
-    assert {path.name for path in out.iterdir()} == {"log.jsonl", "loss.png", "routing.png", "step-000010"}
+    assert {path.name for path in out.iterdir()} == {"lock", "log.jsonl", "loss.png", "routing.png", "step-000010"}
     assert len(list((tmp_path / "cache").iterdir())) == 20  # a file for each micro-batch
     student = ["--teacher", str(out), "--layers", "2", "--schedule", "linear", "--stop", "10", "--cache-top", "9"]
     assert main([*options(taught, tmp_path / "of student"), *student]) == 0  # a student may teach

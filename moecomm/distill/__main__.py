@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     made.prog, made.description, made.epilog = "python -m moecomm.distill", DESCRIPTION, EXAMPLES
     made.set_defaults(config=None)
     add = made.add_argument_group("distillation").add_argument
-    add("--teacher", type=Path, required=True, metavar="DIR", help="--out of the run that trained it, on as many ranks")
+    add("--teacher", type=Path, required=True, metavar="DIR", help="--out of the run that trained it")
     add(
         "--layers", type=train.positive, help="of the student, which is else as its teacher (default: 7/8; or --config)"
     )

@@ -18,8 +18,7 @@ from moecomm.distill.teacher import CachedTeacher, ModelTeacher, Teacher
 from moecomm.nn import Config, Output, TransformerLM, config_named, layer_groups
 from moecomm.train.loop import Plan, Trainer
 from moecomm.train.run import build as build_alone
-from moecomm.train.run import read_log
-from moecomm.train.saving import restore
+from moecomm.train.run import read_log, restore
 from moecomm.train.text import Text
 
 
@@ -87,7 +86,7 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
     groups = None if comm is None else layer_groups(comm, taught.experts or (0,), **sizes)
     model = TransformerLM(taught, groups=groups, device=device)
     try:
-        restore(model, options.teacher, comm)
+        restore(options.teacher, model, comm)
     except ValueError as error:
         raise ValueError(f"teacher: {error}") from None
     teacher: Teacher = ModelTeacher(model)

@@ -69,7 +69,7 @@ def launch(options: argparse.Namespace, source: str) -> int:
         print(f"error: {error}: pip install 'moecomm[train]'", file=sys.stderr)
         return 2
     from moecomm.errors import CommError
-    from moecomm.train.saving import last_checkpoint
+    from moecomm.nn import checkpoint
 
     try:
         with world() as (comm, device):
@@ -78,7 +78,7 @@ def launch(options: argparse.Namespace, source: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except CommError as error:
-        last = last_checkpoint(options.out)
+        last = checkpoint.last(options.out)
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         print(f"error: a rank was lost: {error}\n{kept}", file=sys.stderr)
         return 1

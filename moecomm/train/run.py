@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 
 from moecomm.comm import Comm
-from moecomm.nn import Config, LayerReport, TransformerLM, config_named, layer_groups, plot_routing
+from moecomm.nn import Config, LayerReport, TransformerLM, checkpoint, config_named, layer_groups, plot_routing
 from moecomm.train.loop import Plan, Trainer, balanced
-from moecomm.train.saving import restore, save
 from moecomm.train.text import Text, read_text
 
 LIMIT = 120.0
@@ -73,7 +72,7 @@ def run(
     trainer, first = make(options, comm, device), comm is None or comm.rank == 0
     if not options.resume and any(mean_of_ranks(comm, float((options.out / "log.jsonl").exists()))):
         raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost: resume it")
-    made = restore(trainer.model, options.out, comm, trainer.optimizer) if options.resume else 0
+    made = restore(options.out, trainer.model, comm, trainer.optimizer) if options.resume else 0
     log = Log(options.out, options.steps, trainer.settings(), first, made)
     with stop_signals() as came:
         for step in range(made + 1, options.steps + 1):
@@ -83,12 +82,24 @@ def run(
             tokens = trainer.plan.batch * trainer.text.length
             log.step({"step": step, "loss": loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
             if stopped or step % options.save_every == 0 or step == options.steps:
-                path = save(trainer.model, trainer.optimizer, step, options.out, comm)
+                path = checkpoint.save(options.out, step, trainer.model, trainer.optimizer, comm=comm, keep=1)
                 (validation,) = mean_of_ranks(comm, trainer.validate())
                 log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
             if stopped:
                 break
     log.end()
+
+
+def restore(folder: Path, model: TransformerLM, comm: Comm | None, optimizer: Any = None) -> int:
+    """Fill model and optimizer from the last checkpoint of a run, whatever its split; how many steps it had made.
+
+    Collective. Raises ValueError if there is no checkpoint, or one of another model.
+    """
+    path = checkpoint.last(folder)
+    if path is None:
+        raise ValueError(f"{folder} has no checkpoint")
+    checkpoint.load(path, model, optimizer, comm=comm)
+    return int(path.name.removeprefix("step-"))
 
 
 def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
