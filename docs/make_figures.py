@@ -13,6 +13,7 @@ from pathlib import Path
 import pr_moe_figure
 import scaling_figures
 from gating_figure import gating_svg
+from models_figure import models_svg
 from students_figure import layers_svg
 
 from moecomm import Nodes, Topology
@@ -41,6 +42,7 @@ def draw() -> dict[str, str]:
         "topology_sliced_experts": topology_svg(SLICED, "expert", ranks_per_node=4),
         "topology_pipeline": topology_svg(STAGES, "expert_data", ranks_per_node=4),
         "lanes": lanes_svg(Topology(16, tensor=2, expert=16)),
+        "models": models_svg(Topology(8, tensor=2, expert=4), num_experts=8),
         "students_layers": layers_svg((0, 4, 0, 4, 0, 8, 0, 8), (0, 1, 2, 5, 4, 7, 6)),
         "gating_h200": gating_svg(RESULTS / "gating_h200.jsonl"),
     }
