@@ -36,6 +36,8 @@ from moecomm.nn import Config, TransformerLM, config_named
 from moecomm.train.loop import Plan, Trainer
 from moecomm.train.text import Text, read_text
 
+BASE = Config(8, 384, 6, vocabulary=256, context=512)
+"""Dense: 14 million parameters."""
 TEACHER = "pr-moe"
 STUDENTS = {"student": "none", "student, full": "full", "student, staged": "staged", "student, linear": "linear"}
 STOP = 0.7
@@ -73,6 +75,11 @@ def config_of(row: str, base: Config) -> Config:
     return replace(base, **changes[row])
 
 
+def base_of(options: argparse.Namespace) -> Config:
+    """Whose layers, width and context all rows have."""
+    return config_named(options.config) if options.config else BASE
+
+
 def active_parameters(config: Config) -> int:
     """That a token meets, embeddings included."""
     return replace(config, experts=tuple(min(e, config.top_k) for e in config.experts)).num_parameters()
@@ -107,7 +114,7 @@ def train(run: Run) -> dict[str, Any] | None:
     """The record of a run; None if the time was over before."""
     torch.set_num_threads(1)
     start, options = time.time(), run.options
-    steps, config = options.steps, config_of(run.row, config_named(options.config))
+    steps, config = options.steps, config_of(run.row, base_of(options))
     schedule = schedule_of(run.row, steps)
     trainer = trainer_of(run, config, schedule)
     losses, curve, seconds = [], [], []
@@ -146,7 +153,7 @@ def key_of(run: Run) -> dict[str, Any]:
     options = run.options
     text = ", ".join(Path(file).name for file in options.text) or "Python's standard library"
     chosen = {name: getattr(options, name) for name in ("steps", "batch", "learning_rate")}
-    return {"row": run.row, "seed": run.seed, "model": options.config, "text": text, **chosen}
+    return {"row": run.row, "seed": run.seed, "base": options.config or "claims", "text": text, **chosen}
 
 
 def schedule_of(row: str, steps: int) -> Schedule | None:
@@ -169,7 +176,7 @@ def trainer_of(run: Run, config: Config, schedule: Schedule | None) -> Trainer:
     model = TransformerLM(config, seed=run.seed, device=run.device)
     if schedule is None:
         return Trainer(model, text, plan)
-    teacher = TransformerLM(config_of(TEACHER, config_named(options.config)), device=run.device)
+    teacher = TransformerLM(config_of(TEACHER, base_of(options)), device=run.device)
     teacher.load_state_dict(torch.load(weights_of(run), map_location=run.device, weights_only=True))
     return Distiller(model, text, plan, Counted(teacher), schedule)
 
@@ -222,7 +229,9 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="default: the standard library's sources")
-    parser.add_argument("--config", default="medium", help="whose sizes the models have (default: %(default)s)")
+    parser.add_argument(
+        "--config", help="in moecomm.nn.CONFIGS, whose sizes the models have (default: 8 layers of 384)"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="(default: %(default)s)")
