@@ -1,11 +1,11 @@
 """A PR-MoE language model on GPUs: exchanges against each other, Residual-MoE against top-2.
 
-quality   each kind of layer trained alike, two seeds: held-out losses
+quality   a kind of layer and a seed: the held-out loss after some steps
 residual  step times of Residual-MoE, top-2 and top-1 on one GPU
 exchange  two GPUs, experts shared: losses beside those of one GPU, and step times; the residual MLP beside the exchange
           and after it
 
-python bench/train_gpu.py quality --out train_h200.jsonl
+python bench/train_gpu.py quality --kind top-2 --seed 1 --out train_h200.jsonl
 torchrun --nproc-per-node 2 bench/train_gpu.py exchange --exchange direct --out train_h200.jsonl
 
 Times: the median, p10 and p90 of the slowest rank's, models taking turns step by step; host clock, GPU synchronised.
@@ -38,12 +38,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "top-2": {"residual": "none", "top_k": 2},
     "top-1": {"residual": "none", "top_k": 1},
 }
+FEW = 24
 SOURCE = read_text([])
 Make = Callable[[Config, Plan], Trainer]
 
 
-def maker(comm: Comm | None, device: torch.device, exchange: str) -> Make:
-    """Makes a model and its trainer, the experts shared by all ranks of comm."""
+def maker(comm: Comm | None, device: torch.device, exchange: str, num_sms: int | None = None) -> Make:
+    """Makes a model and its trainer, the experts shared by all ranks of comm. num_sms: of DirectExchange."""
 
     def make(config: Config, plan: Plan) -> Trainer:
         groups = None if comm is None else layer_groups(comm, config.experts)
@@ -53,7 +54,9 @@ def maker(comm: Comm | None, device: torch.device, exchange: str) -> Make:
 
             dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
             tokens = plan.micro_batch * config.context
-            return DirectExchange(of_layer.expert, tokens, config.hidden, num_experts, config.top_k, dtype)
+            return DirectExchange(
+                of_layer.expert, tokens, config.hidden, num_experts, config.top_k, dtype, num_sms=num_sms
+            )
 
         made = direct if exchange == "direct" and comm is not None else None
         model = TransformerLM(config, groups=groups, exchange=made, seed=plan.seed, device=device)
@@ -62,22 +65,19 @@ def maker(comm: Comm | None, device: torch.device, exchange: str) -> Make:
     return make
 
 
-def quality(make: Make, steps: int) -> Iterator[dict[str, Any]]:
-    """A record for each kind and seed."""
-    for seed in (0, 1):
-        for kind, choices in KINDS.items():
-            plan = Plan(32, 32, 6e-4, seed=seed, precision="bfloat16")
-            config = replace(MEDIUM, **choices)
-            trainer = make(config, plan)
-            losses = [trainer.step(step) for step in range(steps)]
-            yield {
-                "kind": kind,
-                "seed": seed,
-                "steps": steps,
-                "parameters": config.num_parameters(),
-                "validation_loss": trainer.validate(8),
-                "losses": losses[:: max(1, steps // 50)],
-            }
+def quality(make: Make, kind: str, seed: int, steps: int) -> dict[str, Any]:
+    """The record of one kind and seed."""
+    config = replace(MEDIUM, **KINDS[kind])
+    trainer = make(config, Plan(32, 32, 6e-4, seed=seed, precision="bfloat16"))
+    losses = [trainer.step(step) for step in range(steps)]
+    return {
+        "kind": kind,
+        "seed": seed,
+        "steps": steps,
+        "parameters": config.num_parameters(),
+        "validation_loss": trainer.validate(16),
+        "losses": losses[:: max(1, steps // 50)],
+    }
 
 
 def step_times(trainers: dict[str, Trainer], comm: Comm | None, reps: int) -> Iterator[dict[str, Any]]:
@@ -108,14 +108,16 @@ def one_pass(trainer: Trainer, number: int) -> None:
     trainer.optimizer.zero_grad()
 
 
-def residual(make: Make, reps: int, comm: Comm | None = None) -> Iterator[dict[str, Any]]:
-    """Step times of each kind; 16 sequences of 1024 tokens on each rank."""
+def residual(make: Make, reps: int, comm: Comm | None = None, small: Make | None = None) -> Iterator[dict[str, Any]]:
+    """Step times of each kind; 16 sequences of 1024 tokens on each rank. small: with exchanges on few multiprocessors."""
     plan = Plan(16 * (comm.size if comm else 1), 16, precision="bfloat16")
     trainers = {kind: make(replace(BIG, **choices), plan) for kind, choices in KINDS.items()}
     trainers["residual, one after the other"] = after = make(BIG, plan)
     for layer in after.model.modules():
         if isinstance(layer, ResidualMoE):
             layer.forward = MethodType(one_after_the_other, layer)  # type: ignore[method-assign]
+    if small is not None:
+        trainers[f"residual, exchange on {FEW} multiprocessors"] = small(BIG, plan)
     shape = {"hidden": BIG.hidden, "experts": BIG.experts, "tokens_per_rank": 16 * BIG.context}
     for record in step_times(trainers, comm, reps):
         yield record | shape
@@ -151,13 +153,14 @@ def records(options: argparse.Namespace, comm: Comm | None, device: torch.device
     """Those of the subject. Collective."""
     make, alone = maker(comm, device, options.exchange), maker(None, device, "")
     if options.subject == "quality":
-        yield from quality(make, options.steps)
+        yield quality(make, options.kind, options.seed, options.steps)
     elif options.subject == "residual" or comm is None:
         yield from residual(make, options.reps)
     else:
         for record in equality(make, alone, comm, 30):
             yield {"exchange": options.exchange, **record}
-        for record in residual(make, options.reps, comm):
+        small = maker(comm, device, "direct", FEW) if options.exchange == "direct" else None
+        for record in residual(make, options.reps, comm, small):
             yield {"exchange": options.exchange, **record}
 
 
@@ -167,6 +170,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("subject", choices=("quality", "residual", "exchange"))
     parser.add_argument("--exchange", choices=("routed", "direct"), default="routed")
+    parser.add_argument("--kind", choices=KINDS, default="residual", help="for quality")
+    parser.add_argument("--seed", type=int, default=0, help="for quality")
     parser.add_argument("--steps", type=int, default=300, help="of quality (default: %(default)s)")
     parser.add_argument("--reps", type=int, default=20, help="timed steps (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE.jsonl", help="append the records as JSON Lines")
