@@ -109,7 +109,7 @@ def one_pass(trainer: Trainer, number: int) -> None:
 
 
 def residual(make: Make, reps: int, comm: Comm | None = None, small: Make | None = None) -> Iterator[dict[str, Any]]:
-    """Step times of each kind; 16 sequences of 1024 tokens on each rank. small: with exchanges on few multiprocessors."""
+    """Step times of each kind; 16 sequences of 1024 tokens a rank. small: with exchanges on few multiprocessors."""
     plan = Plan(16 * (comm.size if comm else 1), 16, precision="bfloat16")
     trainers = {kind: make(replace(BIG, **choices), plan) for kind, choices in KINDS.items()}
     trainers["residual, one after the other"] = after = make(BIG, plan)
