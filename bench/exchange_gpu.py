@@ -385,9 +385,10 @@ def main() -> int:
     ran_on: Record = {}
     if comm.rank == 0:
         ran_on = environment()
+        lines = environment_lines(ran_on)
         ran_on["machine"] |= {"gpu": torch.cuda.get_device_name(), "gpus": comm.size}
         ran_on["versions"] |= {"NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
-        about = [f" exchange_gpu: {comm.size} ranks, link {rate / 1e9:.0f} GB/s each way", *environment_lines(ran_on)]
+        about = [f" exchange_gpu: {comm.size} ranks, link {rate / 1e9:.0f} GB/s each way", *lines]
         print_header(about, COLUMNS)
     wrong = 0
     for dtype in options.dtypes.split(","):

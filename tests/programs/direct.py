@@ -85,10 +85,10 @@ def wanted_rows(world: Any, case: Case, rank: int) -> tuple[torch.Tensor, list[i
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 and scales of rows, as moecomm.permute's."""
     T, H = x.shape
-    padded = torch.nn.functional.pad(x.float(), (0, -H % 128)).reshape(T, -1, 128)
+    padded = torch.nn.functional.pad(x.float(), (0, -H % 128)).reshape(T, -(-H // 128), 128)
     amax = padded.abs().amax(2)
     scale = torch.where(amax > 0, amax.clamp(min=2.0**-100) / 448, 1.0)
-    return (padded / scale[..., None]).reshape(T, -1)[:, :H].to(F8), scale
+    return (padded / scale[..., None]).flatten(1)[:, :H].to(F8), scale
 
 
 def answer(rows: torch.Tensor) -> torch.Tensor:
