@@ -32,12 +32,10 @@ from harness import append
 from torch import Tensor
 
 from moecomm.distill import Distiller, ModelTeacher, Schedule, student_config
-from moecomm.nn import Config, TransformerLM, config_named
+from moecomm.nn import Config, TransformerLM
 from moecomm.train.loop import Plan, Trainer
 from moecomm.train.text import Text, read_text
 
-BASE = Config(8, 384, 6, vocabulary=256, context=512)
-"""Dense: 14 million parameters."""
 TEACHER = "pr-moe"
 STUDENTS = {"student": "none", "student, full": "full", "student, staged": "staged", "student, linear": "linear"}
 STOP = 0.7
@@ -76,8 +74,9 @@ def config_of(row: str, base: Config) -> Config:
 
 
 def base_of(options: argparse.Namespace) -> Config:
-    """Whose layers, width and context all rows have."""
-    return config_named(options.config) if options.config else BASE
+    """Dense; whose layers, width and context all rows have."""
+    hidden = options.hidden
+    return Config(8, hidden, max(2, hidden // 64), vocabulary=256, context=options.context)
 
 
 def active_parameters(config: Config) -> int:
@@ -152,8 +151,8 @@ def key_of(run: Run) -> dict[str, Any]:
     """What makes a run another one."""
     options = run.options
     text = ", ".join(Path(file).name for file in options.text) or "Python's standard library"
-    chosen = {name: getattr(options, name) for name in ("steps", "batch", "learning_rate")}
-    return {"row": run.row, "seed": run.seed, "base": options.config or "claims", "text": text, **chosen}
+    chosen = {name: getattr(options, name) for name in ("hidden", "context", "steps", "batch", "learning_rate")}
+    return {"row": run.row, "seed": run.seed, "text": text, **chosen}
 
 
 def schedule_of(row: str, steps: int) -> Schedule | None:
@@ -229,9 +228,8 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="default: the standard library's sources")
-    parser.add_argument(
-        "--config", help="in moecomm.nn.CONFIGS, whose sizes the models have (default: 8 layers of 384)"
-    )
+    parser.add_argument("--hidden", type=int, default=384, help="width of all models (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=512, help="bytes in a sequence (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="(default: %(default)s)")

@@ -345,7 +345,8 @@ def test_bad_input(
 def test_the_claims_run_and_staged_distillation_stops_where_told(tmp_path: Path) -> None:
     """Every row of the benchmark in small; called again, it makes what is missing alone."""
     out = tmp_path / "claims.jsonl"
-    command = [sys.executable, str(ROOT / "bench" / "claims.py"), "--config", "tiny", "--steps", "10", "--batch", "2"]
+    command = [sys.executable, str(ROOT / "bench" / "claims.py"), "--hidden", "16", "--context", "32"]
+    command += ["--steps", "10", "--batch", "2"]
     first = ["--rows", "student", "student, staged", "dense"]
     for more in (first, []):
         job = subprocess.run([*command, "--seeds", "1", "--out", str(out), *more], capture_output=True, text=True)

@@ -13,14 +13,18 @@ def kept_layers(num_teacher: int, num_student: int) -> tuple[int, ...]:
     """For each layer of the student, the one of the teacher's that it stands for, both counted from 0.
 
     A layer with experts stands for one with experts, a dense one for a dense one; each kind is spread evenly over the
-    teacher, its first and last layer kept. Raises ValueError unless 2 <= num_student <= num_teacher.
+    teacher, its first and last layer kept; a single one is the last.
+
+    Raises ValueError unless 2 <= num_student <= num_teacher.
     """
     if not 2 <= num_student <= num_teacher:
         raise ValueError(f"student: num_layers is {num_student}, expected 2 .. {num_teacher}, those of the teacher")
 
     def kept(kind: int) -> list[int]:
         theirs, ours = ((num + 1 - kind) // 2 for num in (num_teacher, num_student))
-        return [2 * round(i * (theirs - 1) / max(1, ours - 1)) + kind for i in range(ours)]
+        if ours == 1:
+            return [2 * (theirs - 1) + kind]
+        return [2 * round(i * (theirs - 1) / (ours - 1)) + kind for i in range(ours)]
 
     kinds = kept(0), kept(1)
     return tuple(kinds[layer % 2][layer // 2] for layer in range(num_student))
