@@ -454,6 +454,8 @@ def test_how_many_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000010", "step-1000000"]
     assert checkpoint.last(tmp_path) == tmp_path / "step-1000000"
     assert checkpoint.last(tmp_path / "nothing") is None
+    with pytest.raises(FileNotFoundError, match="there is none yet"):
+        checkpoint.load(checkpoint.last(tmp_path / "nothing"), Stamped(0))
 
 
 def test_a_tied_weight_is_held_once() -> None:

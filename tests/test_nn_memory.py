@@ -32,6 +32,7 @@ from moecomm.nn import (  # noqa: E402
 )
 from moecomm.transports import threads  # noqa: E402
 
+torch.set_num_threads(1)
 CONFIG = Config(4, 128, 4, (4, 8), residual="sum", vocabulary=256, context=64)
 TOP_2 = replace(CONFIG, residual="none", top_k=2)
 LEARNED = replace(CONFIG, residual="learned", activation="swiglu")
@@ -129,8 +130,6 @@ def test_one_rank(config: Config, batch: tuple[int, int]) -> None:
 
 
 def test_two_ranks() -> None:
-    torch.set_num_threads(1)
-
     def body(comm: Comm) -> None:
         for config, sizes in (
             (CONFIG, {"expert": 2}),

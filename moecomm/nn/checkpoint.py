@@ -29,6 +29,8 @@ from moecomm.nn.slices import Held, Piece, held
 from moecomm.nn.stored import INDEX, VERSION, Stored, parameters, read_index, state_dict, to_disk, write
 
 UNFINISHED = "unfinished"
+NOT_SAVED = {"params", "param_names"}
+"""Of a parameter group: which parameters it has is this rank's own business."""
 T = TypeVar("T")
 
 
@@ -58,23 +60,27 @@ def save(
         together(comm, lambda: write(unfinished / file, {piece.key(): piece.values for piece in tensors}))
         lines = [[p.name, p.shape, str(p.values.dtype)[6:], file, p.start, tuple(p.values.shape)] for p in tensors]
         every = [line for lines in gather(comm, json.dumps(lines)) for line in json.loads(lines)]
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] if optimizer else None
+        groups = [{k: g[k] for k in g.keys() - NOT_SAVED} for g in optimizer.param_groups] if optimizer else None
         index = {"format": "moecomm", "version": VERSION, "values": values or {}, "groups": groups, "tensors": every}
         together(comm, lambda: _finish(unfinished, finished, index, keep) if rank == 0 else None)
     return finished
 
 
 def load(
-    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, comm: Comm | None = None
-) -> dict[str, Any]:
+    path: str | Path | None, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
+    comm: Comm | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Fill model and optimizer from a checkpoint, whatever the split it was saved under. Returns the values saved.
 
     path  what `save` or `last` returned
 
     Every tensor of the model must be in the checkpoint, with the same shape, and every one of the checkpoint in the
-    model of some rank. Collective. On all ranks, ValueError for a checkpoint that is truncated, of another program, of
-    a newer version or of another model, and OSError for one that is missing: all found before anything is changed.
+    model of some rank; dtypes are the model's. Collective. On all ranks, ValueError for a checkpoint that is truncated,
+    of another program, of a newer version or of another model, and OSError for one that is missing: all found before
+    anything is changed.
     """
+    if path is None:
+        raise FileNotFoundError("checkpoint: there is none yet")
     path = Path(path)
     index = together(comm, lambda: read_index(path))
     with ExitStack() as stack:

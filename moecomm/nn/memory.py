@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +24,8 @@ class Memory:
     activations: int
     """Of a micro-batch, between its forward and its backward pass: what the latter needs, and the logits."""
     buffers: int
-    """The most that is there beside all these for a moment: the gradient of the logits or of a layer's experts, rows
-    that travel, or the copies in which gradients are summed over the ranks."""
+    """The most that is there beside all these for a moment: gradients of the logits or of one layer's rows or experts,
+    or the copies in which gradients are summed over the ranks."""
 
     @property
     def total(self) -> int:
@@ -47,78 +48,94 @@ def memory_estimate(
     rank       whose memory: it decides the pipeline stage
 
     Of one micro-batch at a time: a pipeline schedule that has several under way keeps the activations of each. Without
-    the index tables of an exchange, some 40 bytes a row in host memory, and whatever libraries allocate for themselves.
+    the index tables of an exchange, some 40 bytes a row in host memory, and what libraries allocate for themselves.
+    Raises ValueError for topologies that are not one for each layer with experts, or a rank that they do not have.
     """
     topologies = [topology] * max(1, len(config.experts)) if isinstance(topology, Topology) else list(topology)
     if len(topologies) != max(1, len(config.experts)):
         raise ValueError(f"memory_estimate: got {len(topologies)} topologies, expected {max(1, len(config.experts))}")
     first, size = topologies[0], dtype.itemsize
-    stage, stages, lanes = first.coords(rank)["pipeline"], first.pipeline, first.tensor
-    length = config.context if length is None else length
-    h, f, tokens = config.hidden, config.ffn, sequences * length
-    swiglu, is_last = config.activation == "swiglu", stage == stages - 1
-    mlp = (3 if swiglu else 2) * h * f // lanes + (2 if swiglu else 1) * f // lanes + h
-    inner, passing = (
-        (4, 3) if swiglu else (2, 2)
-    )  # activations as wide as a feed-forward layer; gradients of them at once
-    dense, gates, kept, buffers = 0, 0, 0, 0
-    experts: dict[Topology, int] = {}
-    each = config.num_layers // stages
+    tokens = sequences * (config.context if length is None else length)
+    stage, each = first.coords(rank)["pipeline"], config.num_layers // first.pipeline
+    needs, gates, experts = [], 0, dict.fromkeys(topologies, 0)
     for layer in range(stage * each, (stage + 1) * each):
+        needs.append(_attention(config, tokens, first.tensor, size))
         count = config.experts_of(layer)
-        dense += 4 * h * h // lanes + 3 * h // lanes + 5 * h
-        kept += size * tokens * (4 * h + 4 * h // lanes) + 4 * tokens * (4 + config.heads // lanes)
         if not count or config.residual != "none":
-            dense += mlp
-            kept += size * tokens * inner * f // lanes
-            buffers = max(buffers, size * tokens * (h + passing * f // lanes))
+            needs.append(_mlp(config, tokens, first.tensor, size))
         if count:
             mine = topologies[layer // 2]
-            bank = _Bank(config, count, mine, tokens, skew)
-            is_first_slice = mine.coords(rank)["expert_tensor"] == 0
-            experts[mine] = experts.get(mine, 0) + bank.numbers(config, is_first_slice)
-            gates += count * h
-            dense += 2 * h + 2 if config.residual == "learned" else 0
-            kept += size * (bank.rows * (h + inner * f // mine.expert_tensor) + bank.sent * h)
-            kept += 4 * (tokens * (count + 4 * config.top_k + 1) + bank.sent)
-            kept += 2 * tokens * (size * h + 4) if config.residual == "learned" else 0
-            of_rows = bank.rows * (h + passing * f // mine.expert_tensor)
-            buffers = max(buffers, size * of_rows, 2 * size * bank.matrix)
-    dense += config.vocabulary * h if stage == 0 or is_last else 0
-    dense += config.context * h if stage == 0 else 0
-    kept += 8 * tokens if stage == 0 else 0
-    if is_last:
-        dense += 2 * h
-        kept += tokens * (2 * size * h + 8 + 8 * config.vocabulary)
-        freed = tokens * (2 * size * h + 4 * config.vocabulary)  # before the backward pass comes to a layer
-        buffers = max(buffers - freed, 8 * tokens * config.vocabulary)
-    if first.world_size > 1:  # the copies of reduce_gradients: when it runs, there are no activations
-        buffers = max(buffers, size * max(2 * dense, 3 * max(experts.values(), default=0)) - kept)
-    parameters = size * (dense + sum(experts.values())) + 4 * gates
-    biases = 4 * sum(config.experts_of(layer) for layer in range(stage * each, (stage + 1) * each))
-    return Memory(parameters + biases, parameters, states * parameters, kept, buffers)
+            needs.append(_moe(config, tokens, count, mine, skew, size))
+            gates += count
+            experts[mine] += _num_in_experts(config, count, mine, mine.coords(rank)["expert_tensor"])
+    dense, kept = (sum(need[i] for need in needs) for i in range(2))
+    buffers = max(need.moment for need in needs)
+    h, vocabulary = config.hidden, config.vocabulary
+    if stage == 0:
+        dense, kept = dense + config.context * h, kept + 8 * tokens
+    if stage in (0, first.pipeline - 1):
+        dense += vocabulary * h
+    if stage == first.pipeline - 1:  # norm, logits, their log-softmax
+        dense, kept = dense + 2 * h, kept + tokens * (2 * size * h + 8 * vocabulary + 8)
+        freed = tokens * (2 * size * h + 4 * vocabulary)  # when the backward pass comes to a layer
+        buffers = max(buffers - freed, 8 * tokens * vocabulary)
+    if first.world_size > 1:  # the copies of reduce_gradients; there are no activations then
+        buffers = max(buffers, size * max(2 * dense, 3 * max(experts.values())) - kept)
+    gradients = size * (dense + sum(experts.values())) + 4 * gates * h
+    return Memory(gradients + 4 * gates, gradients, states * gradients, kept, buffers)
 
 
-class _Bank:
-    """The experts of one layer on one rank.
+class _Need(NamedTuple):
+    """Of a part of the model.
 
-    rows    that come to them; sent: that this rank sends
-    matrix  numbers in the [experts, hidden, ffn] of one of their weights
+    dense   numbers in weights, gates and experts aside
+    kept    bytes of activations
+    moment  bytes that its backward pass needs at once
     """
 
-    def __init__(self, config: Config, count: int, topology: Topology, tokens: int, skew: float) -> None:
-        slices = topology.expert_tensor
-        self.local = count // topology.expert
-        self.matrix = self.local * config.hidden * config.ffn // slices
-        self.sent = tokens * config.top_k * slices // topology.tensor
-        self.rows = int(self.sent * skew)
-        if topology.expert == topology.tensor == slices == 1 and config.capacity_factor is not None:
-            capacity = expert_capacity(tokens, count, config.top_k, factor=config.capacity_factor)
-            self.sent = self.rows = count * capacity  # places that no token fills are rows too
-        self.slices = slices
+    dense: int
+    kept: int
+    moment: int = 0
 
-    def numbers(self, config: Config, is_first_slice: bool) -> int:
-        """In all their weights."""
-        if config.activation == "swiglu":
-            return 3 * self.matrix
-        return 2 * self.matrix + self.local * (config.ffn // self.slices + is_first_slice * config.hidden)
+
+def _attention(config: Config, tokens: int, lanes: int, size: int) -> _Need:
+    """With both norms of a layer: their inputs, outputs and statistics; q, k, v and what comes of them."""
+    h = config.hidden
+    kept = size * tokens * (4 * h + 4 * h // lanes) + 4 * tokens * (4 + config.heads // lanes)
+    return _Need((4 * h + 3) * h // lanes + 5 * h, kept)
+
+
+def _widths(config: Config) -> tuple[int, int]:
+    """Of a feed-forward layer: how many activations as wide as it are kept, how many gradients are there at once."""
+    return (4, 3) if config.activation == "swiglu" else (2, 2)
+
+
+def _mlp(config: Config, tokens: int, lanes: int, size: int) -> _Need:
+    h, width, (kept, passing) = config.hidden, config.ffn // lanes, _widths(config)
+    dense = (3 * h + 2) * width + h if config.activation == "swiglu" else (2 * h + 1) * width + h
+    return _Need(dense, size * tokens * kept * width, size * tokens * (h + passing * width))
+
+
+def _moe(config: Config, tokens: int, count: int, topology: Topology, skew: float, size: int) -> _Need:
+    """Rows at the experts and answers at home; logits and tables of the gate; what "learned" weights."""
+    h, width, (kept, passing) = config.hidden, config.ffn // topology.expert_tensor, _widths(config)
+    sent = tokens * config.top_k * topology.expert_tensor // topology.tensor
+    rows = int(sent * skew)
+    if topology.expert * topology.tensor * topology.expert_tensor == 1 and config.capacity_factor is not None:
+        sent = rows = count * expert_capacity(tokens, count, config.top_k, factor=config.capacity_factor)
+    learned = config.residual == "learned"
+    of_rows = size * (rows * (h + kept * width) + sent * h)
+    of_gate = 4 * (tokens * (count + 4 * config.top_k + 1) + sent)
+    weight = size * count // topology.expert * h * width
+    return _Need(
+        learned * (2 * h + 2),
+        of_rows + of_gate + learned * 2 * tokens * (size * h + 4),
+        max(size * rows * (h + passing * width), 2 * weight),  # a weight's gradients one by one, then as one bank
+    )
+
+
+def _num_in_experts(config: Config, count: int, topology: Topology, place: int) -> int:
+    """Numbers in the weights of this rank's slices, number `place`, of experts."""
+    h, width = config.hidden, config.ffn // topology.expert_tensor
+    each = 3 * h * width if config.activation == "swiglu" else (2 * h + 1) * width + (h if place == 0 else 0)
+    return count // topology.expert * each
