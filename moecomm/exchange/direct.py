@@ -15,6 +15,8 @@ from moecomm.transports import as_comm
 
 DTYPES = ("float32", "bfloat16", "float16")
 RANKS = (1, 2, 4, 8)
+NCCL_SMS = 32
+"""Multiprocessors that a collective of NCCL takes at most."""
 PHASES = {
     1: "to have read the rows of an earlier call", 2: "to say how many tokens it has", 3: "to say where its tokens go",
     4: "to send its rows", 5: "for its own blocks", 6: "to send the gradients of weights",
@@ -82,7 +84,8 @@ class DirectExchange:
     max_rows     room for rows ordered by expert; None: for all that can come, p * max_tokens * min(K, E / p). A row
                  that finds no room is lost, and its answer counts as zeros: `check` raises
     num_buffers  plans of `dispatch_compact` that may wait for their combine at a time, at least
-    num_sms      blocks of a kernel, one to a multiprocessor; None: all. Fewer leave room for what runs meanwhile
+    num_sms      blocks of a kernel, one to a multiprocessor, which wait for those of other ranks. None: all but 32, so
+                 that NCCL's kernels, which also wait for each other, find room beside them; all where nothing else runs
     limit        seconds that a kernel waits for another rank
     memory       ipc_memory, or torch_memory for a torch process group
 
@@ -118,7 +121,7 @@ class DirectExchange:
         self.comm = as_comm(comm)
         p = self.comm.size
         available = torch.cuda.get_device_properties("cuda").multi_processor_count
-        num_sms = available if num_sms is None else num_sms
+        num_sms = max(2, available - NCCL_SMS) if num_sms is None else num_sms
 
         def arguments() -> tuple[None, tuple[()], object]:
             name = str(dtype).removeprefix("torch.")

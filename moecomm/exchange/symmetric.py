@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import Any
 import numpy as np
 
 from moecomm.comm import Comm
+from moecomm.gating.kernel import libcuda
+
+ALREADY_ENABLED = 704
+"""CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +93,14 @@ def torch_memory(comm: Comm, num_bytes: int) -> SymmetricMemory:
 
 
 def _enable(other: int, device: int) -> None:
-    from cupy.cuda import runtime
-
-    if other != device:
-        try:
-            runtime.deviceEnablePeerAccess(other)
-        except runtime.CUDARuntimeError as error:
-            if "PeerAccessAlreadyEnabled" not in str(error):
-                raise
+    """Let the current device write to another. By the driver: the runtime would keep "already enabled" as its error."""
+    if other == device:
+        return
+    context = ctypes.c_void_p()
+    error = libcuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), other)
+    error = error or libcuda().cuCtxEnablePeerAccess(context, 0)
+    if error not in (0, ALREADY_ENABLED):
+        raise RuntimeError(f"ipc_memory: GPU {device} cannot reach GPU {other}: CUresult {error}")
 
 
 def _tensor(pointer: int, num_bytes: int) -> Any:

@@ -223,6 +223,8 @@ def check_failures(comm: Comm, num_sms: int | None) -> None:
     p = comm.size
     make = lambda **options: DirectExchange(comm, 8, 16, 2 * p, 1, torch.float32, num_sms=num_sms, **options)  # noqa: E731
     exchange = make(max_rows=3, limit=1.0)
+    exchange.load()  # which may take longer than a second
+    comm.barrier()
     x = torch.ones((8, 16), device="cuda")
     routing = Routing(torch.zeros((8, 1), dtype=torch.int32, device="cuda"), torch.ones((8, 1), device="cuda"))
     with torch.no_grad():
@@ -321,7 +323,11 @@ def main() -> None:
 
     def body(comm: Comm, num_sms: int | None, memory: Callable[..., Any]) -> None:
         for case in cases:
-            check_case(comm, case, num_sms, memory)
+            try:
+                check_case(comm, case, num_sms, memory)
+            except BaseException as error:  # before what its end makes of the others
+                print(f"rank {comm.rank} of {comm.size}, {case}: {error!r}", flush=True)
+                raise
             comm.barrier()
             if comm.rank == 0:
                 print(f"{comm.size} ranks {case} ok, {time.perf_counter() - start:.0f} s", flush=True)
