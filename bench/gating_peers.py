@@ -20,7 +20,7 @@ from moecomm.gating import permute, route_permute, unpermute
 
 
 class Moecomm:
-    """Our kernels, each token to all its experts: nothing is dropped. `whole` routes and permutes in one launch."""
+    """Our kernels, each token to all its experts: nothing is dropped. `whole` is route_permute and unpermute."""
 
     name = "moecomm"
 

@@ -69,7 +69,7 @@ MOST_CHOICES_BYTES = 96 * 1024
 """Shared memory that a block's counts and choices may fill; beyond, its choices wait in the outputs."""
 MOST_BYTES = 220 * 1024
 """Shared memory of a block."""
-ONE_LAUNCH = range(513, 32768)
+ONE_LAUNCH = range(513, 16384)
 """Tokens for which route_permute is one launch. Else two are faster: a few blocks soon route few tokens, and many small
 blocks move many rows best."""
 

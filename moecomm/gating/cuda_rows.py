@@ -28,7 +28,7 @@ def permute(x: Any, row: Any, source: Any) -> Any:
     top_k = _special(row)
     threads, unroll = (64, 4) if top_k in (1, 2) else (256, 1)
     keep = int(rows.nbytes in KEPT_BYTES)
-    once = int(top_k != 1)
+    once = int(top_k != 1)  # in order of the rows that are written, a line of x is better left to the cache
     macros = ("WORD", WORDS[width]), ("TOP_K", top_k), ("UNROLL", unroll), ("READ_ONCE", once), ("KEEP", keep)
     words = row_bytes // width
     stride, slices, blocks = _cut(rows.shape[0] if top_k == 1 else row.shape[0], words, threads, unroll)
@@ -71,7 +71,7 @@ def unpermute(rows: Any, row: Any, weight: Any, residual: Any) -> Any:
     width = _width(rows, y, residual)
     top_k = _special(row, weight)
     threads, unroll = {1: (64, 4), 2: (64, 4), 4: (128, 2)}.get(top_k, (256, 1))
-    once = int(row.shape[1] < 4 or rows.nbytes < 2**30)
+    once = int(row.shape[1] < 4 or rows.nbytes < 2**30)  # else: 540 us in place of 559 (H200, 32768 tokens, k = 8)
     macros = *_element(rows), ("WIDTH", width), ("TOP_K", top_k), ("UNROLL", unroll), ("READ_ONCE", once)
     pieces = rows.shape[1] // width
     stride, slices, blocks = _cut(row.shape[0], pieces, threads, unroll)

@@ -35,7 +35,7 @@ def permute(x: Array, routing: Routing, *, threads: int = 1) -> Array:
 
 
 def route_permute(logits: Array, x: Array, top_k: int, **choices: Any) -> tuple[Routing, Array]:
-    """`route`, then `permute`: on a GPU in one launch.
+    """`route`, then `permute`: on a GPU in one launch where that is faster than two.
 
     logits, top_k, choices  as for route
     x                       [T, H], as for permute
