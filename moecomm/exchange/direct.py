@@ -149,6 +149,7 @@ class DirectExchange:
         self.comm.agree("DirectExchange: the arguments", text)
         self.dtype = dtype
         self.fp8 = fp8
+        self.device = torch.cuda.current_device()
         experts = num_experts // p
         self.shape = Shape(
             str(dtype).removeprefix("torch."), fp8 is not None, hidden, top_k, max_tokens, p, experts, num_sms
@@ -187,7 +188,7 @@ class DirectExchange:
 
         returns  ([p * max_tokens, H], plan)  the row of each slot; only slots that some plan.place names are written.
                  They may lie where they came: they are to be read, by work queued in order, before `combine` of this
-                 plan, or before `free` if it has none
+                 plan, or before `free_rows` if it has none
 
         Not differentiable. Raises RuntimeError if num_buffers plans hold their rows already.
         """
@@ -303,11 +304,10 @@ class DirectExchange:
         scales = None
         if shape.fp8:
             size = (rows.shape[0], shape.scales)
-            scales = (
-                self._buffers.part(buffer.scales, size, torch.float32) if in_place else new(size, dtype=torch.float32)
-            )
-        kind = "compact" if compact else "expanded"
-        kernel, cut, shared = shape.dispatch(kind, _aligned(x, None if in_place else rows))
+            kind = torch.float32
+            scales = self._buffers.part(buffer.scales, size, kind) if in_place else new(size, dtype=kind)
+        output = "compact" if compact else "expanded"
+        kernel, cut, shared = shape.dispatch(output, _aligned(x, None if in_place else rows))
         kernel(
             shape.num_sms, cut.threads,
             (self._buffers.memory, buffer, self._table(plan), x, expert, weight, x.shape[0], None, rows, scales, None,
@@ -410,6 +410,11 @@ class DirectExchange:
         for name, tensor in (("x", x), ("routing.expert", expert), ("routing.weight", weight)):
             if not is_torch(tensor) or not tensor.is_cuda:
                 raise TypeError(f"{call}: {name} is a {type(tensor).__name__}, expected a CUDA tensor{where}")
+        if not self.device == x.device.index == torch.cuda.current_device():
+            raise ValueError(
+                f"{call}: x is on {x.device} and the current device is {torch.cuda.current_device()}, expected both to be "
+                f"{self.device}, as when this DirectExchange was made{where}"
+            )
         if x.ndim != 2 or x.shape[1] != shape.hidden or x.dtype != self.dtype:
             raise ValueError(
                 f"{call}: x is {x.dtype} {list(x.shape)}, expected {self.dtype} [T, {shape.hidden}]{where}"

@@ -108,9 +108,8 @@ class Shape:
         fp8 = self.fp8 and kind in ("compact", "expanded")
         pieces, blocks = self.pieces(fp8), self.num_sms - self.table_blocks
         # Few tokens: one chunk for each block. Many: chunks small enough to share evenly, large enough for a flag each.
-        chunk = (
-            1 if self.tagged else min(8 if kind == "expanded" and fp8 else 4, _power_of_two(self.max_tokens / blocks))
-        )
+        largest = 8 if kind == "expanded" and fp8 else 4
+        chunk = 1 if self.tagged else min(largest, _power_of_two(self.max_tokens / blocks))
         items = -(-self.max_tokens // chunk)
         few = items <= blocks
         threads = 512 if self.tagged or kind == "combine" or (kind == "compact" and fp8 == few) else 1024
@@ -157,7 +156,7 @@ class Shape:
         forms = ((True, False, False), (False, True, False), (False, False, True))
         return [
             *(self.dispatch(output, True)[0] for output in outputs),
-            *(self.combine(*form, True)[0] for form in forms[: 0 if self.fp8 else 3]),
+            *(self.combine(*form, True)[0] for form in forms[: len(outputs)]),
             self.free(),
         ]
 
