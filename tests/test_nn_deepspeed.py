@@ -116,9 +116,7 @@ SPOILED: dict[str, Callable[[Path], object]] = {
         (folder / FILE).read_bytes()[:-100]
     ),
     f"{FILE} cannot be read as tensors: ": lambda folder: (folder / FILE).write_bytes(b""),
-    "cannot be read as tensors: Unsupported global: GLOBAL exec": lambda folder: torch.save(
-        Evil(), folder / FILE
-    ),
+    "cannot be read as tensors: Unsupported global: GLOBAL exec": lambda folder: torch.save(Evil(), folder / FILE),
     r"dense_h_to_4h.weight in .* has shape \(9, 4\), expected \(8, 4\)": lambda folder: torch.save(
         {f"a.deepspeed_moe.experts.deepspeed_experts.2.{name}": torch.zeros(9, 4) for name in whole(1, 2)},
         folder / FILE,

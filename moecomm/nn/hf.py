@@ -1,7 +1,9 @@
 """Models of Hugging Face transformers with their experts over several ranks: Mixtral, Qwen2-MoE, Qwen3-MoE.
 
-model = AutoModelForCausalLM.from_pretrained("mistralai/Mixtral-8x7B-v0.1")
-parallelize(model, build_groups(comm, Topology(comm.size, expert=comm.size)))
+    model = AutoModelForCausalLM.from_pretrained("mistralai/Mixtral-8x7B-v0.1")
+    parallelize(model, build_groups(comm, Topology(comm.size, expert=comm.size)))
+
+What the ranks share is the experts: all else stays whole on each of them.
 """
 
 from __future__ import annotations
