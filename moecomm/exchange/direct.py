@@ -410,10 +410,11 @@ class DirectExchange:
         for name, tensor in (("x", x), ("routing.expert", expert), ("routing.weight", weight)):
             if not is_torch(tensor) or not tensor.is_cuda:
                 raise TypeError(f"{call}: {name} is a {type(tensor).__name__}, expected a CUDA tensor{where}")
-        if not self.device == x.device.index == torch.cuda.current_device():
+        current = torch.cuda.current_device()
+        if not self.device == x.device.index == current:
             raise ValueError(
-                f"{call}: x is on {x.device} and the current device is {torch.cuda.current_device()}, expected both to be "
-                f"{self.device}, as when this DirectExchange was made{where}"
+                f"{call}: x is on {x.device} and the current device is {current}, expected {self.device} for both, as when "
+                f"this DirectExchange was made{where}"
             )
         if x.ndim != 2 or x.shape[1] != shape.hidden or x.dtype != self.dtype:
             raise ValueError(
