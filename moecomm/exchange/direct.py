@@ -413,8 +413,8 @@ class DirectExchange:
         current = torch.cuda.current_device()
         if not self.device == x.device.index == current:
             raise ValueError(
-                f"{call}: x is on {x.device} and the current device is {current}, expected {self.device} for both, as when "
-                f"this DirectExchange was made{where}"
+                f"{call}: x is on {x.device} and the current device is {current}, expected {self.device} for both, "
+                f"as when this DirectExchange was made{where}"
             )
         if x.ndim != 2 or x.shape[1] != shape.hidden or x.dtype != self.dtype:
             raise ValueError(
