@@ -121,12 +121,14 @@ def _parts(tensors: list[Held], optimizer: Any) -> Iterator[list[Piece]]:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 wanted = f"a number or a tensor {tuple(one.tensor.shape)}"
                 raise ValueError(f"optimizer state {state} of {one.name} is {got}, expected {wanted}")
-            for number, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
-                if value.shape == one.tensor.shape:
-                    part.append(one.pieces(value)[number]._replace(name=f"optimizer/{state}/{piece.name}"))
-                elif not any(piece.start):  # one for the whole tensor
-                    shape = tuple(value.shape)
-                    part.append(Piece(f"{kind}/{state}/{piece.name}", shape, (0,) * len(shape), value.detach().clone()))
+            if value.shape == one.tensor.shape:
+                views = [view._replace(name=f"optimizer/{state}/{view.name}") for view in one.pieces(value)]
+            else:  # one for the whole tensor
+                alone = Piece("", tuple(value.shape), (0,) * value.dim(), value.detach())
+                names = [f"{kind}/{state}/{piece.name}" for piece in pieces if not any(piece.start)]
+                views = [alone._replace(name=name, values=alone.values.clone()) for name in names]
+            for part, view in zip(parts, views, strict=False):
+                part.append(view)
         yield from parts
 
 
