@@ -56,22 +56,22 @@ class Linear(Axis):
         return (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
 
 
-def curves_svg(results: Path, marks: Sequence[float]) -> str:
+def curves_svg(results: Path, steps: int, marks: Sequence[float]) -> str:
     """Held-out losses of the teacher and of students that hear it, in training, less that of a student alone.
 
+    steps  of the runs
     marks  of the losses. All numbers are means over the seeds
     """
-    found = [record for record in read(results) if record["row"] in STUDENTS]
+    found = [record for record in read(results, steps) if record["row"] in STUDENTS]
     first = found[0]
     seeds = len({record["seed"] for record in found})
     about = (
         f"held-out loss less that of a student alone at the same step, nats per byte; {seeds} seeds, {first['text']}"
     )
-    each = first["steps"] // 5
-    x = Linear("step", range(0, first["steps"] + 1, each), lambda step: f"{step:g}")
+    x = Linear("step", range(0, steps + 1, steps // 5), lambda step: f"{step:g}")
     chart = Chart("What the teacher gives a student", about, x, Linear("", marks, lambda loss: f"{loss:+g}"))
     alone = dict(means(found, "student"))
-    chart.line((0, 0), (first["steps"], 0))
+    chart.line((0, 0), (steps, 0))
     for row in STUDENTS:
         points = [(step, loss - alone[step]) for step, loss in means(found, row)]
         if points and row != "student":
@@ -85,9 +85,9 @@ def means(found: Sequence[dict[str, Any]], row: str) -> list[tuple[float, float]
     return [(float(at[0][0]), sum(loss for _, loss in at) / len(at)) for at in zip(*curves, strict=True)]
 
 
-def rows_svg(results: Path, rows: Sequence[str]) -> str:
+def rows_svg(results: Path, steps: int, rows: Sequence[str]) -> str:
     """The held-out loss of each row at the end: a dot for each seed, a line for their mean."""
-    found = [record for record in read(results) if record["row"] in rows]
+    found = [record for record in read(results, steps) if record["row"] in rows]
     first = found[0]
     about = f"held-out loss after {first['tokens'] / 1e6:.1f} million bytes of {first['text']}, nats per byte"
     canvas = Canvas("The paper's comparisons in small", about)
@@ -103,8 +103,8 @@ def rows_svg(results: Path, rows: Sequence[str]) -> str:
         if places:
             mean = sum(record["validation_loss"] for record in runs) / len(runs)
             canvas.rect(Box(sum(places) / len(places) - 1, y + 2, 2, ROW - 13), INK)
-            size = f"{runs[0]['active_parameters'] / 1e6:.1f} of {runs[0]['parameters'] / 1e6:.0f}"
-            canvas.text((LEFT + WIDTH + 14, y + 15), f"{mean:.4f}   {size} million parameters", 12)
+            size = f"{runs[0]['active_parameters'] / 1e6:.2f} of {runs[0]['parameters'] / 1e6:.2f}"
+            canvas.text((LEFT + WIDTH + 14, y + 15), f"{mean:.4f};  {size} million parameters", 12)
         for place in places:
             canvas.rect(Box(place - 4, y + ROW / 2 - 8.5, 8, 8), mixed(color_of(0), 0.6), color_of(0), 4)
         y += ROW
@@ -123,6 +123,7 @@ def ticks(least: float, most: float) -> Iterable[float]:
     return [n * step for n in range(int(least / step) + 1, int(most / step) + 1)]
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    """The records."""
-    return [json.loads(line) for line in results.read_text().splitlines()]
+def read(results: Path, steps: int) -> list[dict[str, Any]]:
+    """The records of so many steps."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    return [record for record in records if record["steps"] == steps]
