@@ -39,7 +39,8 @@ def world() -> Iterator[tuple[Comm | None, torch.device]]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield TorchComm(dist.group.WORLD, limit=LIMIT), device
-    dist.destroy_process_group()
+    if not cuda:  # NCCL's groups go with the process: torch 2.11 was seen to wait for ever in destroying them
+        dist.destroy_process_group()
 
 
 def build(options: Namespace, comm: Comm | None, device: torch.device, config: Config | None = None) -> Trainer:
