@@ -19,6 +19,7 @@ from moecomm.train.__main__ import main  # noqa: E402
 from moecomm.train.loop import Plan, Trainer, balanced  # noqa: E402
 from moecomm.train.text import Text, read_text  # noqa: E402
 
+torch.set_num_threads(1)  # threads that wait for a busy core take longer than they save
 TINY = ["--config", "tiny", "--batch", "8"]
 
 
