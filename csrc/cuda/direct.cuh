@@ -134,7 +134,7 @@ struct Patience {
     if (peek(memory.failed)) return true;
     const long long time = now();
     if (start == 0) start = time;
-    if (time - start <= memory.limit) return false;
+    if (time - start <= (phase == INSIDE ? 2 : 1) * memory.limit) return false;  // its own blocks may wait for a peer
     fail(memory, phase, peer, tag);
     return true;
   }
@@ -282,9 +282,10 @@ __device__ inline unsigned ranks_of(const int* expert, int token) {
 // is pushed depends on the credit, so it cannot go ahead of it, acquire or not.)
 __device__ inline unsigned enter_to_push(const Memory& memory, const Buffer& buffer) {
   const unsigned* credit = at<unsigned>(memory, memory.rank, buffer.credit);
-  const unsigned failed = peek(memory.failed), uses = peek(&buffer.counters->uses[blockIdx.x]);
-  for (int i = threadIdx.x; i < RANKS * BLOCKS; i += THREADS)
-    wait(memory, CREDIT, i / BLOCKS, uses + 1, [&] { return static_cast<int>(peek(credit + i) - uses) >= 0; });
+  const unsigned uses = peek(&buffer.counters->uses[blockIdx.x]);
+  bool failed = peek(memory.failed);
+  for (int i = threadIdx.x; i < RANKS * BLOCKS; i += THREADS)  // without credit nothing is pushed: a late peer may read
+    failed |= !wait(memory, CREDIT, i / BLOCKS, uses + 1, [&] { return static_cast<int>(peek(credit + i) - uses) >= 0; });
   return __syncthreads_or(failed) ? 0 : uses + 1;
 }
 

@@ -127,16 +127,31 @@ __device__ inline void wait_for_tokens(const Memory& memory, const Buffer& buffe
   __syncthreads();
 }
 
-// All table blocks have come here. `coming` counts them, over all uses of the buffer.
-__device__ inline void meet(const Memory& memory, unsigned* coming, unsigned tag) {
+// All table blocks have come here; false if the rank has given up. `coming` counts them, over all uses of the buffer.
+__device__ inline bool meet(const Memory& memory, unsigned* coming, unsigned tag) {
   __syncthreads();
-  if (TABLE_BLOCKS == 1) return;
+  if (TABLE_BLOCKS == 1) return true;
+  bool failed = false;
   if (threadIdx.x == 0) {
     __threadfence();
     atomicAdd(coming, 1u);
-    wait(memory, INSIDE, memory.rank, tag, [&] { return static_cast<int>(acquire(coming) - tag * TABLE_BLOCKS) >= 0; });
+    failed =
+        !wait(memory, INSIDE, memory.rank, tag, [&] { return static_cast<int>(acquire(coming) - tag * TABLE_BLOCKS) >= 0; });
   }
-  __syncthreads();
+  return !__syncthreads_or(failed);
+}
+
+// This block's part of a table without rows. A rank that has given up leaves it, so that what is queued behind, the
+// caller's work too, finds no place in it where nothing is.
+__device__ inline void clear_table(const Table& table, int block) {
+  for (int i = block * THREADS + threadIdx.x; i < RANKS * MAX_TOKENS * TOP_K; i += TABLE_BLOCKS * THREADS)
+    table.place[i] = -1;
+  if (block != 0) return;
+  for (int e = threadIdx.x; e <= EXPERTS; e += THREADS) {
+    table.offset[e] = 0;
+    if (e < EXPERTS) table.count[e] = 0;
+  }
+  if (threadIdx.x < RANKS) table.num_tokens[threadIdx.x] = 0;
 }
 
 // Counts and places as `route` does: each warp has a stretch of all tokens; what came before it is counted once.
@@ -201,7 +216,7 @@ __device__ inline void make_table(const Memory& memory, const Buffer& buffer, co
     else
       offset[e + 1] = sum;
   }
-  meet(memory, &buffer.counters->tiles, tag);
+  if (!meet(memory, &buffer.counters->tiles, tag)) return clear_table(table, block);
   for (int e = threadIdx.x; e < EXPERTS; e += THREADS) {
     int before = 0, sum = TABLE_BLOCKS > 1 ? 0 : offset[e + 1];
     for (int b = 0; TABLE_BLOCKS > 1 && b < TABLE_BLOCKS; ++b) {
@@ -423,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   unsigned tag;
   if (table_block >= 0) {
     tag = push_choices(memory, buffer, expert, weight, num_tokens, table_block);
-    if (tag == 0) return;
+    if (tag == 0) return clear_table(table, table_block);
     wait_for_tokens(memory, buffer, tag, smem);
     make_table(memory, buffer, table, table_block, tag, smem);
     if (OUTPUT == 0 && !TAGGED)  // everything has come
@@ -442,10 +457,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (finish<false>(buffer, tag) && TAGGED) give_credit(memory, buffer.credit, blockIdx.x, tag);
 #else
   if (table_block < 0) wait_for_tokens(memory, buffer, tag, smem);
+  bool failed = false;
   if (threadIdx.x == 0)
-    wait(memory, INSIDE, memory.rank, tag,
-         [&] { return static_cast<int>(acquire(&buffer.counters->tables) - tag * TABLE_BLOCKS) >= 0; });
-  __syncthreads();
+    failed = !wait(memory, INSIDE, memory.rank, tag,
+                   [&] { return static_cast<int>(acquire(&buffer.counters->tables) - tag * TABLE_BLOCKS) >= 0; });
+  if (__syncthreads_or(failed)) return;
   for (int n = 0;; ++n) {
     const int ticket = next_ticket(buffer, n), from = ticket % RANKS;
     if (ticket / RANKS >= num_items(MAX_TOKENS)) break;
