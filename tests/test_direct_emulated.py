@@ -1,0 +1,476 @@
+"""The kernels of DirectExchange on the CPU: the same sources, compiled by g++, and emulation/cuda_on_cpu.cpp for a GPU.
+
+What DirectExchange launches is queued. Then the kernels of all ranks run at a time, their threads in random order, and
+the results are compared with plain loops. Numbers are small integers: sums are exact in whatever order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moecomm import CommError
+from moecomm.exchange.direct import DirectExchange
+from moecomm.exchange.direct_kernels import Buffer, Buffers, Cut, Memory, Shape, Slots
+from moecomm.gating.kernel import Kernel, _argument, read_source
+
+torch = pytest.importorskip("torch")
+if shutil.which("g++") is None:
+    pytest.skip("there is no g++", allow_module_level=True)
+
+FOLDER = Path(__file__).parent / "emulation"
+COMPILER = ("g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off")
+GAP, UNTOUCHED = 512, 0xA5
+"""Bytes between the parts of symmetric memory, and what they hold."""
+
+# ---- from CUDA to C++ ------------------------------------------------------------------------------------------------
+
+PTX = {
+    "mov.u64 %0, %globaltimer;": "%0 = virtual_time();",
+    "cvt.rn.bf16.f32 %0, %1;": "%0 = bfloat16_bits(%1);",
+}
+NOT_RUN = ("griddepcontrol", "createpolicy", "{\\n", "cvt.f32.f16", "cvt.rn.f16", "cvt.rn.satfinite")
+"""How assembly begins that belongs to other kernels, other GPUs, or float16."""
+
+
+def in_cpp(ptx: str, operands: list[str]) -> str:
+    """A statement that does the same."""
+    access = re.fullmatch(r"(ld|st)\.(?:(?:relaxed|acquire|release)\.sys|volatile)\.global(?:\.v.)?\.u32 (.+);", ptx)
+    if ptx.startswith(NOT_RUN):
+        ptx = "__builtin_trap();"
+    elif access:
+        words = re.findall(r"(?<!\[)%\d", access[2])
+        address = re.findall(r"\[(%\d)\]", access[2])[0]
+        form = "{word} = load_word(where, {i});" if access[1] == "ld" else "store_word(where, {i}, {word});"
+        body = "".join(form.format(i=i, word=word) for i, word in enumerate(words))
+        ptx = f"auto* const where = (unsigned*)({address}); {body}"
+    else:
+        ptx = PTX[ptx]
+    return "{ " + re.sub(r"%(\d)", lambda found: f"({operands[int(found[1])]})", ptx) + " }"
+
+
+def in_cpp_all(source: str) -> str:
+    """Without assembly, and with each block's shared memory asked for."""
+    while found := re.search(r'asm(?: volatile)?\(\s*((?:"[^"]*"\s*)+)', source):
+        end, depth, operands = found.end(), 1, [""]
+        while depth:
+            depth += {"(": 1, ")": -1}.get(source[end], 0)
+            if depth > 1:
+                operands[-1] += source[end]
+            elif source[end] == ")":
+                operands.append("")
+            end += 1
+        ptx = "".join(re.findall('"([^"]*)"', found[1]))
+        source = source[: found.start()] + in_cpp(ptx, [text[1:] for text in operands]) + source[end + 1 :]
+    number = iter(range(100))
+
+    def shared(found: re.Match[str]) -> str:
+        dynamic, kind, name, length = found.groups()
+        if dynamic:
+            return f"{kind}* const {name} = static_cast<{kind}*>(shared_memory({next(number)}, -1));"
+        return f"auto& {name} = shared<{kind}{length or ''}>({next(number)});"
+
+    return re.sub(r"(extern )?__shared__ (\w+) (\w+)(\[\w*\])?;", shared, source)
+
+
+class Gpus:
+    """Takes the launches of all ranks, and runs them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.compiled, self.queued = folder, {}, []
+        self.runtime = ctypes.CDLL(
+            self.build("runtime", (FOLDER / "cuda_on_cpu.cpp").read_text(), ()), ctypes.RTLD_GLOBAL
+        )
+        self.runtime.run.restype = ctypes.c_char_p
+
+    def build(self, name: str, source: str, macros: Any) -> str:
+        """Compile into a library."""
+        library = self.folder / f"{name}.so"
+        command = (
+            *COMPILER,
+            f"-I{FOLDER}",
+            *(f"-D{key}={value}" for key, value in macros),
+            "-x",
+            "c++",
+            "-",
+            "-o",
+            library,
+        )
+        subprocess.run(command, input=source, text=True, check=True)
+        return str(library)
+
+    def entry(self, kernel: Kernel) -> Any:
+        """The function that takes its arguments' addresses."""
+        text = f'#include "cuda_on_cpu.h"\n{in_cpp_all(read_source(kernel.source))}\n'
+        text += f'extern "C" void entry(void** arguments) {{ call({kernel.name}, arguments); }}'
+        return ctypes.CDLL(self.build(f"kernel{abs(hash(kernel))}", text, kernel.macros)).entry
+
+    def launch(self, kernel: Kernel, grid: int, block: int, args: Any, shared_bytes: int = 0) -> None:
+        """In place of Kernel.__call__."""
+        values = [_argument(arg) for arg in args]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        self.queued.append((args[0].rank, kernel, pointers, grid, block, shared_bytes, (values, args)))
+
+    def host(self, rank: int, call: Callable[[], None]) -> None:
+        """Calls this between the kernels before and after it."""
+        self.queued.append((rank, call, None, 0, 0, 0, None))
+
+    def run(self, seed: int, most_rounds: int = 1_000_000) -> None:
+        """All that was queued."""
+        kernels = {item[1] for item in self.queued if isinstance(item[1], Kernel)} - set(self.compiled)
+        with ThreadPoolExecutor(2) as pool:
+            self.compiled.update(zip(kernels, pool.map(self.entry, kernels), strict=True))
+        errors: list[BaseException] = []
+
+        def guarded(call: Callable[[], None]) -> Any:
+            def body(_: Any) -> None:
+                try:
+                    call()
+                except BaseException as error:
+                    errors.append(error)
+
+            return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)
+
+        queued, self.queued = self.queued, []
+        alive = []
+        for rank, what, pointers, *sizes, _ in queued:
+            entry = self.compiled[what] if isinstance(what, Kernel) else guarded(what)
+            alive.append(entry)
+            self.runtime.enqueue(rank, entry, pointers, *sizes)
+        problem = self.runtime.run(seed, ctypes.c_longlong(most_rounds))
+        if errors:
+            raise errors[0]
+        assert problem == b""
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpus]:
+    """Instead of the driver."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = Gpus(tmp_path_factory.mktemp("kernels"))
+        patch.setattr(Kernel, "__call__", lambda kernel, *args: made.launch(kernel, *args))
+        torch.use_deterministic_algorithms(True)  # new memory holds NaN, or the largest integers
+        yield made
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- exchanges -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SmallShape(Shape):
+    """Blocks of a kernel, and how they share its work, as the test says."""
+
+    tags: bool
+    table: int
+    how: Cut
+
+    tagged = property(lambda self: self.tags)
+    table_blocks = property(lambda self: self.table)
+
+    def cut(self, kind: str) -> Cut:
+        """The same for all kernels."""
+        return self.how
+
+
+def exchanges(
+    shape: Shape, limit: float = 0.1, max_rows: int | None = None, num_buffers: int = 2
+) -> list[DirectExchange]:
+    """One for each rank, in this process, with memory that shows what was written beside its parts."""
+    to, back, num_bytes = Slots(shape, num_buffers).layout
+    parts = [buffer for buffers in (to, back) for buffer in buffers]
+    ends = [*(offset for part in parts for offset in part.values()), num_bytes]
+    memory = [torch.full((num_bytes + GAP * len(ends),), UNTOUCHED, dtype=torch.uint8) for _ in range(shape.ranks)]
+    for i, (begin, end) in enumerate(pairwise(ends)):
+        for own in memory:
+            own[begin + GAP * (i + 1) : end + GAP * (i + 1)] = 0
+    for n, part in enumerate(parts):
+        part.update({name: offset + GAP * (n * len(part) + i + 1) for i, (name, offset) in enumerate(part.items())})
+    made = []
+    for rank in range(shape.ranks):
+        buffers, exchange = object.__new__(Buffers), object.__new__(DirectExchange)
+        counters = torch.zeros((2, num_buffers, 4 + shape.num_sms), dtype=torch.int32)
+        failed, report = torch.zeros(1, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+        pointers = (ctypes.c_void_p * 8)(*(own.data_ptr() for own in memory))
+        vars(buffers).update(
+            symmetric=SimpleNamespace(own=memory[rank]), counters=counters, failed=failed, report=report,
+            tiles=torch.zeros((num_buffers, shape.table_blocks * shape.experts), dtype=torch.int32),
+            memory=Memory(pointers, failed.data_ptr(), report.data_ptr(), int(limit * 1e9), rank),
+            to=[Buffer(counters[0, i].data_ptr(), **part) for i, part in enumerate(to)],
+            back=[Buffer(counters[1, i].data_ptr(), **part) for i, part in enumerate(back)],
+        )  # fmt: skip
+        vars(exchange).update(
+            comm=SimpleNamespace(rank=rank, where=str), shape=shape, dtype=getattr(torch, shape.dtype),
+            fp8=torch.float8_e4m3fn if shape.fp8 else None, num_experts=shape.ranks * shape.experts,
+            max_rows=max_rows or shape.ranks * shape.max_tokens * shape.top_k, _buffers=buffers,
+            _held=[False] * num_buffers, _calls=[0, 0], failure=None,
+        )  # fmt: skip
+        made.append(exchange)
+    return made
+
+
+def untouched(exchange: DirectExchange, num_buffers: int = 2) -> bool:
+    """Whether nothing was written between the parts."""
+    to, back, num_bytes = Slots(exchange.shape, num_buffers).layout
+    ends = [*(offset for part in (*to, *back) for offset in part.values()), num_bytes]
+    own = exchange._buffers.symmetric.own
+    return all((own[end + GAP * i : end + GAP * (i + 1)] == UNTOUCHED).all() for i, end in enumerate(ends))
+
+
+# ---- what is wanted --------------------------------------------------------------------------------------------------
+
+
+def inputs(shape: Shape, seed: int) -> list[tuple[Any, Any, Any, Any]]:
+    """x, expert, weight and the gradient of y of each rank: ragged, empty, skewed, dropped, ids of no expert."""
+    generator = torch.Generator().manual_seed(seed)
+    E, k, world = shape.ranks * shape.experts, shape.top_k, []  # noqa: N806
+
+    def integers(low: int, high: int, *size: int) -> Any:
+        return torch.randint(low, high, size, generator=generator)
+
+    for rank in range(shape.ranks):
+        some = int(integers(0, shape.max_tokens + 1, 1))
+        T = [some, shape.max_tokens, some if rank % 2 else 0, some][seed % 4]  # noqa: N806
+        expert = integers(0, E, T, k) if seed % 4 != 1 else integers(0, E, T, k) // 2
+        luck = integers(0, 20, T, k)
+        expert[luck < 3], expert[luck == 3], expert[luck == 4] = -1, E + seed, -2 - seed
+        if shape.fp8:
+            x = torch.randn((T, shape.hidden), generator=generator) * 2.0 ** integers(-110, 100, T, 1)
+            x[luck[:, 0] == 5] = 0
+        else:
+            x = integers(-8, 9, T, shape.hidden)
+        floats = x.to(getattr(torch, shape.dtype)), integers(-4, 5, T, shape.hidden).to(getattr(torch, shape.dtype))
+        world.append((floats[0], expert.int(), integers(0, 9, T, k) / 8, floats[1]))
+    return world
+
+
+class Wanted:
+    """The table of each rank, by plain loops."""
+
+    def __init__(self, shape: Shape, world: Any, max_rows: int) -> None:
+        self.shape, self.world, size = shape, world, (shape.ranks * shape.max_tokens, shape.top_k)
+        self.place = [torch.full(size, -1, dtype=torch.int32) for _ in world]
+        self.order: list[list[tuple[int, int, int]]] = []  # source, token and choice of each row
+        self.counts = []
+        for rank in range(shape.ranks):
+            which: list[list[tuple[int, int, int]]] = [[] for _ in range(shape.experts)]
+            for source, (_, expert, _, _) in enumerate(world):
+                for token, choices in enumerate(expert.tolist()):
+                    for choice, e in enumerate(choices):
+                        if rank * shape.experts <= e < (rank + 1) * shape.experts:
+                            which[e - rank * shape.experts].append((source, token, choice))
+            order = [row for rows in which for row in rows]
+            for row, (source, token, choice) in enumerate(order):
+                self.place[rank][source * shape.max_tokens + token, choice] = row if row < max_rows else -2
+            self.order.append(order[:max_rows])
+            self.counts.append([len(rows) for rows in which])
+        known = range(-1, shape.ranks * shape.experts)
+        self.unknown = [sum(e not in known for e in expert.flatten().tolist()) for _, expert, _, _ in world]
+        self.lost = [sum(counts) - len(order) for counts, order in zip(self.counts, self.order, strict=True)]
+
+    def sums(self, rank: int, term: Callable[[int, int, int, int], Any], keep_own: bool) -> Any:
+        """Of term(rank, token, choice, row) over a token's rows; the part of a rank is rounded, the own maybe not."""
+        shape, (x, _, _, _) = self.shape, self.world[rank]
+        total = torch.zeros(x.shape)
+        for token in range(len(x)):
+            for other in range(shape.ranks):
+                part = torch.zeros(shape.hidden)
+                for choice, row in enumerate(self.place[other][rank * shape.max_tokens + token].tolist()):
+                    if row >= 0:
+                        part += term(other, token, choice, row)
+                total[token] += part if keep_own and other == rank else part.to(x.dtype).float()
+        return total.to(x.dtype)
+
+
+def same(got: Any, want: Any) -> None:
+    """The same numbers and type."""
+    assert got.dtype == want.dtype and got.shape == want.shape, (got.dtype, got.shape, want.dtype, want.shape)
+    wrong = (got != want).nonzero().tolist()
+    assert not wrong, f"{len(wrong)} numbers of {list(want.shape)} differ, first at {wrong[0]}"
+
+
+def quantised(x: Any) -> tuple[Any, Any]:
+    """e4m3 and scales of rows."""
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
+    amax = padded.abs().amax(2) if len(x) else padded.sum(2)
+    scale = torch.where(amax > 0, amax.clamp(min=2.0**-100) / 448, 1.0)
+    return (padded / scale[..., None]).flatten(1)[:, : x.shape[1]].to(torch.float8_e4m3fn), scale
+
+
+# ---- the calls, and what they gave -----------------------------------------------------------------------------------
+
+
+def factor(row: Any) -> Any:
+    """What an expert multiplies a row by."""
+    return row % 3 + 1
+
+
+def queue(gpus: Gpus, exchange: DirectExchange, x: Any, expert: Any, weight: Any, grad_y: Any) -> SimpleNamespace:
+    """All calls of one rank."""
+    got, rank, fp8 = SimpleNamespace(), exchange.comm.rank, exchange.fp8 is not None
+    got.rows, got.plan = plan = exchange.send(x, expert, weight, False)
+    plan = got.plan
+    if not fp8:
+        answers, factors = torch.zeros_like(got.rows), factor(torch.arange(len(got.rows)))[:, None]
+        gpus.host(rank, lambda: answers.copy_(got.rows * factors))
+        got.y, _ = exchange.give_back(answers, plan, plan.weight)
+        got.grad_rows, got.grad_weight = exchange.spread(grad_y, answers, plan)
+        got.grad_x, got.returned = exchange.give_back(got.grad_rows, plan, None, got.grad_weight)
+    held, compact = exchange.send(x, expert, weight, True)
+    got.compact = compact
+    gpus.host(rank, lambda: vars(got).update(held=held.clone(), scales=None if not fp8 else compact.scales.clone()))
+    if fp8:
+        exchange.free_rows(compact)
+        return got
+    sums = torch.zeros((len(held), x.shape[1]), dtype=x.dtype)
+
+    def weigh() -> None:
+        factors = torch.where(compact.place >= 0, compact.weight * factor(compact.place), 0).sum(1, keepdim=True)
+        slots = (compact.place >= 0).any(1)  # the others hold anything
+        sums[slots] = (held[slots] * factors[slots]).to(x.dtype)
+
+    gpus.host(rank, weigh)
+    got.y_compact, _ = exchange.give_back(sums, compact, None)
+    into = exchange.tokens()
+    if into is not None:  # what is not copied
+        gpus.host(rank, lambda: into[: len(x)].copy_(x))
+    own = x if into is None else into[: len(x)]
+    held_again, got.compact_again = exchange.send(own, expert, weight, True)
+    got.y_once, _ = exchange.give_back(held_again, got.compact_again, None)
+    return got
+
+
+def check(got: SimpleNamespace, wanted: Wanted, rank: int) -> None:
+    """All that the calls of `queue` gave."""
+    shape, world, order, place = wanted.shape, wanted.world, wanted.order[rank], wanted.place[rank]
+    x, expert, _, _ = world[rank]
+    none = torch.zeros((0, shape.hidden), dtype=x.dtype)
+    rows = torch.stack([world[s][0][t] for s, t, _ in order]) if order else none
+    for plan in (got.plan, got.compact):
+        same(plan.rows_per_expert, torch.tensor(wanted.counts[rank]).int())
+        same(plan.offset[1:], torch.tensor(wanted.counts[rank]).cumsum(0).int())
+        assert plan.offset[0] == 0
+        same(plan.place, place)
+        same(plan.slot[: len(order)], torch.tensor([s * shape.max_tokens + t for s, t, _ in order]).int())
+        same(plan.num_tokens, torch.tensor([len(theirs[0]) for theirs in world]).int())
+        for source, (_, _, weight, _) in enumerate(world):
+            same(plan.weight[source * shape.max_tokens :][: len(weight)], weight)
+    slots = (place != -1).any(1).nonzero().flatten()
+    sent = [world[slot // shape.max_tokens][0][slot % shape.max_tokens] for slot in slots.tolist()]
+    once = torch.stack(sent) if sent else none
+    if shape.fp8:
+        for values, scales, want in ((got.rows, got.plan.scales, rows), (got.held[slots], got.scales[slots], once)):
+            want_values, want_scales = quantised(want)
+            same(values.view(torch.uint8)[: len(want)], want_values.view(torch.uint8))
+            same(scales[: len(want)], want_scales)
+        return
+    same(got.rows[: len(order)], rows)
+    same(got.held[slots], once)
+    weights = [theirs[2] for theirs in world]
+    answer = lambda other, token, choice, row: weights[rank][token, choice] * x[token].float() * factor(row)  # noqa: E731
+    same(got.y, wanted.sums(rank, answer, True))
+    same(got.y_compact, wanted.sums(rank, answer, False))
+    reached = torch.stack([(p[rank * shape.max_tokens :][: len(x)] != -1).any(1) for p in wanted.place]).sum(0)
+    same(got.y_once, x * reached[:, None].to(x.dtype))
+    for row, (source, token, choice) in enumerate(order):
+        gradient, slot = world[source][3][token], source * shape.max_tokens + token
+        same(got.grad_rows[row], weights[source][token, choice].to(x.dtype) * gradient)
+        assert got.grad_weight[slot, choice] == (gradient * rows[row]).float().sum() * factor(row)
+    back = lambda other, token, choice, row: weights[rank][token, choice] * world[rank][3][token].float()  # noqa: E731
+    same(got.grad_x, wanted.sums(rank, back, True))
+    returned = torch.zeros(expert.shape)
+    for other in wanted.order:
+        for row, (source, token, choice) in enumerate(other):
+            if source == rank:
+                returned[token, choice] = (world[rank][3][token] * x[token]).float().sum() * factor(row)
+    same(got.returned, returned)
+
+
+# fmt: off
+CASES = {
+    # fp8, hidden, top_k, max_tokens, ranks, experts, blocks, tags, table blocks; a Cut
+    "1 rank, tags": SmallShape("float32", False, 33, 3, 5, 1, 4, 3, True, 1, Cut(32, 1, 1, 2, 2)),
+    "1 rank, flags": SmallShape("bfloat16", False, 64, 1, 17, 1, 3, 2, False, 1, Cut(64, 2, 1, 1, 1)),
+    "2 ranks, tags, slices": SmallShape("bfloat16", False, 808, 8, 3, 2, 3, 4, True, 2, Cut(64, 1, 2, 1, 2)),
+    "2 ranks, tickets": SmallShape("bfloat16", False, 77, 3, 35, 2, 2, 4, False, 2, Cut(64, 2, 1, 2, 2)),
+    "2 ranks, slices": SmallShape("float32", False, 300, 1, 7, 2, 1, 3, False, 1, Cut(64, 2, 2, 1, 2)),
+    "2 ranks, float8": SmallShape("bfloat16", True, 840, 8, 11, 2, 5, 3, False, 1, Cut(64, 2, 1, 2, 2)),
+    "4 ranks, tags": SmallShape("float32", False, 36, 3, 6, 4, 2, 3, True, 1, Cut(64, 1, 1, 1, 2)),
+    "4 ranks, chunks of 4": SmallShape("float32", False, 132, 3, 30, 4, 3, 3, False, 1, Cut(128, 4, 1, 2, 2)),
+    "4 ranks, slices": SmallShape("bfloat16", False, 520, 8, 9, 4, 2, 4, False, 2, Cut(64, 2, 2, 2, 2)),
+    "4 ranks, float8, tags": SmallShape("float32", True, 200, 3, 5, 4, 2, 3, True, 1, Cut(32, 1, 1, 2, 2)),
+    "8 ranks, tags": SmallShape("float32", False, 5, 8, 3, 8, 1, 2, True, 1, Cut(32, 1, 1, 1, 1)),
+    "8 ranks, flags": SmallShape("bfloat16", False, 20, 3, 8, 8, 2, 3, False, 1, Cut(32, 1, 1, 1, 1)),
+}
+# fmt: on
+
+
+FULL = [("4 ranks, chunks of 4", 7), ("2 ranks, tags, slices", 3), ("4 ranks, float8, tags", 2), ("1 rank, flags", 1)]
+
+
+@pytest.mark.parametrize(("name", "max_rows"), [*((name, None) for name in CASES), *FULL])
+def test_all_calls(gpus: Gpus, name: str, max_rows: int | None) -> None:
+    """One after the other in each rank's stream, ranks ahead of each other: every buffer is used several times."""
+    shape, seeds = CASES[name], range(4)
+    made = exchanges(shape, max_rows=max_rows)
+    worlds = [inputs(shape, seed) for seed in seeds]
+    got = [[queue(gpus, exchange, *world[exchange.comm.rank]) for world in worlds] for exchange in made]
+    gpus.run(len(name))
+    for exchange, results in zip(made, got, strict=True):
+        rank, dispatches = exchange.comm.rank, 2 if shape.fp8 else 3
+        all_wanted = [Wanted(shape, world, exchange.max_rows) for world in worlds]
+        lost = dispatches * sum(wanted.lost[rank] for wanted in all_wanted)
+        unknown = dispatches * sum(wanted.unknown[rank] for wanted in all_wanted)
+        assert exchange._buffers.report.tolist() == [0, lost, unknown]
+        for wanted, result in zip(all_wanted, results, strict=True):
+            check(result, wanted, rank)
+        assert untouched(exchange)
+
+
+@pytest.mark.parametrize("name", ["2 ranks, tags, slices", "4 ranks, chunks of 4", "4 ranks, slices", "8 ranks, tags"])
+def test_a_rank_that_does_not_come(gpus: Gpus, name: str) -> None:
+    """The others give up and say so; whatever they had queued ends, and reads and writes where it may."""
+    shape = CASES[name]
+    made = exchanges(shape)
+    world = inputs(shape, 1)
+    results = [queue(gpus, exchange, *world[exchange.comm.rank]) for _ in range(2) for exchange in made[1:]]
+    gpus.run(0)
+    assert len(results) == 2 * (shape.ranks - 1)
+    for exchange in made[1:]:
+        assert int(exchange._buffers.report[0]) >> 32 == 1
+        with pytest.raises(CommError, match=r"waited 0\.1 s for rank 0 to s"):
+            exchange._usable("dispatch")
+        assert untouched(exchange)
+
+
+def test_a_late_rank_keeps_its_rows(gpus: Gpus) -> None:
+    """Who gives up because a peer has not read its rows yet does not write over them."""
+    shape = CASES["4 ranks, chunks of 4"]
+    made, worlds = exchanges(shape, num_buffers=1), [inputs(shape, 1), inputs(shape, 5)]
+    plans = []
+    for exchange in made:
+        for world in worlds[: 1 if exchange is made[0] else 2]:
+            rows, plan = exchange.send(*world[exchange.comm.rank][:3], True)
+            plans.append(plan)
+            if exchange is made[0]:
+                late = rows
+            elif world is worlds[0]:
+                exchange.free_rows(plan)
+    gpus.run(0)
+    reached = (Wanted(shape, worlds[0], len(late) * shape.top_k).place[0] != -1).any(1)
+    assert reached.any()
+    same(late[reached], torch.cat([x for x, _, _, _ in worlds[0]])[reached])  # each rank has max_tokens
+    for exchange in made[1:]:
+        with pytest.raises(CommError, match=r"for rank 0 to have read .* \(use 2"):
+            exchange._usable("dispatch")
