@@ -336,13 +336,7 @@ def algorithm_names(text: str) -> list[str]:
 
 def parse_options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
-    parser.add_argument(
-        "--sizes",
-        type=harness.byte_sizes,
-        metavar="BYTES,...",
-        default="16,64,256,1KiB,4KiB,16KiB,64KiB",
-        help="bytes a pair of ranks, multiples of 16 (default: %(default)s)",
-    )
+    harness.add_sizes(parser, "16,64,256,1KiB,4KiB,16KiB,64KiB")
     parser.add_argument(
         "--skew",
         choices=("zipf",),

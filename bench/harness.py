@@ -52,6 +52,11 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_sizes(parser: argparse.ArgumentParser, default: str) -> None:
+    text = "bytes a pair of ranks, multiples of 16 (default: %(default)s)"
+    parser.add_argument("--sizes", type=byte_sizes, metavar="BYTES,...", default=default, help=text)
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     if options.transport == "threads" and not options.n:

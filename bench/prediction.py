@@ -82,13 +82,7 @@ def benchmark(comm: Comm, options: argparse.Namespace) -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
-    parser.add_argument(
-        "--sizes",
-        type=harness.byte_sizes,
-        metavar="BYTES,...",
-        default="16,64,256,512,1KiB,2KiB,4KiB,8KiB,16KiB,64KiB",
-        help="bytes a pair of ranks, multiples of 16 (default: %(default)s)",
-    )
+    harness.add_sizes(parser, "16,64,256,512,1KiB,2KiB,4KiB,8KiB,16KiB,64KiB")
     return harness.parse(parser)
 
 

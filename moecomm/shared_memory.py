@@ -13,6 +13,23 @@ from numpy.typing import NDArray
 
 from moecomm.comm import Comm
 
+NUM_SLOTS = 4
+"""Chunks for another node that are under way at a time."""
+
+CHUNK_BYTES = 1 << 21
+"""The most that goes to another node in one message."""
+
+LEAST_CHUNK_BYTES = 1 << 12
+
+MOST_BYTES = 1 << 26
+"""Of memory that a node shares; more nodes get smaller chunks, but not below LEAST_CHUNK_BYTES."""
+
+
+def chunk_bytes(num_nodes: int) -> int:
+    """Bytes of a chunk where a node has NUM_SLOTS for what it sends and receives."""
+    fits = MOST_BYTES // (NUM_SLOTS * (2 * num_nodes - 1)) // 64 * 64
+    return max(min(CHUNK_BYTES, fits), LEAST_CHUNK_BYTES)
+
 
 def shared_memory(comm: Comm, num_bytes: int) -> NDArray[np.uint8] | None:
     """Zeroed memory [num_bytes] that all ranks of comm read and write, or None on all of them if they share none.

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from moecomm import Comm, Nodes, Topology
-from moecomm.all_to_all import shared
 from moecomm.arrays import Counts
 from moecomm.cost import GPU_NODES, Cost, Link, Links, measure, model, predict, predict_group, predict_lanes
 from moecomm.traffic import Rows, flat, hierarchical
@@ -74,11 +73,6 @@ def test_shared_sends_one_message_a_chunk_from_each_node() -> None:
         assert cost.messages == (0, 3 * chunks)
         assert cost.bytes == (0, 16 * 48 * block)
     assert predict(NOTHING, (16, 16), 1000)["shared"].messages == (0, 0)
-
-
-def test_shared_has_the_chunks_of_the_algorithm() -> None:
-    for name in ("NUM_SLOTS", "CHUNK_BYTES", "LEAST_CHUNK_BYTES", "MOST_BYTES"):
-        assert getattr(model, name) == getattr(shared, name), name
 
 
 # ---- the paper's figures -------------------------------------------------------------------------------------------

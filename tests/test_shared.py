@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import LIMIT, PROGRAMS, gloo_run, mpi_run, mpirun
 
-from moecomm import Comm, CommError, FlatAllToAll, Nodes, shared_memory, testing
+from moecomm import AutoAllToAll, Comm, CommError, FlatAllToAll, Nodes, shared_memory, testing
 from moecomm._core import Event, NodeRing, RingLayout, Transfer
 from moecomm.all_to_all import SharedAllToAll, shared, streams
 from moecomm.transports import threads
@@ -22,8 +22,7 @@ from moecomm.transports.wrappers import Timed
 
 def use_chunks_of(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that a transfer takes many and slots are used again and again."""
-    monkeypatch.setattr(shared, "CHUNK_BYTES", num_bytes)
-    monkeypatch.setattr(shared, "LEAST_CHUNK_BYTES", min(num_bytes, shared.LEAST_CHUNK_BYTES))
+    monkeypatch.setattr(shared, "chunk_bytes", lambda num_nodes: num_bytes)
 
 
 def partitions(p: int) -> Iterator[Nodes]:
@@ -743,12 +742,13 @@ def test_bad_arguments_are_refused_on_every_rank() -> None:
     threads.run(5, body)
 
 
-def test_a_route_of_another_algorithm_is_refused() -> None:
+@pytest.mark.parametrize("algorithm", [SharedAllToAll, AutoAllToAll])
+def test_a_route_of_another_algorithm_is_refused(algorithm: Any) -> None:
     def body(comm: Comm) -> None:
-        a2a = SharedAllToAll(comm, Nodes.of_size(2, 4))
+        a2a = algorithm(comm, Nodes.of_size(2, 4))
         foreign = FlatAllToAll(comm).route([1] * 4)
         for call in (a2a.send, a2a.send_back):
-            with pytest.raises(TypeError, match="route is a Route, expected one of SharedAllToAll"):
+            with pytest.raises(TypeError, match=f"route is a Route, expected one of {algorithm.__name__}"):
                 call(np.zeros((4, 1)), foreign)
         assert a2a.send(np.full((4, 1), comm.rank), a2a.route([1] * 4)).tolist() == [[0], [1], [2], [3]]
 

@@ -170,13 +170,20 @@ class AutoAllToAll(AllToAll):
         return _AutoRoute(send_counts, route.recv_counts, inner=route, num_rows=num_rows)
 
     def _send(self, rows: Array, route: Route) -> Array:
-        return self._uneven(rows, route)._send(rows, _inner(route))
+        mine = self._own(route)
+        return self._uneven(rows, mine)._send(rows, mine.inner)
 
     def _send_back(self, rows: Array, route: Route) -> Array:
-        return self._uneven(rows, route)._send_back(rows, _inner(route))
+        mine = self._own(route)
+        return self._uneven(rows, mine)._send_back(rows, mine.inner)
 
-    def _uneven(self, rows: Array, route: Route) -> AllToAll:
-        assert isinstance(route, _AutoRoute)
+    def _own(self, route: Route) -> _AutoRoute:
+        if not isinstance(route, _AutoRoute):
+            name = type(self).__name__
+            raise TypeError(f"{name}: route is a {type(route).__name__}, expected one of {name}{self.comm.where()}")
+        return route
+
+    def _uneven(self, rows: Array, route: _AutoRoute) -> AllToAll:
         mean = route.num_rows * row_bytes(rows) // self.comm.size**2
         return self.algorithms[self._choose("uneven", mean, on_host(rows))]
 
@@ -237,8 +244,3 @@ class AutoAllToAll(AllToAll):
 class _AutoRoute(Route):
     inner: Route = field(kw_only=True)
     num_rows: int = field(kw_only=True)
-
-
-def _inner(route: Route) -> Route:
-    assert isinstance(route, _AutoRoute)
-    return route.inner

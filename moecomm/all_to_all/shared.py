@@ -17,19 +17,8 @@ from moecomm.arrays import Array, Counts, as_bytes, empty_rows, is_torch, on_hos
 from moecomm.comm import Comm, Started
 from moecomm.errors import CommError
 from moecomm.nodes import Nodes
-from moecomm.shared_memory import shared_memory
+from moecomm.shared_memory import NUM_SLOTS, chunk_bytes, shared_memory
 from moecomm.transports import as_comm
-
-CHUNK_BYTES = 1 << 21
-"""The most that goes to another node in one message."""
-
-NUM_SLOTS = 4
-"""Chunks that are under way at a time."""
-
-MOST_BYTES = 1 << 26
-"""Of memory that a node shares; more nodes get smaller chunks, but not below LEAST_CHUNK_BYTES."""
-
-LEAST_CHUNK_BYTES = 1 << 12
 
 SPIN_US = 50
 """How long a rank that has a core of its own looks before it sleeps."""
@@ -51,7 +40,7 @@ class SharedAllToAll(AllToAll):
     """One message from a node to each other node, and none inside: p/G - 1 a node instead of G (p - 1).
 
     The G ranks of a node copy their rows into memory that they share. One of them, a leader, exchanges them with the
-    other nodes; then every rank copies out what is meant for it. More than CHUNK_BYTES for a node goes in chunks: while
+    other nodes; then every rank copies out what is meant for it. More than 2 MiB for a node goes in chunks: while
     some are on the way, the next is copied in and an earlier one is copied out.
 
     comm     an mpi4py communicator, a torch ProcessGroup or a moecomm Comm
@@ -99,8 +88,7 @@ class SharedAllToAll(AllToAll):
     def _make_ring(self) -> NodeRing:
         """Collective."""
         num_ranks, num_nodes = self._streams.num_local, len(self.nodes)
-        fits = MOST_BYTES // (NUM_SLOTS * (2 * num_nodes - 1)) // 64 * 64
-        self._chunk_bytes = max(min(CHUNK_BYTES, fits), LEAST_CHUNK_BYTES)
+        self._chunk_bytes = chunk_bytes(num_nodes)
         layout = RingLayout(num_ranks, num_nodes, NUM_SLOTS, self.leaders, self._chunk_bytes)
         memory = shared_memory(self._node_comm, layout.num_bytes)
         everywhere = self.comm.all_gather(np.array([memory is not None])).all()

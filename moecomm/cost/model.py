@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from moecomm.arrays import Counts
 from moecomm.cost.links import Links
 from moecomm.nodes import Nodes
+from moecomm.shared_memory import NUM_SLOTS, chunk_bytes
 
 Place = Nodes | tuple[int, int]
 """Nodes, or (number of ranks, ranks of a node): the last node is smaller where these do not divide the ranks."""
@@ -29,8 +30,6 @@ Work = NDArray[np.float64]
 waited for, bytes copied, starts, wake-ups."""
 
 MOST_RANKS = 65536
-NUM_SLOTS, CHUNK_BYTES, LEAST_CHUNK_BYTES, MOST_BYTES = 4, 1 << 21, 1 << 12, 1 << 26
-"""SharedAllToAll: chunks under way, the bytes of one for another node, and the memory that they may take in a node."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,7 @@ def _uneven_hops(sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
 def _shared(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     """Two exchanges are under way at a time; the first chunk is copied in before them, the last one out after them."""
     p, num_nodes = int(sizes.sum()), len(sizes)
-    chunks = max(1, ceil(int(sizes.max()) ** 2 * block / _chunk_bytes(num_nodes)))
+    chunks = max(1, ceil(int(sizes.max()) ** 2 * block / chunk_bytes(num_nodes)))
     every = _work(copied=2 * p * block * (1 - 1 / chunks), wakes=2 * chunks)
     leader = _work()
     if num_nodes > 1:
@@ -278,12 +277,7 @@ def _one_buffer(sizes: Counts, _: int, block: float) -> float:
 
 
 def _slots(sizes: Counts, size: int, _: float) -> float:
-    return NUM_SLOTS * (2 * len(sizes) - 1) * _chunk_bytes(len(sizes)) / size
-
-
-def _chunk_bytes(num_nodes: int) -> int:
-    fits = MOST_BYTES // (NUM_SLOTS * (2 * num_nodes - 1)) // 64 * 64
-    return max(min(CHUNK_BYTES, fits), LEAST_CHUNK_BYTES)
+    return NUM_SLOTS * (2 * len(sizes) - 1) * chunk_bytes(len(sizes)) / size
 
 
 FEWEST_COMBINED = 8
