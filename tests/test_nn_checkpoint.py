@@ -454,8 +454,26 @@ def test_how_many_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000010", "step-1000000"]
     assert checkpoint.last(tmp_path) == tmp_path / "step-1000000"
     assert checkpoint.last(tmp_path / "nothing") is None
-    with pytest.raises(FileNotFoundError, match="there is none yet"):
+    with pytest.raises(OSError, match="there is none yet"):
         checkpoint.load(checkpoint.last(tmp_path / "nothing"), Stamped(0))
+    (tmp_path / "step-000010").rename(tmp_path / "step-10-best")
+    checkpoint.save(tmp_path, 1_000_001, Stamped(1), keep=1)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10-best", "step-1000001"]
+    assert checkpoint.last(tmp_path) == tmp_path / "step-1000001"
+    for step, keep in ((-1, None), (7, 0)):
+        with pytest.raises(ValueError, match=f"step {step} and keep {keep}"):
+            checkpoint.save(tmp_path, step, Stamped(0), keep=keep)
+
+
+def test_none_on_one_rank(tmp_path: Path) -> None:
+    """A folder that is not shared: all ranks say so, none waits."""
+
+    def body(comm: Comm) -> None:
+        path = checkpoint.save(tmp_path / str(comm.rank), 1, Stamped(0))
+        with pytest.raises(OSError, match=r"there is none yet  \(rank 1 of 2\)"):
+            checkpoint.load(None if comm.rank else path, Stamped(0), comm=comm)
+
+    threads.run(2, body)
 
 
 def test_a_tied_weight_is_held_once() -> None:

@@ -98,8 +98,10 @@ def test_other_names(tmp_path: Path) -> None:
     assert torch.equal(layer.experts.gate[0], theirs["w1"].T)
     assert torch.equal(layer.experts.up[0], theirs["w3"].T)
     assert torch.equal(layer.experts.down[0], theirs["w2"].T)
-    with pytest.raises(ValueError, match=r"has no block.*0.dense_h_to_4h.weight, but block.*0.w1.weight"):
+    with pytest.raises(ValueError, match=r"names has up, up_bias, down, down_bias, but nothing for gate"):
         load_deepspeed(tmp_path, layer)
+    with pytest.raises(ValueError, match=r"has no block.*0.dense_h_to_4h.weight, but block.*0.w1.weight"):
+        load_deepspeed(tmp_path, MoE(H, F, 1))
 
 
 class Evil:

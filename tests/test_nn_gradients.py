@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moecomm import Comm, Topology, build_groups  # noqa: E402
-from moecomm.nn import CONFIGS, MoE, TransformerLM, parameter_groups, reduce_gradients  # noqa: E402
+from moecomm.nn import CONFIGS, Config, MoE, TransformerLM, parameter_groups, reduce_gradients  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
 
@@ -45,3 +45,40 @@ def test_an_optimizer_takes_them(make: Callable[[Any], Any]) -> None:
         assert moved == ([True, False] if comm.rank == 1 else [False, False])
 
     threads.run(2, body)
+
+
+def test_a_frozen_parameter_stays() -> None:
+    """A gradient of zeros would let the optimizer's weight decay move it."""
+
+    def body(comm: Comm) -> None:
+        groups = build_groups(comm, Topology(2, expert=2))
+        layer = MoE(8, 16, 4, groups=groups)
+        frozen = [layer.gate, layer.experts.up]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        before = [parameter.clone() for parameter in frozen]
+        optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.5)
+        down = layer.experts.down.detach().clone()
+        layer(torch.ones(5, 8))[0].square().sum().backward()
+        reduce_gradients(layer, groups)
+        optimizer.step()
+        assert all(torch.equal(*pair) for pair in zip(frozen, before, strict=True))
+        assert not torch.equal(layer.experts.down, down)
+
+    threads.run(2, body)
+
+
+def test_the_embedding_of_two_stages_in_a_wrapped_model() -> None:
+    """First and last stage share it: what each has, the sum of the two, also where the model is a part of another."""
+
+    def body(comm: Comm) -> None:
+        groups = build_groups(comm, Topology(3, pipeline=3))
+        config = Config(3, 16, 2, vocabulary=32, context=8)
+        model = torch.nn.Sequential(TransformerLM(config, groups=[groups], stage=(comm.rank, 3)))
+        if comm.rank != 1:
+            model[0].embedding.grad = torch.full_like(model[0].embedding, 1.0 + comm.rank)
+        reduce_gradients(model, groups)
+        if comm.rank != 1:
+            assert (model[0].embedding.grad == 4).all()
+
+    threads.run(3, body)

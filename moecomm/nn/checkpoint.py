@@ -47,9 +47,12 @@ def save(
     values     to be saved beside, such as the state of a scheduler: what JSON can say. Those of rank 0 count
     keep       how many checkpoints may stay in the folder, this one and those of the highest lower steps; None: all
 
-    Collective. On all ranks, ValueError for what cannot be saved, a step that is there already, or a folder that
-    another job is writing to; OSError for a full disk and the like. The checkpoints that were there stay.
+    Collective. On all ranks, ValueError for a step below 0, a keep below 1, what cannot be saved, a step that is there
+    already, or a folder that another job is writing to; OSError for a full disk and the like. The checkpoints that were
+    there stay.
     """
+    if step < 0 or (keep is not None and keep < 1):
+        raise ValueError(f"checkpoint.save: got step {step} and keep {keep}, expected >= 0 and >= 1 or None")
     folder, rank = Path(folder), 0 if comm is None else comm.rank
     parts = together(comm, lambda: [*_parts(held(model), optimizer)])
     tensors = _owned(comm, parts)
@@ -79,10 +82,7 @@ def load(
     of another program, of a newer version or of another model, and OSError for one that is missing: all found before
     anything is changed.
     """
-    if path is None:
-        raise FileNotFoundError("checkpoint: there is none yet")
-    path = Path(path)
-    index = together(comm, lambda: read_index(path))
+    path, index = together(comm, lambda: read_index(path))
     with ExitStack() as stack:
         stored = together(comm, lambda: Stored(path, index, stack))
         mine = held(model)
@@ -101,7 +101,7 @@ def load(
 
 def last(folder: str | Path) -> Path | None:
     """The complete checkpoint of the highest step in a folder, or None. Not collective."""
-    return max(Path(folder).glob("step-*"), default=None, key=_step)
+    return max(_steps(Path(folder)), default=None, key=_step)
 
 
 # ---- what is saved, and by whom --------------------------------------------------------------------------------------
@@ -181,9 +181,14 @@ def _finish(unfinished: Path, finished: Path, index: dict[str, Any], keep: int |
         to_disk(path)
     unfinished.rename(finished)
     to_disk(finished.parent)
-    older = sorted((p for p in finished.parent.glob("step-*") if _step(p) < _step(finished)), key=_step)
+    older = sorted((p for p in _steps(finished.parent) if _step(p) < _step(finished)), key=_step)
     for path in older[: len(older) + 1 - keep] if keep else ():
         shutil.rmtree(path.rename(unfinished))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The complete checkpoints; what someone has put aside under another name is none of them."""
+    return [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
 
 
 def _step(path: Path) -> int:

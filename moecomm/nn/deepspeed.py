@@ -31,8 +31,8 @@ def load_deepspeed(
 
     folder  <save_dir>/<tag> of DeepSpeed, which numbers MoE layers in the order of the model, and experts globally
     model   with all layers (no pipeline stage), its experts split in any way
-    names   weight of Experts -> what DeepSpeed calls it behind the expert's number, there as torch.nn.Linear has it.
-            The one left out is that of Megatron's MLP
+    names   each weight of Experts -> what DeepSpeed calls it behind the expert's number, there as torch.nn.Linear has
+            it. None given: those of Megatron's MLP
     comm    all ranks; None: this one alone
 
     Slices of experts (tensor ranks t) are put together. Files are read by torch.load(weights_only=True): where
@@ -53,6 +53,9 @@ def load_deepspeed(
 def _layer(folder: Path, number: int, layers: list[MoE], names: dict[str, str]) -> list[tuple[Tensor, Tensor]]:
     """The weights of a layer, and what is to be in them."""
     layer, bank = layers[number], layers[number].experts
+    unnamed = [name for name, _ in bank.named_parameters() if name not in names]
+    if unnamed:
+        raise ValueError(f"names has {', '.join(names)}, but nothing for {', '.join(unnamed)}")
     for beyond in (f"layer_{number}_expert_{layer.num_experts}", f"layer_{len(layers)}_expert_0"):
         if any(folder.glob(f"{beyond}_mp_rank_*")):
             raise ValueError(f"{folder} has {beyond}, which the model does not have")

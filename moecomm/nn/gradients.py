@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moecomm.comm import Comm
 from moecomm.groups import Groups, reduce_expert_gradient
 from moecomm.nn.experts import Experts
 from moecomm.nn.moe import ExpertLayer
+from moecomm.nn.transformer import TransformerLM
 
 
 def parameter_groups(model: torch.nn.Module, **of_experts: Any) -> list[dict[str, Any]]:
@@ -34,43 +37,48 @@ def reduce_gradients(model: torch.nn.Module, groups: Groups | None, num_micro_ba
 
     Experts: summed over the ranks that hold them, see `reduce_expert_gradient`. All others: averaged over data. An
     embedding that the first and the last pipeline stage share: summed over the two. A parameter without a gradient
-    gets zeros. Collective over all ranks.
+    gets zeros, unless it is frozen (requires_grad=False): an optimizer leaves it alone. Collective over all ranks; the
+    same parameters must be frozen on all of them.
     """
     experts: dict[int, tuple[Groups, list[Any]]] = {}
     of_experts: set[int] = set()
     for module in model.modules():
         if isinstance(module, ExpertLayer) and module.groups is not None:
-            theirs = list(module.experts.parameters())
+            theirs = _trained(module.experts)
             experts.setdefault(id(module.groups), (module.groups, []))[1].extend(theirs)
             of_experts.update(map(id, theirs))
-    for parameter in model.parameters():
+    for parameter in _trained(model):
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = gradient / num_micro_batches if num_micro_batches > 1 else gradient
     if groups is None:
         return
-    dense = [p.grad for p in model.parameters() if id(p) not in of_experts]
-    _replace(dense, groups.data.all_reduce(_flat(dense)) / groups.data.size)
+    _replace(
+        [p for p in _trained(model) if id(p) not in of_experts],
+        lambda flat: groups.data.all_reduce(flat) / groups.data.size,
+    )
     for of_layer, theirs in experts.values():
-        gradients = [p.grad for p in theirs]
-        _replace(gradients, reduce_expert_gradient(_flat(gradients), of_layer))
-    _sum_embedding(model, groups)
+        _replace(theirs, partial(reduce_expert_gradient, groups=of_layer))
+    for module in model.modules():
+        if isinstance(module, TransformerLM) and groups.pipeline.size > 1:
+            _sum_embedding(module, groups.pipeline)
 
 
-def _sum_embedding(model: Any, groups: Groups) -> None:
+def _trained(module: torch.nn.Module) -> list[Any]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _sum_embedding(model: TransformerLM, pipeline: Comm) -> None:
     """Stages between the first and the last have no embedding: they add zeros."""
-    if groups.pipeline.size > 1:
-        config = model.config
-        if hasattr(model, "embedding"):
-            model.embedding.grad = groups.pipeline.all_reduce(model.embedding.grad)
-        else:
-            like = next(model.parameters())
-            groups.pipeline.all_reduce(like.new_zeros(config.vocabulary, config.hidden).detach())
+    if not hasattr(model, "embedding"):
+        like = next(model.parameters())
+        pipeline.all_reduce(like.new_zeros(model.config.vocabulary, model.config.hidden).detach())
+    elif model.embedding.requires_grad:
+        model.embedding.grad = pipeline.all_reduce(model.embedding.grad)
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _replace(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(values.view_as(tensor))
+def _replace(parameters: list[Any], reduced: Callable[[Tensor], Tensor]) -> None:
+    """Put in the place of their gradients what comes of all of them, as one row of numbers."""
+    if parameters:
+        flat = reduced(torch.cat([p.grad.flatten() for p in parameters]))
+        for p, values in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(values.view_as(p))

@@ -64,10 +64,8 @@ def layer_groups(comm: Comm, num_experts: Sequence[int], **sizes: Any) -> list[G
 
     sizes  of `layer_topologies`
 
-    Layers of the same size share their groups, and all share the dense ones of the first.
+    Layers of the same topology share their groups.
     """
-    built: dict[Topology, Groups] = {}
-    for topology in layer_topologies(comm.size, num_experts, **sizes):
-        if topology not in built:
-            built[topology] = build_groups(comm, topology)
-    return [built[topology] for topology in layer_topologies(comm.size, num_experts, **sizes)]
+    topologies = layer_topologies(comm.size, num_experts, **sizes)
+    built = {topology: build_groups(comm, topology) for topology in dict.fromkeys(topologies)}
+    return [built[topology] for topology in topologies]

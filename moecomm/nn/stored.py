@@ -47,8 +47,11 @@ def to_disk(path: Path) -> None:
         os.close(file)
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """What checkpoint.json says. Raises OSError or ValueError if there is none that this version reads."""
+def read_index(folder: str | Path | None) -> tuple[Path, dict[str, Any]]:
+    """The folder and what its checkpoint.json says. OSError or ValueError if there is none that this version reads."""
+    if folder is None:
+        raise FileNotFoundError("there is none yet")
+    path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
@@ -60,7 +63,7 @@ def read_index(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no checkpoint of moecomm: it has no usable {INDEX}")
     if version > VERSION:
         raise ValueError(f"{path} was written by a newer moecomm: version {version}, this one reads up to {VERSION}")
-    return dict(index)
+    return path, dict(index)
 
 
 class Stored:
