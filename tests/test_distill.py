@@ -320,6 +320,7 @@ def test_a_run(taught: Path, tmp_path: Path) -> None:
         (["--config", "small"], "teacher: it reads 32 tokens, expected >= 128, as the student"),
         (["--layers", "9"], "num_layers is 9, expected 2 .. 4, those of the teacher"),
         (["--teacher", "nothing"], "teacher: nothing/log.jsonl: No such file or directory: no run of moecomm.train"),
+        (["--teacher", "."], "teacher: log.jsonl does not begin with the config of a model"),
         (["--teacher", "unsaved"], "teacher: unsaved has no checkpoint"),
         (["--cache", "cache", "--cache-top", "999"], "top is 999, expected 1 .. 256, the vocabulary"),
         (["--temperature", "0"], "temperature is 0.0, expected > 0"),
@@ -335,6 +336,7 @@ def test_bad_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("log.jsonl").touch()
     Path("unsaved").mkdir()
     Path("unsaved", "log.jsonl").write_text((taught / "teacher" / "log.jsonl").read_text())
     assert main([*options(taught, Path("out")), *wrong]) == 2

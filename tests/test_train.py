@@ -14,10 +14,13 @@ from conftest import PROGRAMS
 
 torch = pytest.importorskip("torch")
 
+from moecomm import Comm  # noqa: E402
 from moecomm.nn import CONFIGS, TransformerLM, checkpoint  # noqa: E402
-from moecomm.train.__main__ import main  # noqa: E402
+from moecomm.train.__main__ import main, parser  # noqa: E402
 from moecomm.train.loop import Plan, Trainer, balanced  # noqa: E402
+from moecomm.train.run import build, restore  # noqa: E402
 from moecomm.train.text import Text, read_text  # noqa: E402
+from moecomm.transports import threads  # noqa: E402
 
 torch.set_num_threads(1)  # threads that wait for a busy core take longer than they save
 TINY = ["--config", "tiny", "--batch", "8"]
@@ -59,7 +62,7 @@ def test_a_run(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_interrupted(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C: the step is finished and saved, and the log and pictures are written."""
-    whole_step = Trainer.step
+    whole_step, before = Trainer.step, signal.getsignal(signal.SIGINT)
 
     def step(self: Trainer, number: int) -> float:
         if number == 4:
@@ -72,7 +75,20 @@ def test_interrupted(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert last is not None and last.name == "step-000005"
     assert records(tmp_path / "out")[-1]["step"] == 5
     assert (tmp_path / "out" / "loss.png").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_resumed_with_half_a_line(book: Path, tmp_path: Path) -> None:
+    """A full disk has cut the log off: what is whole in it is kept."""
+    out = tmp_path / "out"
+    options = [*TINY, "--text", str(book), "--out", str(out)]
+    assert main([*options, "--steps", "2"]) == 0
+    whole = records(out)
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert main([*options, "--steps", "3", "--resume"]) == 0
+    assert records(out)[: len(whole)] == whole
+    assert [record["step"] for record in records(out) if "loss" in record] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -119,12 +135,20 @@ def test_a_lost_rank(book: Path, tmp_path: Path) -> None:
     assert f"the last checkpoint is {last}" in job.stderr
 
 
-def test_sizes_that_do_not_divide(book: Path, tmp_path: Path) -> None:
-    job = torchrun(
-        2, "-m", "moecomm.train", *TINY, "--text", str(book), "--tensor", "3", "--out", str(tmp_path / "out")
-    )
-    assert job.returncode != 0
-    assert "tensor=3 does not divide" in job.stderr
+def test_ranks_that_do_not_fit(book: Path, tmp_path: Path) -> None:
+    """All of them say so, none waits."""
+    options = [*TINY, "--text", str(book), "--out", str(tmp_path)]
+    model = TransformerLM(CONFIGS["tiny"])
+    (tmp_path / "0").mkdir()
+    checkpoint.save(tmp_path / "0", 1, model)
+
+    def body(comm: Comm) -> None:
+        with pytest.raises(ValueError, match="tensor=3 does not divide"):
+            build(parser().parse_args([*options, "--tensor", "3"]), comm, torch.device("cpu"))
+        with pytest.raises(ValueError, match=f"{comm.rank} has no checkpoint"):
+            restore(tmp_path / str(comm.rank), model, comm)
+
+    threads.run(2, body)
 
 
 def test_text() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class CachedTeacher:
     def _write(self, path: Path, logits: Tensor) -> None:
         values, places = logits.topk(self.top)
         others = logits.scatter(-1, places, -torch.inf).logsumexp(-1) - np.log(max(1, self.vocabulary - self.top))
-        unfinished = path.with_suffix(f".{os.getpid()}")  # renamed when whole: other ranks may write the same
+        unfinished = path.with_suffix(f".{uuid4().hex}")  # renamed when whole: other ranks may write the same
         with unfinished.open("wb") as file:
             arrays = {"values": values, "places": places.int(), "rest": others}
             np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()})

@@ -15,10 +15,10 @@ from moecomm.distill.loss import check_temperature, distillation_loss
 from moecomm.distill.schedule import Schedule
 from moecomm.distill.student import start_from, student_config
 from moecomm.distill.teacher import CachedTeacher, ModelTeacher, Teacher
-from moecomm.nn import Config, Output, TransformerLM, config_named, layer_groups
+from moecomm.nn import Config, Output, TransformerLM, config_named
 from moecomm.train.loop import Plan, Trainer
 from moecomm.train.run import build as build_alone
-from moecomm.train.run import read_log, restore
+from moecomm.train.run import read_log, restore, split_model
 from moecomm.train.text import Text
 
 
@@ -82,9 +82,7 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
     else:
         config = config_named(options.config)
     check_sizes(taught, config)
-    sizes = {name: getattr(options, name) for name in ("tensor", "expert", "expert_tensor")}
-    groups = None if comm is None else layer_groups(comm, taught.experts or (0,), **sizes)
-    model = TransformerLM(taught, groups=groups, device=device)
+    model = split_model(taught, options, comm, device)
     try:
         restore(options.teacher, model, comm)
     except ValueError as error:
@@ -100,8 +98,11 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
 
 def config_of_run(folder: Path) -> Config:
     """The model that a run of moecomm.train or moecomm.distill has trained. Raises ValueError if there is none."""
+    file = folder / "log.jsonl"
     try:
         found = read_log(folder)[0]["config"]
+        return Config(**{**found, "experts": tuple(found["experts"])})
     except OSError as error:
-        raise ValueError(f"teacher: {folder / 'log.jsonl'}: {error.strerror}: no run of moecomm.train") from None
-    return Config(**{**found, "experts": tuple(found["experts"])})
+        raise ValueError(f"teacher: {file}: {error.strerror}: no run of moecomm.train") from None
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"teacher: {file} does not begin with the config of a model") from None

@@ -65,6 +65,8 @@ def launch(options: argparse.Namespace, source: str) -> int:
         from moecomm.train.run import run, world
 
         build = import_module(source).build
+        for drawing in ("tqdm", "matplotlib"):  # now, not when a long run ends
+            import_module(drawing)
     except ImportError as error:
         print(f"error: {error}: pip install 'moecomm[train]'", file=sys.stderr)
         return 2

@@ -50,13 +50,18 @@ def build(options: Namespace, comm: Comm | None, device: torch.device, config: C
     """
     config = balanced(config or config_named(options.config), options.balance)
     text = Text(read_text(options.text), config.context, options.seed)
+    model = split_model(config, options, comm, device)
+    of_run = {name: getattr(options, name) for name in ("batch", "micro_batch", "learning_rate", "balance", "seed")}
+    return Trainer(model, text, Plan(precision="bfloat16" if device.type == "cuda" else "float32", **of_run))
+
+
+def split_model(config: Config, options: Namespace, comm: Comm | None, device: torch.device) -> TransformerLM:
+    """The model, over all ranks as the options say. Collective. Raises ValueError for sizes that do not fit."""
     sizes = {name: getattr(options, name) for name in ("tensor", "expert", "expert_tensor")}
     if comm is None and any(size not in (None, 1) for size in sizes.values()):
         raise ValueError(f"sizes {sizes} need torchrun: this is one rank")
     groups = None if comm is None else layer_groups(comm, config.experts or (0,), **sizes)
-    model = TransformerLM(config, groups=groups, seed=options.seed, device=device)
-    of_run = {name: getattr(options, name) for name in ("batch", "micro_batch", "learning_rate", "balance", "seed")}
-    return Trainer(model, text, Plan(precision="bfloat16" if device.type == "cuda" else "float32", **of_run))
+    return TransformerLM(config, groups=groups, seed=options.seed, device=device)
 
 
 def run(
@@ -97,7 +102,7 @@ def restore(folder: Path, model: TransformerLM, comm: Comm | None, optimizer: An
     Collective. Raises ValueError if there is no checkpoint, or one of another model.
     """
     path = checkpoint.last(folder)
-    if path is None:
+    if any(mean_of_ranks(comm, float(path is None))) or path is None:  # on one rank or more
         raise ValueError(f"{folder} has no checkpoint")
     checkpoint.load(path, model, optimizer, comm=comm)
     return int(path.name.removeprefix("step-"))
@@ -140,12 +145,12 @@ class Log:
         self.bar = tqdm(total=steps, initial=made, unit=" steps", disable=not first)
         if first:
             out.mkdir(parents=True, exist_ok=True)
-            earlier = read_log(out)[1:] if made else []
-            (out / "log.jsonl").write_text(json.dumps(settings) + "\n")
-            for record in (record for record in earlier if record["step"] <= made):
-                self._write(record)
-                if "layer" not in record:
-                    (self.steps if "loss" in record else self.checkpoints).append(record)
+            kept = [record for record in read_log(out)[1:] if record["step"] <= made] if made else []
+            self.steps = [record for record in kept if "loss" in record]
+            self.checkpoints = [record for record in kept if "validation_loss" in record]
+            unfinished = out / "log.unfinished"  # renamed when whole: the earlier log stays until then
+            unfinished.write_text("".join(json.dumps(record) + "\n" for record in (settings, *kept)))
+            unfinished.replace(out / "log.jsonl")
 
     def step(self, record: dict[str, Any]) -> None:
         """A step, for the file and the bar."""
@@ -179,8 +184,8 @@ class Log:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The records of a run: its settings first."""
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The records of a run: its settings first. A line that a full disk has cut off is none."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().split("\n")[:-1]]
 
 
 def plot_losses(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
