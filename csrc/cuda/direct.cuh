@@ -29,6 +29,8 @@ constexpr int PIECES = (HIDDEN + WIDTH - 1) / WIDTH;
 constexpr int SCALES = (HIDDEN + GROUP - 1) / GROUP;
 constexpr int STEP = LANES * SLICES;                // from a thread's piece to its next one
 constexpr int NUM_EXPERTS = RANKS * EXPERTS;
+constexpr int MOST_SLICES = 16;                     // for which Slots.layout has room
+static_assert(SLICES <= MOST_SLICES && (SLICES - 1) * LANES < PIECES, "a slice has no room, or no piece");
 
 // These structs are those of exchange/direct_kernels.py.
 struct Counters {
@@ -53,7 +55,7 @@ struct Buffer {
   long long scales;    // [RANKS, MAX_TOKENS, SCALES] of 4 bytes, 8 if TAGGED; in combine [MAX_TOKENS, TOP_K] of 8 bytes
   long long choices;   // [RANKS, MAX_TOKENS, TOP_K] of 16 bytes: expert, tag, weight, tag
   long long tokens;    // [RANKS] of 8 bytes: how many the rank has, tag
-  long long arrived;   // [RANKS, MAX_TOKENS * SLICES] words: the tag
+  long long arrived;   // [RANKS, MAX_TOKENS * MOST_SLICES] words: the tag, by item
   long long credit;    // [RANKS, BLOCKS] words: the last use that the rank's block has read
 };
 
@@ -257,13 +259,19 @@ struct Item {
   __device__ bool leads() const { return number % SLICES == 0; }  // the slice that has a token's single numbers
 };
 
+// The words of the items that come from a rank. They are that rank's however its kernels slice rows: what it announces
+// and nobody waits for can be late, and must not fall on another rank's.
+__device__ inline unsigned* words_of(const Memory& memory, const Buffer& buffer, int at_rank, int from) {
+  return at<unsigned>(memory, at_rank, buffer.arrived) + static_cast<long long>(from) * MAX_TOKENS * MOST_SLICES;
+}
+
 // Tells `to` that this block has pushed item `number` of what goes from this rank to it. All threads of the block.
 __device__ inline void announce(const Memory& memory, const Buffer& buffer, int to, int number, unsigned tag) {
-  release(at<unsigned>(memory, to, buffer.arrived) + memory.rank * MAX_TOKENS * SLICES + number, tag);
+  release(words_of(memory, buffer, to, memory.rank) + number, tag);
 }
 
 __device__ inline void wait_for_item(const Memory& memory, const Buffer& buffer, int from, int number, unsigned tag) {
-  const unsigned* word = at<unsigned>(memory, memory.rank, buffer.arrived) + from * MAX_TOKENS * SLICES + number;
+  const unsigned* word = words_of(memory, buffer, memory.rank, from) + number;
   wait(memory, ROWS, from, tag, [&] { return acquire(word) == tag; });
 }
 
