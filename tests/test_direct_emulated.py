@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,8 +180,8 @@ class SmallShape(Shape):
     table_blocks = property(lambda self: self.table)
 
     def cut(self, kind: str) -> Cut:
-        """The same for all kernels."""
-        return self.how
+        """The same for all kernels but one, which shares a buffer with another."""
+        return replace(self.how, chunk=1, slices=1) if kind == "combine" else self.how
 
 
 def exchanges(
