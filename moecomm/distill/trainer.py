@@ -33,14 +33,9 @@ class Distiller(Trainer):
     """
 
     def __init__(
-        self,
-        model: TransformerLM,
-        text: Text,
-        plan: Plan,
-        teacher: Teacher,
-        schedule: Schedule,
+        self, model: TransformerLM, text: Text, plan: Plan, teacher: Teacher, schedule: Schedule,
         temperature: float = 1.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_sizes(teacher, model.config)
         check_temperature("Distiller", temperature)
         super().__init__(model, text, plan)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moecomm.comm import Comm
 from moecomm.errors import CommError
+from moecomm.nn.linear import part_in
 from moecomm.nn.slices import Held, Piece, held
 from moecomm.nn.stored import INDEX, VERSION, Stored, parameters, read_index, state_dict, to_disk, write
 
@@ -53,7 +54,7 @@ def save(
     """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"checkpoint.save: got step {step} and keep {keep}, expected >= 0 and >= 1 or None")
-    folder, rank = Path(folder), 0 if comm is None else comm.rank
+    folder, rank = Path(folder), part_in(comm)[0]
     parts = together(comm, lambda: [*_parts(held(model), optimizer)])
     tensors = _owned(comm, parts)
     finished, unfinished = folder / f"step-{step:06d}", folder / UNFINISHED
@@ -142,12 +143,11 @@ def _owned(comm: Comm | None, parts: list[list[Piece]]) -> list[Piece]:
             if looks.setdefault(key, look) != look:
                 raise ValueError(f"checkpoint.save: {key} is {looks[key][:2]}, but {look[:2]} on rank {rank}")
             holders.setdefault(key, []).append(rank)
-    load = [0] * (1 if comm is None else comm.size)
-    owner = {}
+    mine, size = part_in(comm)
+    load, owner = [0] * size, {}
     for key, ranks in holders.items():
         owner[key] = min(ranks, key=load.__getitem__)
         load[owner[key]] += looks[key][-1]
-    mine = 0 if comm is None else comm.rank
     return [piece for part in parts if owner[part[0].key()] == mine for piece in part]
 
 

@@ -60,15 +60,23 @@ class Config:
     def num_parameters(self) -> int:
         """Of the whole model, with tied input and output embeddings. Arithmetic: nothing is allocated."""
         h = self.hidden
-        mlp = 2 * h * self.ffn + self.ffn + h if self.activation == "gelu" else 3 * h * self.ffn + 2 * self.ffn + h
-        expert = mlp if self.activation == "gelu" else 3 * h * self.ffn  # swiglu experts have no biases
         total = (self.vocabulary + self.context) * h + 2 * h
         for layer in range(self.num_layers):
             experts = self.experts_of(layer)
-            total += 4 * (h * h + h) + 4 * h + experts * (expert + h)
-            total += mlp if not experts or self.residual != "none" else 0
+            total += 4 * (h * h + h) + 4 * h + experts * (self.num_in_expert() + h)
+            total += self.num_in_mlp() if not experts or self.residual != "none" else 0
             total += 2 * h + 2 if experts and self.residual == "learned" else 0
         return total
+
+    def num_in_mlp(self, tensor: int = 1) -> int:
+        """Parameters of a dense feed-forward layer on each of so many ranks."""
+        h, width = self.hidden, self.ffn // tensor
+        return (3 * h + 2) * width + h if self.activation == "swiglu" else (2 * h + 1) * width + h
+
+    def num_in_expert(self, part: tuple[int, int] = (0, 1)) -> int:
+        """Parameters of slice i of n of an expert, part = (i, n)."""
+        h, width = self.hidden, self.ffn // part[1]
+        return 3 * h * width if self.activation == "swiglu" else (2 * h + 1) * width + h * (part[0] == 0)
 
 
 _350M = Config(24, 1024, 16)

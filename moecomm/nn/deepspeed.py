@@ -43,15 +43,24 @@ def load_deepspeed(
     """
     folder = Path(folder)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    filled = together(
-        comm, lambda: [pair for number in range(len(layers)) for pair in _layer(folder, number, layers, names)]
-    )
-    for values, read in filled:
+
+    def found() -> list[tuple[Tensor, Tensor]]:
+        main = folder / "mp_rank_00_model_states.pt"
+        gates = _read(main).get("module", {})
+        pairs = []
+        for number, layer in enumerate(layers):
+            experts, gate = _experts(folder, number, layers, names)
+            pairs += [*experts, (layer.gate, _whole(main, [gates], gate, layer.gate.T, Slice(0, (0, 1))).T)]
+        return pairs
+
+    for values, read in together(comm, found):
         values.copy_(read)
 
 
-def _layer(folder: Path, number: int, layers: list[MoE], names: dict[str, str]) -> list[tuple[Tensor, Tensor]]:
-    """The weights of a layer, and what is to be in them."""
+def _experts(
+    folder: Path, number: int, layers: list[MoE], names: dict[str, str]
+) -> tuple[list[tuple[Tensor, Tensor]], str]:
+    """The weights of a layer's experts with what is to be in them, and the name of its gate."""
     layer, bank = layers[number], layers[number].experts
     unnamed = [name for name, _ in bank.named_parameters() if name not in names]
     if unnamed:
@@ -65,14 +74,12 @@ def _layer(folder: Path, number: int, layers: list[MoE], names: dict[str, str]) 
         if not files:
             raise FileNotFoundError(f"{folder} has no layer_{number}_expert_{expert}_mp_rank_*_model_states.pt")
         parts = [_read(file) for file in files]
-        prefix = next(iter(parts[0])).partition(EXPERTS)[0]
+        prefix = next(iter(parts[0]), "").partition(EXPERTS)[0]
         for name, theirs in names.items():
             if getattr(bank, name, None) is not None:  # another slice may have the bias
                 key, values = f"{prefix}{EXPERTS}{expert}.{theirs}", getattr(bank, name)[place]
                 found.append((values, _whole(files[0], parts, key, values, bank.slices.get(name, Slice(0, (0, 1))))))
-    main = folder / "mp_rank_00_model_states.pt"
-    found.append((layer.gate, _whole(main, [_read(main)["module"]], prefix + GATE, layer.gate.T, Slice(0, (0, 1))).T))
-    return found
+    return found, prefix + GATE
 
 
 def _whole(file: Path, parts: list[Any], key: str, values: Tensor, of: Slice) -> Tensor:

@@ -54,7 +54,7 @@ def reduce_gradients(model: torch.nn.Module, groups: Groups | None, num_micro_ba
         return
     _replace(
         [p for p in _trained(model) if id(p) not in of_experts],
-        lambda flat: groups.data.all_reduce(flat) / groups.data.size,
+        lambda flat: groups.data.all_reduce(flat).div_(groups.data.size),
     )
     for of_layer, theirs in experts.values():
         _replace(theirs, partial(reduce_expert_gradient, groups=of_layer))

@@ -49,12 +49,17 @@ def memory_estimate(
 
     Of one micro-batch at a time: a pipeline schedule that has several under way keeps the activations of each. Without
     the index tables of an exchange, some 40 bytes a row in host memory, and what libraries allocate for themselves.
-    Raises ValueError for topologies that are not one for each layer with experts, or a rank that they do not have.
+    Raises ValueError for topologies that are not one for each layer with experts, stages that cannot share the layers,
+    or a rank that the topologies do not have.
     """
     topologies = [topology] * max(1, len(config.experts)) if isinstance(topology, Topology) else list(topology)
     if len(topologies) != max(1, len(config.experts)):
         raise ValueError(f"memory_estimate: got {len(topologies)} topologies, expected {max(1, len(config.experts))}")
     first, size = topologies[0], dtype.itemsize
+    if config.num_layers % first.pipeline:
+        raise ValueError(
+            f"memory_estimate: {config.num_layers} layers, which pipeline={first.pipeline} stages cannot share"
+        )
     tokens = sequences * (config.context if length is None else length)
     stage, each = first.coords(rank)["pipeline"], config.num_layers // first.pipeline
     needs, gates, experts = [], 0, dict.fromkeys(topologies, 0)
@@ -67,7 +72,8 @@ def memory_estimate(
             mine = topologies[layer // 2]
             needs.append(_moe(config, tokens, count, mine, skew, size))
             gates += count
-            experts[mine] += _num_in_experts(config, count, mine, mine.coords(rank)["expert_tensor"])
+            part = (mine.coords(rank)["expert_tensor"], mine.expert_tensor)
+            experts[mine] += count // mine.expert * config.num_in_expert(part)
     dense, kept = (sum(need[i] for need in needs) for i in range(2))
     buffers = max(need.moment for need in needs)
     h, vocabulary = config.hidden, config.vocabulary
@@ -112,8 +118,7 @@ def _widths(config: Config) -> tuple[int, int]:
 
 def _mlp(config: Config, tokens: int, lanes: int, size: int) -> _Need:
     h, width, (kept, passing) = config.hidden, config.ffn // lanes, _widths(config)
-    dense = (3 * h + 2) * width + h if config.activation == "swiglu" else (2 * h + 1) * width + h
-    return _Need(dense, size * tokens * kept * width, size * tokens * (h + passing * width))
+    return _Need(config.num_in_mlp(lanes), size * tokens * kept * width, size * tokens * (h + passing * width))
 
 
 def _moe(config: Config, tokens: int, count: int, topology: Topology, skew: float, size: int) -> _Need:
@@ -132,10 +137,3 @@ def _moe(config: Config, tokens: int, count: int, topology: Topology, skew: floa
         of_rows + of_gate + learned * 2 * tokens * (size * h + 4),
         max(size * rows * (h + passing * width), 2 * weight),  # a weight's gradients one by one, then as one bank
     )
-
-
-def _num_in_experts(config: Config, count: int, topology: Topology, place: int) -> int:
-    """Numbers in the weights of this rank's slices, number `place`, of experts."""
-    h, width = config.hidden, config.ffn // topology.expert_tensor
-    each = 3 * h * width if config.activation == "swiglu" else (2 * h + 1) * width + (h if place == 0 else 0)
-    return count // topology.expert * each

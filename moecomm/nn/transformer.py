@@ -14,7 +14,7 @@ from moecomm.comm import Comm
 from moecomm.gating import Routing
 from moecomm.groups import Groups
 from moecomm.nn.configs import Config
-from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
+from moecomm.nn.linear import MLP, ColumnLinear, RowLinear, part_in
 from moecomm.nn.moe import MoE
 from moecomm.nn.residual import ResidualMoE
 from moecomm.nn.seeds import draw, parameter
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int, tensor: Comm | None, key: tuple[object, ...], **like: Any) -> None:
         super().__init__()
-        size = 1 if tensor is None else tensor.size
+        size = part_in(tensor)[1]
         if config.heads % size:
             raise ValueError(f"TransformerLM: {config.heads} heads, which tensor={size} ranks cannot share")
         self.layer, self.heads = layer, config.heads // size

@@ -21,6 +21,7 @@ from moecomm.nn import (
     routing_report,
     update_bias,
 )
+from moecomm.nn.linear import part_in
 from moecomm.train.text import Text
 
 Balance = Literal["aux", "z", "bias", "loss-bias", "none"]
@@ -72,7 +73,7 @@ class Trainer:
     def __init__(self, model: TransformerLM, text: Text, plan: Plan) -> None:
         self.model, self.text, self.plan = model, text, plan
         self.data = None if model.groups is None else model.groups.data
-        ranks, num_micro = 1 if self.data is None else self.data.size, plan.batch // plan.micro_batch
+        ranks, num_micro = part_in(self.data)[1], plan.batch // plan.micro_batch
         if num_micro % ranks:
             raise ValueError(f"{num_micro} micro-batches (batch / micro-batch), which {ranks} data ranks cannot share")
         self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -138,10 +139,8 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16")
 
     def _mine(self, batch: Tensor) -> Iterator[Tensor]:
-        micro_batches = batch.to(self.device).split(self.plan.micro_batch)
-        each = len(micro_batches) // (1 if self.data is None else self.data.size)
-        first = 0 if self.data is None else self.data.rank * each
-        yield from micro_batches[first : first + each]
+        rank, ranks = part_in(self.data)
+        yield from batch.to(self.device).chunk(ranks)[rank].split(self.plan.micro_batch)
 
     def _losses(self, tokens: Tensor) -> tuple[Tensor, Output]:
         with self._precision():
