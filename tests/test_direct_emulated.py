@@ -214,7 +214,7 @@ def exchanges(
             comm=SimpleNamespace(rank=rank, where=str), shape=shape, dtype=getattr(torch, shape.dtype),
             fp8=torch.float8_e4m3fn if shape.fp8 else None, num_experts=shape.ranks * shape.experts,
             max_rows=max_rows or shape.ranks * shape.max_tokens * shape.top_k, _buffers=buffers,
-            _held=[False] * num_buffers, _calls=[0, 0], failure=None,
+            _held=[None] * num_buffers, _calls=[0, 0], failure=None,
         )  # fmt: skip
         made.append(exchange)
     return made
@@ -406,6 +406,7 @@ CASES = {
     "2 ranks, tickets": SmallShape("bfloat16", False, 77, 3, 35, 2, 2, 4, False, 2, Cut(64, 2, 1, 2, 2)),
     "2 ranks, slices": SmallShape("float32", False, 300, 1, 7, 2, 1, 3, False, 1, Cut(64, 2, 2, 1, 2)),
     "2 ranks, float8": SmallShape("bfloat16", True, 840, 8, 11, 2, 5, 3, False, 1, Cut(64, 2, 1, 2, 2)),
+    "2 ranks, float8, slices": SmallShape("bfloat16", True, 1100, 3, 5, 2, 2, 3, False, 1, Cut(32, 1, 2, 1, 2)),
     "4 ranks, tags": SmallShape("float32", False, 36, 3, 6, 4, 2, 3, True, 1, Cut(64, 1, 1, 1, 2)),
     "4 ranks, chunks of 4": SmallShape("float32", False, 132, 3, 30, 4, 3, 3, False, 1, Cut(128, 4, 1, 2, 2)),
     "4 ranks, slices": SmallShape("bfloat16", False, 520, 8, 9, 4, 2, 4, False, 2, Cut(64, 2, 2, 2, 2)),
@@ -474,3 +475,19 @@ def test_a_late_rank_keeps_its_rows(gpus: Gpus) -> None:
     for exchange in made[1:]:
         with pytest.raises(CommError, match=r"for rank 0 to have read .* \(use 2"):
             exchange._usable("dispatch")
+
+
+def test_a_plan_frees_its_rows_once(gpus: Gpus) -> None:
+    """A second combine of it leaves those alone that lie in the same buffer since."""
+    shape = CASES["1 rank, flags"]
+    (exchange,), (some,) = exchanges(shape, num_buffers=1), inputs(shape, 1)
+    rows, first = exchange.send(*some[:3], True)
+    answers = torch.zeros_like(rows)
+    exchange.give_back(answers, first, None)
+    _, second = exchange.send(*some[:3], True)
+    exchange.give_back(answers, first, None)
+    with pytest.raises(RuntimeError, match="all 1 buffers hold"):
+        exchange.tokens()
+    exchange.free_rows(second)
+    exchange.tokens()
+    gpus.run(0)

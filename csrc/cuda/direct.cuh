@@ -257,6 +257,11 @@ struct Item {
     first = number % SLICES * LANES + lane;
   }
   __device__ bool leads() const { return number % SLICES == 0; }  // the slice that has a token's single numbers
+  // The first scale that the thread copies; the next one is STEP further. Together, those of this slice's pieces.
+  __device__ int first_scale() const {
+    constexpr int EACH = LANES * WIDTH / GROUP;
+    return number % SLICES * EACH + lane / EACH * EACH * SLICES + lane % EACH;
+  }
 };
 
 // The words of the items that come from a rank. They are that rank's however its kernels slice rows: what it announces

@@ -11,7 +11,7 @@ constexpr int WARPS = THREADS / 32;
 constexpr int GROUP_TOKENS = 32 / TOP_K;  // tokens that a warp sorts at a time
 
 struct Smem {
-  int num_tokens[RANKS + 1];  // of each rank, and then where each begins among all
+  int num_tokens[RANKS];  // of each rank
 };
 
 // ---- sending ----------------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ __device__ inline void receive_row(const Memory& memory, const Buffer& buffer, c
     if (mine) store_piece(rows + slot * HIDDEN, i, {a.x, a.z, b.x, b.z});
   }
 #if FP8
-  for (int g = mine && item.leads() ? item.lane : SCALES; g < SCALES; g += LANES)
+  for (int g = mine ? item.first_scale() : SCALES; g < SCALES; g += STEP)
     scales[slot * SCALES + g] = pushed_scale(memory, buffer, from, slot * SCALES + g, tag);
 #endif
 }
@@ -355,7 +355,7 @@ __device__ inline void receive_row(const Memory& memory, const Buffer& buffer, c
     }
   }
 #if FP8
-  for (int g = item.leads() ? item.lane : SCALES; g < SCALES; g += LANES) {
+  for (int g = item.first_scale(); g < SCALES; g += STEP) {
     const float scale = pushed_scale(memory, buffer, from, slot * SCALES + g, tag);
 #pragma unroll
     for (int j = 0; j < TOP_K; ++j)

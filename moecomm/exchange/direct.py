@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -161,7 +162,7 @@ class DirectExchange:
         self._buffers = Buffers(
             Slots(self.shape, num_buffers), self.comm.rank, limit, lambda size: memory(self.comm, size)
         )
-        self._held = [False] * num_buffers
+        self._held: list[Any] = [None] * num_buffers  # plan.place of whose rows lie there
         self._calls = [0, 0]
         self._stream: Any = None
         self.failure: str | None = None
@@ -247,7 +248,7 @@ class DirectExchange:
         self._usable("free_rows")
         if self._release(plan):
             part = self._buffers.to[plan.buffer]
-            self.shape.free()(1, 32, (self._buffers.memory, _Address(part.counters), part.credit))
+            self.shape.free()(1, 32, (self._buffers.memory, ctypes.c_void_p(part.counters), part.credit))
 
     def load(self) -> None:
         """Compile and load all kernels, for rows that start at multiples of 16 bytes; about 2 s each the first time. A
@@ -260,7 +261,9 @@ class DirectExchange:
         that do not exist, OverflowError if rows found no room, since the last check."""
         import torch
 
-        torch.cuda.current_stream().synchronize()
+        for stream in (torch.cuda.current_stream(), self._stream):
+            if stream is not None:
+                stream.synchronize()
         self._usable("check")
         _, lost, unknown = self._buffers.report.tolist()
         self._buffers.report[1:] = 0
@@ -296,7 +299,6 @@ class DirectExchange:
         wire = x.dtype if self.fp8 is None else self.fp8
         in_place = compact and not shape.tagged
         if in_place:
-            self._held[index] = True
             width = shape.pieces(shape.fp8) * 16 // wire.itemsize
             rows = self._buffers.part(buffer.rows, (slots, width), wire)[:, : shape.hidden]
         else:
@@ -314,6 +316,7 @@ class DirectExchange:
              cut.pushers),
             shared,
         )  # fmt: skip
+        self._held[index] = place if in_place else None
         return rows, replace(plan, scales=scales)
 
     def give_back(self, rows: Any, plan: DirectPlan, weight: Any, numbers: Any = None) -> tuple[Any, Any]:
@@ -326,7 +329,7 @@ class DirectExchange:
         returned = None if numbers is None else rows.new_empty((tokens, shape.top_k), dtype=torch.float32)
         kernel, cut = shape.combine(plan.compact, weight is not None, numbers is not None, _aligned(rows, y))
         done = self._buffers.to[plan.buffer] if self._release(plan) else None
-        credit = (None, 0) if done is None else (_Address(done.counters), done.credit)
+        credit = (None, 0) if done is None else (ctypes.c_void_p(done.counters), done.credit)
         kernel(
             shape.num_sms, cut.threads,
             (self._buffers.memory, buffer, self._table(plan), rows, rows.stride(0), plan.expert, numbers, tokens, y,
@@ -375,7 +378,7 @@ class DirectExchange:
         for _ in self._held:
             index = self._calls[kind] % len(self._held)
             self._calls[kind] += 1
-            if kind == 1 or not self._held[index]:
+            if kind == 1 or self._held[index] is None:
                 return index
         raise RuntimeError(
             f"dispatch: all {len(self._held)} buffers hold compact rows of plans without a combine or free_rows: "
@@ -384,9 +387,9 @@ class DirectExchange:
 
     def _release(self, plan: DirectPlan) -> bool:
         """Whether the plan held a buffer, which is free from now on."""
-        held = plan.compact and not self.shape.tagged
+        held = self._held[plan.buffer] is plan.place
         if held:
-            self._held[plan.buffer] = False
+            self._held[plan.buffer] = None
         return held
 
     # ---- checks ----------------------------------------------------------------------------------------------------
@@ -410,12 +413,7 @@ class DirectExchange:
         for name, tensor in (("x", x), ("routing.expert", expert), ("routing.weight", weight)):
             if not is_torch(tensor) or not tensor.is_cuda:
                 raise TypeError(f"{call}: {name} is a {type(tensor).__name__}, expected a CUDA tensor{where}")
-        current = torch.cuda.current_device()
-        if not self.device == x.device.index == current:
-            raise ValueError(
-                f"{call}: x is on {x.device} and the current device is {current}, expected {self.device} for both, "
-                f"as when this DirectExchange was made{where}"
-            )
+            self._check_device(call, name, tensor)
         if x.ndim != 2 or x.shape[1] != shape.hidden or x.dtype != self.dtype:
             raise ValueError(
                 f"{call}: x is {x.dtype} {list(x.shape)}, expected {self.dtype} [T, {shape.hidden}]{where}"
@@ -436,27 +434,28 @@ class DirectExchange:
             )
         return expert.to(torch.int32).contiguous(), weight.to(torch.float32).contiguous()
 
+    def _check_device(self, call: str, name: str, tensor: Any) -> None:
+        import torch
+
+        current = torch.cuda.current_device()
+        if not self.device == tensor.device.index == current:
+            raise ValueError(
+                f"{call}: {name} is on {tensor.device} and the current device is {current}, expected {self.device} for "
+                f"both, as when this DirectExchange was made{self.comm.where()}"
+            )
+
     def _check_rows(self, rows: Any, plan: DirectPlan) -> None:
         where = self.comm.where()
         if not isinstance(plan, DirectPlan):
             raise TypeError(f"combine: plan is a {type(plan).__name__}, expected one that dispatch returned{where}")
-        if not is_torch(rows) or not rows.is_cuda or rows.dtype != self.dtype:
-            raise TypeError(f"combine: rows is not a CUDA tensor of {self.dtype}{where}")
+        if not is_torch(rows) or not rows.is_cuda or rows.dtype != self.dtype or rows.ndim != 2:
+            raise TypeError(f"combine: rows is not a CUDA tensor of {self.dtype} with two axes{where}")
+        self._check_device("combine", "rows", rows)
         slots = self.shape.ranks * self.shape.max_tokens
         fits = rows.shape[0] == slots if plan.compact else rows.shape[0] <= self.max_rows
-        if rows.ndim != 2 or rows.shape[1] != self.shape.hidden or not fits or (rows.numel() and rows.stride(1) != 1):
+        if rows.shape[1] != self.shape.hidden or not fits or (rows.numel() and rows.stride(1) != 1):
             size = slots if plan.compact else f"up to {self.max_rows}"
             raise ValueError(f"combine: rows is {list(rows.shape)}, expected [{size}, {self.shape.hidden}]{where}")
-
-
-class _Address:
-    """Stands for a tensor where a kernel wants an address."""
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-
-    def data_ptr(self) -> int:
-        return self.address
 
 
 def _wants_gradients(*tensors: Any) -> bool:
