@@ -280,6 +280,14 @@ def test_what_a_config_refuses() -> None:
         Config(2, 8, 4, (4, 4))
     with pytest.raises(ValueError, match="top_k is 2, expected 1"):
         Config(2, 8, 4, (4,), top_k=2, residual="sum")
+    with pytest.raises(ValueError, match="activation is 'relu', expected 'gelu' or 'swiglu'"):
+        Config(2, 8, 2, activation="relu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="activation is 'relu', expected 'gelu' or 'swiglu'"):
+        MLP(8, 16, activation="relu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="residual is 'mean', expected 'none', 'sum' or 'learned'"):
+        Config(2, 8, 2, residual="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"stage is \(2, 2\), expected"):
+        TransformerLM(CONFIGS["tiny"], stage=(2, 2))
     with pytest.raises(ValueError, match="4 layers, which pipeline=3"):
         TransformerLM(CONFIG, stage=(0, 3))
     with pytest.raises(ValueError, match="33 positions, expected <= 32"):

@@ -111,3 +111,8 @@ def test_report_on_one_rank(tmp_path: Path) -> None:
     entropy = -sum(p * np.log(p) for p in share if p) / np.log(4)
     assert routing_report(TransformerLM(CONFIG), TOKENS)[0].entropy == pytest.approx(entropy, rel=1e-5)
     assert not any(type(layer.exchange).__name__ == "_Measured" for layer in model.moe_layers())
+
+
+def test_a_bias_for_each_expert() -> None:
+    with pytest.raises(ValueError, match=r"update_bias: carried is \(1,\), expected \(4,\)"):
+        update_bias(MoE(8, 16, 4), torch.ones(1))

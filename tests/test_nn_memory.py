@@ -177,5 +177,7 @@ def test_the_papers_largest_model() -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match="got 3 topologies, expected 2"):
         memory_estimate(CONFIG, [Topology(1)] * 3, sequences=1)
+    with pytest.raises(ValueError, match="4 layers, which pipeline=3 stages cannot share"):
+        memory_estimate(CONFIG, Topology(3, pipeline=3), sequences=1)
     with pytest.raises(ValueError, match="rank is 1, expected 0"):
         memory_estimate(CONFIG, Topology(1), sequences=1, rank=1)

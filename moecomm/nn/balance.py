@@ -32,7 +32,10 @@ def update_bias(layer: MoE, carried: Tensor, rate: float = 1e-3) -> None:
 
     The bias changes which experts are chosen, not their weights, and has no gradient. Collective over the data ranks
     of the layer. Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; for the loss-aware form see the page on PR-MoE.
+    Raises ValueError for another shape.
     """
+    if carried.shape != layer.bias.shape:
+        raise ValueError(f"update_bias: carried is {tuple(carried.shape)}, expected {tuple(layer.bias.shape)}")
     total = carried.float()
     if layer.groups is not None:
         total = layer.groups.data.all_reduce(total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moecomm.nn.linear import Activation
+from moecomm.nn.linear import Activation, check_activation
 from moecomm.nn.pyramid import pyramid
 
 
@@ -45,6 +45,9 @@ class Config:
                 f"Config: experts has {len(self.experts)} entries, expected {self.num_layers // 2}: one for every "
                 f"second of {self.num_layers} layers"
             )
+        check_activation("Config", self.activation)
+        if self.residual not in ("none", "sum", "learned"):
+            raise ValueError(f"Config: residual is {self.residual!r}, expected 'none', 'sum' or 'learned'")
         if self.residual != "none" and self.top_k != 1:
             raise ValueError(f"Config: top_k is {self.top_k}, expected 1 with residual={self.residual!r}")
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from moecomm.nn.linear import Activation
+from moecomm.nn.linear import Activation, check_activation
 from moecomm.nn.seeds import Slice, draw, parameter, part_of
 
 SLICED = {"up": 1, "gate": 1, "up_bias": 0, "down": 0}
@@ -39,8 +39,7 @@ class Experts(nn.Module):
         weights: Callable[[int, str], Tensor] | None = None, **like: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        if activation not in ("gelu", "swiglu"):
-            raise ValueError(f"Experts: activation is {activation!r}, expected 'gelu' or 'swiglu'")
+        check_activation("Experts", activation)
         if ffn % part[1]:
             raise ValueError(f"Experts: ffn is {ffn}, which {part[1]} slices cannot share")
         self.experts = tuple(experts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -30,6 +30,12 @@ class _Sum(torch.autograd.Function):
 def part_in(tensor: Comm | None) -> tuple[int, int]:
     """(rank, size), or (0, 1) where there is no group."""
     return (0, 1) if tensor is None else (tensor.rank, tensor.size)
+
+
+def check_activation(function: str, activation: str) -> None:
+    """Raises ValueError unless there is such a one."""
+    if activation not in get_args(Activation):
+        raise ValueError(f"{function}: activation is {activation!r}, expected 'gelu' or 'swiglu'")
 
 
 class ColumnLinear(nn.Module):
@@ -90,13 +96,14 @@ class MLP(nn.Module):
 
     activation  "gelu", or "swiglu": silu(x A) * (x B)
 
-    Arguments as for ColumnLinear. Collective over tensor.
+    Arguments as for ColumnLinear. Collective over tensor. Raises ValueError for an unknown activation.
     """
 
     def __init__(
         self, hidden: int, ffn: int, *, activation: Activation = "gelu", key: tuple[object, ...] = (), **options: Any
     ) -> None:
         super().__init__()
+        check_activation("MLP", activation)
         self.activation = activation
         blocks = 2 if activation == "swiglu" else 1
         self.up = ColumnLinear(hidden, ffn, blocks=blocks, key=(*key, "up"), **options)

@@ -113,6 +113,8 @@ class TransformerLM(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         number, parts = stage
+        if not 0 <= number < parts:
+            raise ValueError(f"TransformerLM: stage is {stage}, expected (i, n) with 0 <= i < n")
         if config.num_layers % parts:
             raise ValueError(f"TransformerLM: {config.num_layers} layers, which pipeline={parts} stages cannot share")
         if groups is not None and len(groups) != max(1, len(config.experts)):
@@ -158,7 +160,8 @@ class TransformerLM(nn.Module):
     ) -> Tensor:
         """Continue tokens [B, S] by num_new: [B, S + num_new]. Each new one is computed from the cache alone.
 
-        temperature  0: the likeliest token; otherwise drawn from the softmax of logits / temperature by `generator`
+        temperature  0: the likeliest token; otherwise drawn from the softmax of logits / temperature by `generator`,
+                     which must be in the same state on all tensor ranks
 
         Collective: all ranks of a model call it with as many steps, in evaluation mode if there is a capacity.
         """
