@@ -12,7 +12,6 @@ No times: they are not what this is about.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from moecomm.nn import TransformerLM, config_named, routing_report
 from moecomm.train.loop import Balance, Plan, Trainer, balanced
+from moecomm.train.run import read_log
 from moecomm.train.text import Text, read_text
 
 SPLITS: list[dict[str, int]] = [
@@ -60,7 +60,7 @@ def run_command(split: dict[str, int], options: argparse.Namespace, out: Path) -
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(split["ranks"])]
     command = ["-m", "moecomm.train", "--config", options.config, "--steps", str(options.steps), "--out", str(out)]
     subprocess.run([sys.executable, *launch, *command, *sizes], check=True)
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    records = read_log(out)
     losses = [record["loss"] for record in records if "loss" in record]
     return losses, [record["validation_loss"] for record in records if "validation_loss" in record][-1]
 

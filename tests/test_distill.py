@@ -305,9 +305,11 @@ def test_a_run(taught: Path, tmp_path: Path) -> None:
     assert found[0]["distillation"] == {"kind": "full", "alpha": 1.0, "stop": None, "temperature": 1.0}
     assert [r["step"] for r in found if "loss" in r] == list(range(1, 11))
     assert {path.name for path in out.iterdir()} == {"lock", "log.jsonl", "loss.png", "routing.png", "step-000010"}
-    assert len(list((tmp_path / "cache").iterdir())) == 20  # a file for each micro-batch
+    assert len(list((tmp_path / "cache").glob("*/*.npz"))) == 20  # a file for each micro-batch
     student = ["--teacher", str(out), "--layers", "2", "--schedule", "linear", "--stop", "10", "--cache-top", "9"]
+    student += ["--cache", str(tmp_path / "cache")]
     assert main([*options(taught, tmp_path / "of student"), *student]) == 0  # a student may teach
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # answers of the one are not taken for the other's
 
 
 @pytest.mark.parametrize(

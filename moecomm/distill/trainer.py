@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
         raise ValueError(f"teacher: {error}") from None
     teacher: Teacher = ModelTeacher(model)
     if options.cache:
-        teacher = CachedTeacher(teacher, options.cache, options.cache_top or taught.vocabulary, comm)
+        run = blake2b((options.teacher / "log.jsonl").read_bytes(), digest_size=6).hexdigest()  # no two are the same
+        teacher = CachedTeacher(teacher, options.cache / run, options.cache_top or taught.vocabulary, comm)
     alone = build_alone(options, comm, device, config)
     if options.start == "teacher":
         start_from(alone.model, model)
