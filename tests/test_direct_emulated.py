@@ -406,7 +406,7 @@ CASES = {
     "2 ranks, tickets": SmallShape("bfloat16", False, 77, 3, 35, 2, 2, 4, False, 2, Cut(64, 2, 1, 2, 2)),
     "2 ranks, slices": SmallShape("float32", False, 300, 1, 7, 2, 1, 3, False, 1, Cut(64, 2, 2, 1, 2)),
     "2 ranks, float8": SmallShape("bfloat16", True, 840, 8, 11, 2, 5, 3, False, 1, Cut(64, 2, 1, 2, 2)),
-    "2 ranks, float8, slices": SmallShape("bfloat16", True, 1100, 3, 5, 2, 2, 3, False, 1, Cut(32, 1, 2, 1, 2)),
+    "2 ranks, float8, slices apart": SmallShape("bfloat16", True, 1100, 1, 3, 2, 2, 4, False, 1, Cut(32, 1, 2, 1, 3)),
     "4 ranks, tags": SmallShape("float32", False, 36, 3, 6, 4, 2, 3, True, 1, Cut(64, 1, 1, 1, 2)),
     "4 ranks, chunks of 4": SmallShape("float32", False, 132, 3, 30, 4, 3, 3, False, 1, Cut(128, 4, 1, 2, 2)),
     "4 ranks, slices": SmallShape("bfloat16", False, 520, 8, 9, 4, 2, 4, False, 2, Cut(64, 2, 2, 2, 2)),
@@ -491,3 +491,22 @@ def test_a_plan_frees_its_rows_once(gpus: Gpus) -> None:
     exchange.free_rows(second)
     exchange.tokens()
     gpus.run(0)
+
+
+def test_a_buffer_that_is_used_up(gpus: Gpus) -> None:
+    """Its tags would begin again: an error, not wrong rows."""
+    shape = CASES["2 ranks, tickets"]
+    for call in ("send", "give_back"):
+        made, world, kept = exchanges(shape), inputs(shape, 1), []
+        for exchange, (x, expert, weight, _) in zip(made, world, strict=True):
+            rows, plan = exchange.send(x, expert, weight, False)
+            used = exchange._buffers.counters[["send", "give_back"].index(call), :, 4:]
+            gpus.host(exchange.comm.rank, lambda used=used: used.fill_(-1))
+            kept.append((rows, plan, used))
+            kept.append(
+                exchange.send(x, expert, weight, False) if call == "send" else exchange.give_back(rows, plan, None)
+            )
+        gpus.run(0)
+        for exchange in made:
+            with pytest.raises(CommError, match="used 2"):
+                exchange._usable("check")

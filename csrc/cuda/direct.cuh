@@ -71,7 +71,7 @@ struct Table {
   long long max_rows;
 };
 
-enum Phase { CREDIT = 1, TOKENS = 2, CHOICES = 3, ROWS = 4, INSIDE = 5, WEIGHTS = 6 };
+enum Phase { CREDIT = 1, TOKENS = 2, CHOICES = 3, ROWS = 4, INSIDE = 5, WEIGHTS = 6, USES = 7 };
 
 // ---- words that others write ------------------------------------------------------------------------------------------
 
@@ -297,6 +297,7 @@ __device__ inline unsigned enter_to_push(const Memory& memory, const Buffer& buf
   const unsigned* credit = at<unsigned>(memory, memory.rank, buffer.credit);
   const unsigned uses = peek(&buffer.counters->uses[blockIdx.x]);
   bool failed = peek(memory.failed);
+  if (uses + 1 == 0) fail(memory, USES, memory.rank, 0);  // tag 0 is none
   for (int i = threadIdx.x; i < RANKS * BLOCKS; i += THREADS)  // without credit nothing is pushed: a late peer may read
     failed |= !wait(memory, CREDIT, i / BLOCKS, uses + 1, [&] { return static_cast<int>(peek(credit + i) - uses) >= 0; });
   return __syncthreads_or(failed) ? 0 : uses + 1;
@@ -305,6 +306,7 @@ __device__ inline unsigned enter_to_push(const Memory& memory, const Buffer& buf
 // The same for a block that only receives.
 __device__ inline unsigned enter(const Memory& memory, const Buffer& buffer) {
   const unsigned failed = peek(memory.failed), uses = peek(&buffer.counters->uses[blockIdx.x]);
+  if (uses + 1 == 0) fail(memory, USES, memory.rank, 0);
   return __syncthreads_or(failed) ? 0 : uses + 1;
 }
 

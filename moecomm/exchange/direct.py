@@ -18,9 +18,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 RANKS = (1, 2, 4, 8)
 NCCL_SMS = 32
 """Multiprocessors that a collective of NCCL takes at most."""
+USED_UP = 7
 PHASES = {
     1: "to have read the rows of an earlier call", 2: "to say how many tokens it has", 3: "to say where its tokens go",
-    4: "to send its rows", 5: "for its own blocks", 6: "to send the gradients of weights",
+    4: "to send its rows", 5: "for its own blocks", 6: "to send the gradients of weights", USED_UP: "",
 }  # fmt: skip
 
 
@@ -216,7 +217,8 @@ class DirectExchange:
         returns  [T, H]  a token without experts gets zeros
 
         Sums are float32, in order of choice inside a rank and then of rank, always the same bits; the sum of another
-        rank comes rounded to dtype. Collective, and so is its backward pass. Differentiable in rows and plan.weight.
+        rank comes rounded to dtype. Collective, and so is its backward pass. Differentiable in rows and plan.weight;
+        the gradient of rows beyond plan.offset[-1] is not written.
         """
         self._usable("combine")
         self._check_rows(rows, plan)
@@ -402,6 +404,8 @@ class DirectExchange:
                 f"a kernel waited {self._buffers.memory.limit / 1e9:g} s for rank {peer} {PHASES[phase]} "
                 f"(use {report >> 32} of the buffer)"
             )
+            if phase == USED_UP:
+                self.failure = "a buffer was used 2**32 - 1 times: make another exchange"
         if self.failure is not None:
             raise CommError(f"{call}: this DirectExchange cannot be used: {self.failure}{self.comm.where()}")
 
