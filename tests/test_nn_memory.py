@@ -73,31 +73,36 @@ def measure(model: TransformerLM, optimizer: Any, sequences: int, length: int) -
     for layer in model.moe_layers():
         layer.experts.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     alive = Alive()
-    activations = 0
+    activations, peaks = [], []
     with alive:
         for tensor in model.state_dict(keep_vars=True).values():
             alive.add(tensor)
-        for step in range(2):
+        for step in range(4):  # what another thread of gloo still holds for a moment can only add: the least counts
             optimizer.zero_grad()
             alive.peak = alive.now
             for micro in range(2):
-                generator = torch.Generator().manual_seed(10 * step + micro)
+                generator = torch.Generator().manual_seed(10 * min(step, 1) + micro)
                 tokens = torch.randint(model.config.vocabulary, (sequences, length + 1), generator=generator)
                 before = alive.now
                 output = model(tokens[:, :-1])
                 loss = next_token_loss(output.logits, tokens[:, 1:]) + output.loss
-                activations = alive.now - before
+                activations.append(alive.now - before)
                 loss.backward()
                 del output, loss
             reduce_gradients(model, model.groups, 2)
             optimizer.step()
-    return activations, alive.peak, sum(rows[-len(model.moe_layers()) :]) / max(1, len(model.moe_layers()))
+            peaks.append(alive.peak)
+    return (
+        min(activations[3::2]),
+        min(peaks[1:]),
+        sum(rows[-len(model.moe_layers()) :]) / max(1, len(model.moe_layers())),
+    )
 
 
 def compare(
     config: Config, topologies: Sequence[Topology], model: TransformerLM, rank: int, batch: Sequence[int]
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0, fused=True)  # each step routes the tokens alike
     activations, peak, rows = measure(model, optimizer, *batch)
     even = memory_estimate(config, topologies, sequences=batch[0], length=batch[1], rank=rank)
     assert even.weights == sum(tensor.nbytes for tensor in model.state_dict().values())
