@@ -197,8 +197,8 @@ class DirectExchange:
         return self._dispatch("dispatch_compact", x, routing, True)
 
     def tokens(self) -> Any:
-        """[max_tokens, H] where the next `dispatch_compact` wants this rank's tokens: write x there, pass its first T
-        rows, and they are not copied. None for rows that travel with tags or as float8, or are no multiple of 16 bytes.
+        """[max_tokens, H] where this rank's tokens are to lie for `dispatch_compact`, if that is the next dispatch or
+        backward pass of all: write x there, pass its first T rows, and they are not copied. None for rows that travel with tags or as float8, or are no multiple of 16 bytes.
         Not collective. Raises RuntimeError as `dispatch_compact` does."""
         shape, calls = self.shape, list(self._calls)
         buffer = self._buffers.to[self._next_buffer(0)]
@@ -233,9 +233,13 @@ class DirectExchange:
 
         It runs after the work queued so far on the current stream, and beside what comes then: give the exchange fewer
         num_sms than the GPU has. Wait for one handle before the next call of this exchange.
+
+        Raises RuntimeError while torch records gradients: the backward passes of calls on two streams could meet.
         """
         import torch
 
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"start: torch records gradients, expected torch.no_grad(){self.comm.where()}")
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -248,9 +252,10 @@ class DirectExchange:
     def free_rows(self, plan: DirectPlan) -> None:
         """Say that the rows of a plan of `dispatch_compact` have been read, instead of `combine`. Collective."""
         self._usable("free_rows")
-        if self._release(plan):
+        if self._holds(plan):
             part = self._buffers.to[plan.buffer]
             self.shape.free()(1, 32, (self._buffers.memory, ctypes.c_void_p(part.counters), part.credit))
+            self._held[plan.buffer] = None
 
     def load(self) -> None:
         """Compile and load all kernels, for rows that start at multiples of 16 bytes; about 2 s each the first time. A
@@ -277,7 +282,8 @@ class DirectExchange:
             raise OverflowError(f"dispatch: {lost} rows beyond max_rows = {self.max_rows} were lost{self.comm.where()}")
 
     def free(self) -> None:
-        """Give the memory back. Collective, after the last call."""
+        """Give the memory back. Collective, after the last call. After a failure it stays until the process ends,
+        because a rank that has not noticed may still write there."""
         self._usable("free")
         self.failure = "it was freed"
         self._buffers.symmetric.free()
@@ -330,13 +336,15 @@ class DirectExchange:
         y = rows.new_empty((tokens, shape.hidden))
         returned = None if numbers is None else rows.new_empty((tokens, shape.top_k), dtype=torch.float32)
         kernel, cut = shape.combine(plan.compact, weight is not None, numbers is not None, _aligned(rows, y))
-        done = self._buffers.to[plan.buffer] if self._release(plan) else None
+        done = self._buffers.to[plan.buffer] if self._holds(plan) else None
         credit = (None, 0) if done is None else (ctypes.c_void_p(done.counters), done.credit)
         kernel(
             shape.num_sms, cut.threads,
             (self._buffers.memory, buffer, self._table(plan), rows, rows.stride(0), plan.expert, numbers, tokens, y,
              returned, cut.pushers, *credit),
         )  # fmt: skip
+        if done is not None:
+            self._held[plan.buffer] = None
         return y, returned
 
     def spread(self, grad_y: Any, rows: Any, plan: DirectPlan) -> tuple[Any, Any]:
@@ -387,12 +395,9 @@ class DirectExchange:
             f"give num_buffers={len(self._held) + 1} or more{self.comm.where()}"
         )
 
-    def _release(self, plan: DirectPlan) -> bool:
-        """Whether the plan held a buffer, which is free from now on."""
-        held = self._held[plan.buffer] is plan.place
-        if held:
-            self._held[plan.buffer] = None
-        return held
+    def _holds(self, plan: DirectPlan) -> bool:
+        """Whether the rows of this plan lie in their buffer."""
+        return self._held[plan.buffer] is plan.place
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
