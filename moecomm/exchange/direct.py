@@ -199,8 +199,8 @@ class DirectExchange:
     def tokens(self) -> Any:
         """[max_tokens, H] where this rank's tokens are to lie for `dispatch_compact`, if that is the next dispatch or
         backward pass of all: write x there, pass its first T rows, and they are not copied. None for rows that travel
-        with tags or as float8, or are no multiple of 16 bytes. Not collective. Raises RuntimeError as `dispatch_compact`
-        does."""
+        with tags or as float8, or are no multiple of 16 bytes. Not collective. Raises RuntimeError as
+        `dispatch_compact` does."""
         shape, calls = self.shape, list(self._calls)
         buffer = self._buffers.to[self._next_buffer(0)]
         self._calls = calls
