@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any
 
 from moecomm.exchange.symmetric import SymmetricMemory
 from moecomm.gating.cuda import ELEMENTS
-from moecomm.gating.kernel import Kernel, Macros
+from moecomm.gating.kernel import Kernel, Macros, power_of_two
 
 TAGGED_BYTES = 2**19
 """A rank whose tokens take at most this sends them with a tag in every 8 bytes. Such rows cost twice the bytes and
@@ -109,7 +108,7 @@ class Shape:
         pieces, blocks = self.pieces(fp8), self.num_sms - self.table_blocks
         # Few tokens: one chunk for each block. Many: chunks small enough to share evenly, large enough for a flag each.
         largest = 8 if kind == "expanded" and fp8 else 4
-        chunk = 1 if self.tagged else min(largest, _power_of_two(self.max_tokens / blocks))
+        chunk = 1 if self.tagged else min(largest, power_of_two(-(-self.max_tokens // blocks)))
         items = -(-self.max_tokens // chunk)
         few = items <= blocks
         threads = 512 if self.tagged or kind == "combine" or (kind == "compact" and fp8 == few) else 1024
@@ -237,10 +236,6 @@ class Buffers:
         for length in shape:
             size *= length
         return self.symmetric.own[offset : offset + size].view(dtype).view(shape)
-
-
-def _power_of_two(least: float) -> int:
-    return 1 << max(math.ceil(least) - 1, 0).bit_length()
 
 
 def _itemsize(dtype: str) -> int:

@@ -14,7 +14,7 @@ from math import gcd
 from typing import Any
 
 from moecomm.gating.kernel import Kernel as Kernel
-from moecomm.gating.kernel import libcuda
+from moecomm.gating.kernel import libcuda, power_of_two
 
 # ---- the board on which the blocks of a launch tell each other what they counted -----------------------------------
 
@@ -118,25 +118,21 @@ class Geometry:
     cluster: int = 0
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def geometry(gate: Gate, tokens: int, multiprocessors: int, clusters: bool) -> Geometry:
     """What was fast on an H200. One warp more than the tokens need finds where experts begin, beside the others."""
     few, copies = gate.top_k <= 2, gate.row_bytes >= 0
-    lanes = min(32, _power_of_two(-(-gate.experts // (16 if few else 4))))
+    lanes = min(32, power_of_two(-(-gate.experts // (16 if few else 4))))
     if gate.num_groups > 1 or (not few and gate.experts >= 64):
         lanes = 32
     if clusters and not copies and tokens <= (512 if few else 256):
         tokens_per_block = max(-(-tokens // 8), 1)
         lanes = min(32, 2 * lanes) if gate.top_k == 1 else lanes
-        threads = min(max(_power_of_two(tokens_per_block * lanes), 64), 512)
+        threads = min(max(power_of_two(tokens_per_block * lanes), 64), 512)
         return Geometry(lanes, threads + 32, 8, tokens_per_block, 8)
     if tokens <= 64 and few and not copies:
-        return Geometry(lanes, min(max(_power_of_two(tokens * lanes), 64), 512) + 32, 1, max(tokens, 1))
+        return Geometry(lanes, min(max(power_of_two(tokens * lanes), 64), 512) + 32, 1, max(tokens, 1))
     tokens_per_block = max(-(-tokens // multiprocessors), 1 if copies else 8)
-    threads = min(max(_power_of_two(tokens_per_block * lanes), 256), 512)
+    threads = min(max(power_of_two(tokens_per_block * lanes), 256), 512)
     if tokens_per_block * lanes < 4 * threads:
         threads += 32
     return Geometry(lanes, threads, max(-(-tokens // tokens_per_block), 1), tokens_per_block)
@@ -285,7 +281,7 @@ def route_backward(grad_weight: Any, grad_aux: Any, grad_z: Any, logits: Any, ex
     grad_logits = torch.empty_like(logits)
     if tokens == 0:
         return grad_logits
-    lanes = min(32, _power_of_two(-(-experts // 8)))
+    lanes = min(32, power_of_two(-(-experts // 8)))
     macros = {
         "ELEMENT": ELEMENTS[str(logits.dtype)[6:]], "E": experts, "K": top_k, "LANES": lanes, "THREADS": threads,
         "EACH": 1, "SCORE": score, "NORMALIZE": int(floor > 0), "MASK": int(mask is not None),

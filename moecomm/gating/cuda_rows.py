@@ -9,6 +9,7 @@ from math import gcd
 from typing import Any
 
 from moecomm.gating.cuda import ELEMENTS, WORDS, Kernel
+from moecomm.gating.kernel import power_of_two
 
 ROWS_PER_FILL_BLOCK = 256
 """ROWS_PER_BLOCK of rows.cuh."""
@@ -91,7 +92,7 @@ def unpermute_backward(grad_y: Any, rows: Any, row: Any, weight: Any, source: An
         return grad_rows, grad_weight
     width = _width(grad_y, rows, grad_rows)
     pieces = rows.shape[1] // width
-    threads = min(256, max(32, _power_of_two(pieces)))
+    threads = min(256, max(32, power_of_two(pieces)))
     macros = *_element(rows), ("WIDTH", width), ("TOP_K", _special(row, weight)), ("THREADS", threads)
     kernel = Kernel("unpermute_backward.cu", "unpermute_backward", macros)
     tokens, top_k = row.shape
@@ -128,15 +129,10 @@ def _width(*tensors: Any) -> int:
 
 def _cut(tokens: int, pieces: int, threads: int, unroll: int) -> tuple[int, int, int]:
     """stride and slices of `Place` in rows.cuh, and how many blocks that takes."""
-    stride = min(threads, _power_of_two(-(-pieces // unroll)))
+    stride = min(threads, power_of_two(-(-pieces // unroll)))
     slices = -(-pieces // (stride * unroll))
     return stride, slices, -(-tokens // (threads // stride)) * slices
 
 
 def _fill_blocks(rows: Any) -> int:
     return -(-rows.shape[0] // ROWS_PER_FILL_BLOCK)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()

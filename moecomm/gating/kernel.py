@@ -68,6 +68,11 @@ def compiler_options(macros: Macros) -> tuple[str, ...]:
     return ("-std=c++17", "--fmad=false", "-diag-suppress=177", *(f"-D{name}={value}" for name, value in macros))
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 @cache
 def libcuda() -> ctypes.CDLL:
     """The CUDA driver, for the calls that cupy has no functions for."""
