@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -229,13 +229,14 @@ def test_gradcheck(send: str) -> None:
     threads.run(2, body)
 
 
-@pytest.mark.parametrize("frozen", ["x on all", "x on rank 1", "weight on rank 1", "everything on rank 1"])
-@pytest.mark.parametrize("send", ["assignments", "tokens"])
-def test_backward_is_collective_whatever_needs_a_gradient(send: str, frozen: str) -> None:
+FROZEN = ("x on all", "x on rank 1", "weight on rank 1", "everything on rank 1")
+
+
+def check_backward_is_collective(frozen: str, make: Callable[[Comm, list[int]], RoutedExchange]) -> None:
     """Rank 1 has no experts, and some inputs need no gradient: nobody may wait for a rank that goes no further."""
 
     def body(comm: Comm) -> None:
-        exchange = RoutedExchange(FlatAllToAll(comm), [2, 0, 1], send=send)
+        exchange = make(comm, [2, 0, 1])
         x, weight = torch.ones(4, 2, dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64)
         x.requires_grad_(frozen != "x on all" and (comm.rank != 1 or frozen == "weight on rank 1"))
         weight.requires_grad_(comm.rank != 1 or frozen.startswith("x"))
@@ -248,6 +249,12 @@ def test_backward_is_collective_whatever_needs_a_gradient(send: str, frozen: str
             assert weight.grad.tolist() == [[6, 6], [6, 6], [6, 6], [0, 6]]
 
     threads.run(3, body)
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("send", ["assignments", "tokens"])
+def test_backward_is_collective_whatever_needs_a_gradient(send: str, frozen: str) -> None:
+    check_backward_is_collective(frozen, lambda comm, held: RoutedExchange(FlatAllToAll(comm), held, send=send))
 
 
 @pytest.mark.parametrize("send", ["assignments", "tokens"])

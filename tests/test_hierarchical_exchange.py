@@ -9,7 +9,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from conftest import gloo_run, mpi_run
-from test_exchange import GOOD, answer, combined, expert_ids, make_world, rows_of
+from test_exchange import (
+    FROZEN,
+    GOOD,
+    answer,
+    check_backward_is_collective,
+    combined,
+    expert_ids,
+    make_world,
+    rows_of,
+)
 
 from moecomm import (
     Comm,
@@ -251,22 +260,9 @@ def test_gradcheck() -> None:
     threads.run(4, body)
 
 
-@pytest.mark.parametrize("frozen", ["x on all", "x on rank 1", "weight on rank 1", "everything on rank 1"])
+@pytest.mark.parametrize("frozen", FROZEN)
 def test_backward_is_collective_whatever_needs_a_gradient(frozen: str) -> None:
-    def body(comm: Comm) -> None:
-        exchange = make(comm, [[0, 1], [2]], [2, 0, 1])
-        x, weight = torch.ones(4, 2, dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64)
-        x.requires_grad_(frozen != "x on all" and (comm.rank != 1 or frozen == "weight on rank 1"))
-        weight.requires_grad_(comm.rank != 1 or frozen.startswith("x"))
-        rows, plan = exchange.dispatch(x, Routing(torch.tensor([[0, 2], [2, 1], [1, 0], [-1, 2]]), weight))
-        answers = 3 * rows if comm.rank != 1 else torch.zeros(0, 2, dtype=torch.float64)  # cut off from its rows
-        exchange.combine(answers, plan).sum().backward()
-        if x.requires_grad:
-            assert x.grad.tolist() == [[6, 6], [6, 6], [6, 6], [3, 3]]
-        if weight.requires_grad:
-            assert weight.grad.tolist() == [[6, 6], [6, 6], [6, 6], [0, 6]]
-
-    threads.run(3, body)
+    check_backward_is_collective(frozen, lambda comm, held: make(comm, [[0, 1], [2]], held))
 
 
 def test_under_tensor_parallel_exchange() -> None:
