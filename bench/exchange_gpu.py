@@ -69,8 +69,8 @@ class Path(NamedTuple):
     floor_bytes: int
 
 
-def paths(comm: Comm, case: Case, peers: bool) -> Iterator[list[Path]]:
-    """What is measured in turns; when the next list is asked for, the memory of this one is given back."""
+def paths(comm: Comm, case: Case, peers: bool) -> Iterator[tuple[int, list[Path]]]:
+    """The blocks of DirectExchange's kernels and what is measured in turns; when the next list is asked for, the memory of this one is given back."""
     p, rank = comm.size, comm.rank
     T, H, k, E, dtype, sms = case
     fp8 = torch.float8_e4m3fn if dtype == "float8_e4m3fn" else None
@@ -154,7 +154,7 @@ def paths(comm: Comm, case: Case, peers: bool) -> Iterator[list[Path]]:
         mine += list(_overlap(exchange, x, routing, mine[1].wrong, floor))
     if peers and fp8 is None:
         mine += list(_peers(comm, x, routing, sums, case, floor))
-    yield mine
+    yield exchange.shape.num_sms, mine
     exchange.check()
     exchange.free()
 
@@ -279,7 +279,7 @@ def prepared(comm: Comm, path: Path) -> tuple[Call, int]:
 def measure(comm: Comm, case: Case, options: argparse.Namespace, rate: float) -> Iterator[Record]:
     """The records of a case. Collective."""
     with torch.no_grad():
-        for group in paths(comm, case, options.peers == "yes"):
+        for num_sms, group in paths(comm, case, options.peers == "yes"):
             wrong = [int(comm.all_reduce(np.array([int(path.wrong())]))[0]) for path in group]
             timed = [prepared(comm, path) for path in group]
             samples: list[list[float]] = [[] for _ in group]
@@ -297,17 +297,13 @@ def measure(comm: Comm, case: Case, options: argparse.Namespace, rate: float) ->
                 yield {
                     "bench": "exchange_gpu", "stage": path.stage, "path": path.name,
                     "how": "graph" if path.graph else "eager", "ranks": comm.size, **case._asdict(),
-                    "sms": (case.sms or _sms()) if path.name == "direct" else None,
+                    "sms": num_sms if path.name == "direct" else None,
                     "time_us": round(time_us, 3), "floor_us": round(path.floor_bytes / rate * 1e6, 3),
                     "wire_bytes": path.wire_bytes, "wire_GBps": round(path.wire_bytes / time_us / 1e3, 1),
                     "link_GBps": round(rate / 1e9, 1), "wrong": wrong[i],
                     "samples_us": [round(float(sample), 3) for sample in slowest],
                 }  # fmt: skip
             del timed
-
-
-def _sms() -> int:
-    return int(torch.cuda.get_device_properties("cuda").multi_processor_count)
 
 
 def link_rate(comm: Comm) -> float:
@@ -359,7 +355,7 @@ def parse() -> argparse.Namespace:
     add("--top-k", type=positive, default=8, help="(default: %(default)s)")
     add("--experts", type=positive, default=256, help="(default: %(default)s)")
     add("--dtypes", default="bfloat16,float8_e4m3fn", help="what dispatch's rows travel as (default: %(default)s)")
-    add("--sms", type=whole, default=[None], metavar="N,..", help="blocks of a kernel (default: all multiprocessors)")
+    add("--sms", type=whole, default=[None], metavar="N,..", help="blocks of a kernel (default: DirectExchange's)")
     add("--peers", choices=("yes", "no"), default="yes", help="NCCL and RoutedExchange too (default: %(default)s)")
     add("--reps", type=positive, default=15, help="timed turns (default: %(default)s)")
     add("--out", metavar="FILE.jsonl", help="append the rows as JSON Lines, with all samples")
