@@ -70,7 +70,8 @@ class Path(NamedTuple):
 
 
 def paths(comm: Comm, case: Case, peers: bool) -> Iterator[tuple[int, list[Path]]]:
-    """The blocks of DirectExchange's kernels and what is measured in turns; when the next list is asked for, the memory of this one is given back."""
+    """The blocks of DirectExchange's kernels, and what is measured in turns; the memory of that is given back when the
+    next one is asked for."""
     p, rank = comm.size, comm.rank
     T, H, k, E, dtype, sms = case
     fp8 = torch.float8_e4m3fn if dtype == "float8_e4m3fn" else None

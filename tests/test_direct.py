@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from moecomm.exchange.direct_kernels import Shape, Slots
+from moecomm.exchange.direct_kernels import Shape
 from moecomm.gating.kernel import Kernel
 
 SHAPES = {
@@ -39,7 +39,7 @@ def test_kernels_compile(architecture: int, name: str) -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), LARGE], ids=[*SHAPES, "large"])
 def test_parts_of_the_buffers_do_not_overlap(shape: Shape) -> None:
-    to, back, num_bytes = Slots(shape, 3).layout
+    to, back, num_bytes = shape.layout(3)
     assert len(to) == len(back) == 3
     offsets = [offset for buffer in (*to, *back) for offset in buffer.values()]
     assert offsets == sorted(offsets) and all(offset % 256 == 0 for offset in offsets)

@@ -22,7 +22,7 @@ import pytest
 
 from moecomm import CommError
 from moecomm.exchange.direct import DirectExchange
-from moecomm.exchange.direct_kernels import Buffer, Buffers, Cut, Memory, Shape, Slots
+from moecomm.exchange.direct_kernels import Buffer, Buffers, Cut, Memory, Shape
 from moecomm.gating.kernel import Kernel, _argument, read_source
 
 torch = pytest.importorskip("torch")
@@ -188,7 +188,7 @@ def exchanges(
     shape: Shape, limit: float = 0.1, max_rows: int | None = None, num_buffers: int = 2
 ) -> list[DirectExchange]:
     """One for each rank, in this process, with memory that shows what was written beside its parts."""
-    to, back, num_bytes = Slots(shape, num_buffers).layout
+    to, back, num_bytes = shape.layout(num_buffers)
     parts = [buffer for buffers in (to, back) for buffer in buffers]
     ends = [*(offset for part in parts for offset in part.values()), num_bytes]
     memory = [torch.full((num_bytes + GAP * len(ends),), UNTOUCHED, dtype=torch.uint8) for _ in range(shape.ranks)]
@@ -222,7 +222,7 @@ def exchanges(
 
 def untouched(exchange: DirectExchange, num_buffers: int = 2) -> bool:
     """Whether nothing was written between the parts."""
-    to, back, num_bytes = Slots(exchange.shape, num_buffers).layout
+    to, back, num_bytes = exchange.shape.layout(num_buffers)
     ends = [*(offset for part in (*to, *back) for offset in part.values()), num_bytes]
     own = exchange._buffers.symmetric.own
     return all((own[end + GAP * i : end + GAP * (i + 1)] == UNTOUCHED).all() for i, end in enumerate(ends))

@@ -29,7 +29,7 @@ constexpr int PIECES = (HIDDEN + WIDTH - 1) / WIDTH;
 constexpr int SCALES = (HIDDEN + GROUP - 1) / GROUP;
 constexpr int STEP = LANES * SLICES;                // from a thread's piece to its next one
 constexpr int NUM_EXPERTS = RANKS * EXPERTS;
-constexpr int MOST_SLICES = 16;                     // for which Slots.layout has room
+constexpr int MOST_SLICES = 16;                     // for which Shape.layout has room
 static_assert(SLICES <= MOST_SLICES && (SLICES - 1) * LANES < PIECES, "a slice has no room, or no piece");
 
 // These structs are those of exchange/direct_kernels.py.

@@ -9,9 +9,10 @@ from typing import Any
 
 from moecomm.arrays import is_torch
 from moecomm.errors import CommError
-from moecomm.exchange.direct_kernels import Buffers, Shape, Slots, Table
+from moecomm.exchange.direct_kernels import Buffers, Shape, Table
 from moecomm.exchange.symmetric import SymmetricMemory, ipc_memory
 from moecomm.gating import Routing
+from moecomm.together import together
 from moecomm.transports import as_comm
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -49,6 +50,8 @@ class DirectPlan:
     scales: Any
     expert: Any
     """[T, K] int32: this rank's own choices."""
+    exchange: Any
+    """The one that made it."""
     buffer: int
     """Which one dispatch used."""
     compact: bool
@@ -122,7 +125,7 @@ class DirectExchange:
 
         self.comm = as_comm(comm)
         p = self.comm.size
-        available = torch.cuda.get_device_properties("cuda").multi_processor_count
+        device, available = together(self.comm, "DirectExchange", _current_gpu)
         num_sms = max(2, available - NCCL_SMS) if num_sms is None else num_sms
 
         def arguments() -> tuple[None, tuple[()], object]:
@@ -144,14 +147,15 @@ class DirectExchange:
             ):
                 if problem:
                     raise ValueError(message)
-            rest = f"{num_experts} {top_k} {dtype} {fp8} {max_rows} {num_buffers} {num_sms}"
-            return None, (), lambda: f"{max_tokens} {hidden} {rest}"
+            rest = f"{num_experts} {top_k} {dtype} {fp8} {max_rows} {num_buffers} {num_sms} {limit}"
+            name = getattr(memory, "__name__", "")
+            return None, (), lambda: f"{max_tokens} {hidden} {rest} {name}"
 
         text = self.comm.checked("DirectExchange", arguments)[2]()  # type: ignore[operator]
         self.comm.agree("DirectExchange: the arguments", text)
         self.dtype = dtype
         self.fp8 = fp8
-        self.device = torch.cuda.current_device()
+        self.device = device
         experts = num_experts // p
         self.shape = Shape(
             str(dtype).removeprefix("torch."), fp8 is not None, hidden, top_k, max_tokens, p, experts, num_sms
@@ -160,9 +164,7 @@ class DirectExchange:
         """Experts of this rank."""
         self.num_experts = num_experts
         self.max_rows = p * max_tokens * min(top_k, experts) if max_rows is None else max_rows
-        self._buffers = Buffers(
-            Slots(self.shape, num_buffers), self.comm.rank, limit, lambda size: memory(self.comm, size)
-        )
+        self._buffers = Buffers(self.comm, self.shape, num_buffers, limit, memory)
         self._held: list[Any] = [None] * num_buffers  # plan.place of whose rows lie there
         self._calls = [0, 0]
         self._stream: Any = None
@@ -303,7 +305,7 @@ class DirectExchange:
         offset, count, num_tokens = numbers.split([shape.experts + 1, shape.experts, shape.ranks])
         plan = DirectPlan(
             count, offset, new(self.max_rows, dtype=torch.int32), place,
-            new((slots, shape.top_k), dtype=torch.float32), num_tokens, None, expert, index, compact,
+            new((slots, shape.top_k), dtype=torch.float32), num_tokens, None, expert, self, index, compact,
         )  # fmt: skip
         wire = x.dtype if self.fp8 is None else self.fp8
         in_place = compact and not shape.tagged
@@ -436,12 +438,14 @@ class DirectExchange:
                 raise ValueError(
                     f"{call}: routing.{name} has shape {list(tensor.shape)}, expected {list(wanted)}{where}"
                 )
-        if expert.dtype.is_floating_point:
+        if expert.dtype.is_floating_point or expert.dtype == torch.bool:
             raise TypeError(f"{call}: routing.expert has dtype {expert.dtype}, expected integers{where}")
         if (compact or self.fp8 is not None) and _wants_gradients(x, weight):
             raise RuntimeError(
                 f"{call}: x or routing.weight asks for a gradient, which compact and fp8 rows do not have{where}"
             )
+        if expert.dtype == torch.int64:
+            expert = expert.clamp(-2, self.num_experts)  # what int32 cannot hold is no expert either
         return expert.to(torch.int32).contiguous(), weight.to(torch.float32).contiguous()
 
     def _check_device(self, call: str, name: str, tensor: Any) -> None:
@@ -458,6 +462,8 @@ class DirectExchange:
         where = self.comm.where()
         if not isinstance(plan, DirectPlan):
             raise TypeError(f"combine: plan is a {type(plan).__name__}, expected one that dispatch returned{where}")
+        if plan.exchange is not self:
+            raise ValueError(f"combine: plan is of another DirectExchange, expected one of this{where}")
         if not is_torch(rows) or not rows.is_cuda or rows.dtype != self.dtype or rows.ndim != 2:
             raise TypeError(f"combine: rows is not a CUDA tensor of {self.dtype} with two axes{where}")
         self._check_device("combine", "rows", rows)
@@ -466,6 +472,13 @@ class DirectExchange:
         if rows.shape[1] != self.shape.hidden or not fits or (rows.numel() and rows.stride(1) != 1):
             size = slots if plan.compact else f"up to {self.max_rows}"
             raise ValueError(f"combine: rows is {list(rows.shape)}, expected [{size}, {self.shape.hidden}]{where}")
+
+
+def _current_gpu() -> tuple[int, int]:
+    """Its number, and its multiprocessors."""
+    import torch
+
+    return torch.cuda.current_device(), torch.cuda.get_device_properties("cuda").multi_processor_count
 
 
 def _wants_gradients(*tensors: Any) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
+from moecomm.comm import Comm
 from moecomm.exchange.symmetric import SymmetricMemory
 from moecomm.gating.cuda import ELEMENTS
 from moecomm.gating.kernel import Kernel, Macros, power_of_two
+from moecomm.together import together
 
 TAGGED_BYTES = 2**19
 """A rank whose tokens take at most this sends them with a tag in every 8 bytes. Such rows cost twice the bytes and
@@ -131,6 +133,7 @@ class Shape:
             ("THREADS", cut.threads), ("CHUNK", cut.chunk), ("SLICES", cut.slices), ("UNROLL", cut.unroll),
         )  # fmt: skip
 
+    @cache  # noqa: B019 - a shape lives as long as its kernels, which are kept for the life of the process
     def dispatch(self, kind: str, aligned: bool) -> tuple[Kernel, Cut, int]:
         """The kernel, and its dynamic shared memory."""
         output = ("compact", "expanded", "spread").index(kind)
@@ -139,12 +142,14 @@ class Shape:
         shared = 0 if kind == "spread" else 4 * (cut.threads // 32 * self.experts + self.experts + 1)
         return Kernel("direct_dispatch.cu", "direct_dispatch", macros), cut, shared
 
+    @cache  # noqa: B019 - a shape lives as long as its kernels, which are kept for the life of the process
     def combine(self, compact: bool, weigh: bool, give_back: bool, aligned: bool) -> tuple[Kernel, Cut]:
         """The kernel."""
         kind = "combine" if compact else "combine expanded"
         choices = (("INPUT", int(not compact)), ("WEIGH", int(weigh)), ("RETURN", int(give_back)))
         return Kernel("direct_combine.cu", "direct_combine", (*self.macros(kind, aligned), *choices)), self.cut(kind)
 
+    @cache  # noqa: B019 - a shape lives as long as its kernels, which are kept for the life of the process
     def free(self) -> Kernel:
         """The kernel that frees compact rows."""
         return Kernel("direct_free.cu", "direct_free", self.macros("compact", True))
@@ -159,41 +164,33 @@ class Shape:
             self.free(),
         ]
 
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Symmetric memory cut into buffers: num_buffers for dispatch, as many for combine."""
-
-    shape: Shape
-    num_buffers: int
-
-    @cached_property
-    def layout(self) -> tuple[list[dict[str, int]], list[dict[str, int]], int]:
-        """Offsets of the parts of each buffer of dispatch and of combine, and the bytes in all."""
-        shape, end = self.shape, 0
-        factor = 2 if shape.tagged else 1
-        slots = shape.ranks * shape.max_tokens
+    def layout(self, num_buffers: int) -> tuple[list[dict[str, int]], list[dict[str, int]], int]:
+        """Symmetric memory cut into buffers, num_buffers for dispatch and as many for combine: offsets of the parts of
+        each, and the bytes in all."""
+        end = 0
+        factor = 2 if self.tagged else 1
+        slots = self.ranks * self.max_tokens
 
         def buffer(fp8: bool, scales: int, choices: int) -> dict[str, int]:
             nonlocal end
             offsets = {}
             for name, size in (
-                ("rows", slots * shape.pieces(fp8) * 16 * factor),
+                ("rows", slots * self.pieces(fp8) * 16 * factor),
                 ("scales", scales),
                 ("choices", choices),
-                ("tokens", shape.ranks * 8),
+                ("tokens", self.ranks * 8),
                 ("arrived", slots * 16 * 4),
-                ("credit", shape.ranks * shape.num_sms * 4),
+                ("credit", self.ranks * self.num_sms * 4),
             ):
                 offsets[name] = end
                 end = -(-(end + size) // 256) * 256
             return offsets
 
-        scales = slots * shape.scales * 4 * factor if shape.fp8 else 0
-        choices = slots * shape.top_k
-        to = [buffer(shape.fp8, scales, choices * 16) for _ in range(self.num_buffers)]
+        scales = slots * self.scales * 4 * factor if self.fp8 else 0
+        choices = slots * self.top_k
+        to = [buffer(self.fp8, scales, choices * 16) for _ in range(num_buffers)]
         # Gradients go through buffers of the other kind too: rows of answers there, of tokens here.
-        back = [buffer(False, shape.max_tokens * shape.top_k * 8, 0) for _ in range(self.num_buffers)]
+        back = [buffer(False, self.max_tokens * self.top_k * 8, 0) for _ in range(num_buffers)]
         return to, back, end
 
 
@@ -202,27 +199,33 @@ class Buffers:
 
     def __init__(
         self,
-        slots: Slots,
-        rank: int,
+        comm: Comm,
+        shape: Shape,
+        num_buffers: int,
         limit: float,
-        allocate: Callable[[int], SymmetricMemory],
+        memory: Callable[[Comm, int], SymmetricMemory],
     ) -> None:
         import torch
 
-        to, back, num_bytes = slots.layout
-        self.symmetric = allocate(num_bytes)
-        words = 4 + slots.shape.num_sms  # struct Counters
-        self.counters = torch.zeros((2, slots.num_buffers, words), dtype=torch.int32, device="cuda")
-        self.failed = torch.zeros(1, dtype=torch.int32, device="cuda")
-        tiles = slots.shape.table_blocks * slots.shape.experts
-        self.tiles = torch.empty((slots.num_buffers, tiles), dtype=torch.int32, device="cuda")
-        self.report = torch.zeros(3, dtype=torch.int64).pin_memory()
+        def own() -> tuple[Any, Any, Any, Any]:
+            counters = (2, num_buffers, 4 + shape.num_sms)  # struct Counters
+            tiles = (num_buffers, shape.table_blocks * shape.experts)
+            return (
+                torch.zeros(counters, dtype=torch.int32, device="cuda"),
+                torch.zeros(1, dtype=torch.int32, device="cuda"),
+                torch.empty(tiles, dtype=torch.int32, device="cuda"),
+                torch.zeros(3, dtype=torch.int64).pin_memory(),
+            )
+
+        self.counters, self.failed, self.tiles, self.report = together(comm, "DirectExchange", own)
+        to, back, num_bytes = shape.layout(num_buffers)
+        self.symmetric = memory(comm, num_bytes)
         self.memory = Memory(
             (ctypes.c_void_p * 8)(*self.symmetric.pointers),
             self.failed.data_ptr(),
             self.report.data_ptr(),
             int(limit * 1e9),
-            rank,
+            comm.rank,
         )
         self.to = [Buffer(self.counters[0, i].data_ptr(), **part) for i, part in enumerate(to)]
         self.back = [Buffer(self.counters[1, i].data_ptr(), **part) for i, part in enumerate(back)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from moecomm.comm import Comm
 from moecomm.gating.kernel import libcuda
+from moecomm.together import together
 
 ALREADY_ENABLED = 704
 """CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED"""
@@ -38,41 +40,24 @@ def ipc_memory(comm: Comm, num_bytes: int) -> SymmetricMemory:
 
     Collective. Raises ValueError if the ranks are not on one node, RuntimeError where a GPU cannot reach another.
     """
-    import cupy
     import torch
-    from cupy.cuda import runtime
 
     node = comm.all_gather(np.array([comm.node_key()])).tolist()
     if len(set(node)) > 1:
         other = next(rank for rank, key in enumerate(node) if key != node[0])
         raise ValueError(f"ipc_memory: ranks 0 and {other} are on two nodes, expected one{comm.where()}")
-    device = torch.cuda.current_device()
-    cupy.cuda.Device(device).use()  # cupy may have a current device of its own
-    pointer = runtime.malloc(num_bytes)
-    runtime.memset(pointer, 0, num_bytes)
-    runtime.deviceSynchronize()
-    handle = np.frombuffer(runtime.ipcGetMemHandle(pointer), np.uint8)
-    handles = comm.all_gather(handle[None].copy())
-    places = comm.all_gather(np.array([[os.getpid(), device, pointer]]))
-    opened, pointers = [], []
-    for rank, (process, other, address) in enumerate(places.tolist()):
-        if process == os.getpid():
-            if other != device and not runtime.deviceCanAccessPeer(device, other):
-                raise RuntimeError(f"ipc_memory: GPU {device} cannot reach GPU {other} of rank {rank}{comm.where()}")
-            _enable(other, device)
-        else:
-            address = runtime.ipcOpenMemHandle(handles[rank].tobytes())
-            opened.append(address)
-        pointers.append(int(address))
+    with ExitStack() as undo:
+        device, pointer, handle = together(comm, "ipc_memory", lambda: _allocated(num_bytes, undo))
+        handles = comm.all_gather(np.frombuffer(handle, np.uint8)[None].copy())
+        places = comm.all_gather(np.array([[os.getpid(), device, pointer]])).tolist()
+        undo.callback(comm.barrier)  # nobody frees what another still has open
 
-    def free() -> None:
-        runtime.deviceSynchronize()
-        for address in opened:
-            runtime.ipcCloseMemHandle(address)
-        comm.barrier()
-        runtime.free(pointer)
+        def addresses() -> list[int]:
+            return [_opened(place, handles[rank].tobytes(), device, undo) for rank, place in enumerate(places)]
 
-    comm.barrier()  # nobody writes before all have cleared theirs
+        pointers = together(comm, "ipc_memory", addresses)
+        undo.callback(torch.cuda.synchronize, device)
+        free = undo.pop_all().close
     return SymmetricMemory(pointers, _tensor(pointer, num_bytes), free)
 
 
@@ -84,12 +69,42 @@ def torch_memory(comm: Comm, num_bytes: int) -> SymmetricMemory:
     group = getattr(comm, "_group", None)
     if group is None:
         raise TypeError(f"torch_memory: comm is a {type(comm).__name__}, expected one over a torch process group")
-    own = symmetric.empty(num_bytes, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-    own.zero_()
+    device = torch.device("cuda", torch.cuda.current_device())
+    own = together(comm, "torch_memory", lambda: symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_())
     handle = symmetric.rendezvous(own, group)
     torch.cuda.synchronize()
     comm.barrier()
     return SymmetricMemory(list(handle.buffer_ptrs), own, comm.barrier)
+
+
+def _allocated(num_bytes: int, undo: ExitStack) -> tuple[int, int, bytes]:
+    """The current device, zeros on it, and what other processes open them by."""
+    import cupy
+    import torch
+    from cupy.cuda import runtime
+
+    device = torch.cuda.current_device()
+    cupy.cuda.Device(device).use()  # cupy may have a current device of its own
+    pointer = runtime.malloc(num_bytes)
+    undo.callback(runtime.free, pointer)
+    runtime.memset(pointer, 0, num_bytes)
+    runtime.deviceSynchronize()
+    return device, pointer, runtime.ipcGetMemHandle(pointer)
+
+
+def _opened(place: list[int], handle: bytes, device: int, undo: ExitStack) -> int:
+    """The address here of what a rank has allocated."""
+    from cupy.cuda import runtime
+
+    process, other, address = place
+    if process == os.getpid():
+        if other != device and not runtime.deviceCanAccessPeer(device, other):
+            raise RuntimeError(f"GPU {device} cannot reach GPU {other}")
+        _enable(other, device)
+        return address
+    address = int(runtime.ipcOpenMemHandle(handle))
+    undo.callback(runtime.ipcCloseMemHandle, address)
+    return address
 
 
 def _enable(other: int, device: int) -> None:
@@ -100,7 +115,7 @@ def _enable(other: int, device: int) -> None:
     error = libcuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), other)
     error = error or libcuda().cuCtxEnablePeerAccess(context, 0)
     if error not in (0, ALREADY_ENABLED):
-        raise RuntimeError(f"ipc_memory: GPU {device} cannot reach GPU {other}: CUresult {error}")
+        raise RuntimeError(f"GPU {device} cannot reach GPU {other}: CUresult {error}")
 
 
 def _tensor(pointer: int, num_bytes: int) -> Any:

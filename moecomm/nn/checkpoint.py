@@ -14,25 +14,23 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moecomm.comm import Comm
-from moecomm.errors import CommError
 from moecomm.nn.linear import part_in
 from moecomm.nn.slices import Held, Piece, held
 from moecomm.nn.stored import INDEX, VERSION, Stored, parameters, read_index, state_dict, to_disk, write
+from moecomm.together import gather, together
 
 UNFINISHED = "unfinished"
 NOT_SAVED = {"params", "param_names"}
 """Of a parameter group: which parameters it has is this rank's own business."""
-T = TypeVar("T")
 
 
 def save(
@@ -55,18 +53,18 @@ def save(
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"checkpoint.save: got step {step} and keep {keep}, expected >= 0 and >= 1 or None")
     folder, rank = Path(folder), part_in(comm)[0]
-    parts = together(comm, lambda: [*_parts(held(model), optimizer)])
+    parts = together(comm, "checkpoint", lambda: [*_parts(held(model), optimizer)])
     tensors = _owned(comm, parts)
     finished, unfinished = folder / f"step-{step:06d}", folder / UNFINISHED
     with ExitStack() as stack:
-        together(comm, lambda: stack.enter_context(_begun(folder, finished)) if rank == 0 else None)
+        together(comm, "checkpoint", lambda: stack.enter_context(_begun(folder, finished)) if rank == 0 else None)
         file = f"rank-{rank:05d}.safetensors"
-        together(comm, lambda: write(unfinished / file, {piece.key(): piece.values for piece in tensors}))
+        together(comm, "checkpoint", lambda: write(unfinished / file, {piece.key(): piece.values for piece in tensors}))
         lines = [[p.name, p.shape, str(p.values.dtype)[6:], file, p.start, tuple(p.values.shape)] for p in tensors]
         every = [line for lines in gather(comm, json.dumps(lines)) for line in json.loads(lines)]
         groups = [{k: g[k] for k in g.keys() - NOT_SAVED} for g in optimizer.param_groups] if optimizer else None
         index = {"format": "moecomm", "version": VERSION, "values": values or {}, "groups": groups, "tensors": every}
-        together(comm, lambda: _finish(unfinished, finished, index, keep) if rank == 0 else None)
+        together(comm, "checkpoint", lambda: _finish(unfinished, finished, index, keep) if rank == 0 else None)
     return finished
 
 
@@ -83,20 +81,20 @@ def load(
     of another program, of a newer version or of another model, and OSError for one that is missing: all found before
     anything is changed.
     """
-    path, index = together(comm, lambda: read_index(path))
+    path, index = together(comm, "checkpoint", lambda: read_index(path))
     with ExitStack() as stack:
-        stored = together(comm, lambda: Stored(path, index, stack))
+        stored = together(comm, "checkpoint", lambda: Stored(path, index, stack))
         mine = held(model)
-        wanted = together(comm, lambda: [stored.checked(p) for h in mine for p in h.pieces(h.tensor)])
+        wanted = together(comm, "checkpoint", lambda: [stored.checked(p) for h in mine for p in h.pieces(h.tensor)])
         named = {name for names in gather(comm, json.dumps([p.name for p in wanted])) for name in json.loads(names)}
         unknown = sorted({*stored.tensors} - {*stored.of_optimizer} - named)
         if unknown:
             raise ValueError(f"{path} has {unknown[0]} ({len(unknown)} such), which the model has on no rank")
         if optimizer is not None:
-            state = together(comm, lambda: state_dict(optimizer, mine, index["groups"], stored))
-        together(comm, lambda: stored.fill(*wanted))
+            state = together(comm, "checkpoint", lambda: state_dict(optimizer, mine, index["groups"], stored))
+        together(comm, "checkpoint", lambda: stored.fill(*wanted))
         if optimizer is not None:
-            together(comm, lambda: optimizer.load_state_dict(state))
+            together(comm, "checkpoint", lambda: optimizer.load_state_dict(state))
     return dict(index["values"])
 
 
@@ -193,33 +191,3 @@ def _steps(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name[5:])
-
-
-# ---- all ranks -------------------------------------------------------------------------------------------------------
-
-
-def together(comm: Comm | None, call: Callable[[], T]) -> T:
-    """call() on every rank. What fails on one is raised on all, as an OSError or a ValueError. Collective."""
-    mine, problem = None, ""
-    try:
-        result = call()
-    except CommError:
-        raise  # nothing can be told to the others
-    except Exception as error:
-        mine, problem = error, f"{'OSError' if isinstance(error, OSError) else 'ValueError'} {error}"
-    for rank, text in enumerate(gather(comm, problem)):
-        if text:
-            kind, _, words = text.partition(" ")
-            where = "" if comm is None else f"  (rank {rank} of {comm.size})"
-            raise {"OSError": OSError, "ValueError": ValueError}[kind](f"checkpoint: {words}{where}") from mine
-    return result
-
-
-def gather(comm: Comm | None, text: str) -> list[str]:
-    """The texts of all ranks. Collective."""
-    if comm is None:
-        return [text]
-    mine = np.frombuffer(text.encode(), np.uint8)
-    lengths = comm.all_gather(np.array([len(mine)]))
-    flat, ends = comm.all_gather(mine, lengths), np.cumsum(lengths)
-    return [bytes(flat[end - length : end]).decode() for length, end in zip(lengths, ends, strict=True)]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moecomm.comm import Comm
-from moecomm.nn.checkpoint import together
 from moecomm.nn.moe import MoE
 from moecomm.nn.seeds import Slice, part_of
+from moecomm.together import together
 
 MEGATRON = {
     "up": "dense_h_to_4h.weight",
@@ -53,7 +53,7 @@ def load_deepspeed(
             pairs += [*experts, (layer.gate, _whole(main, [gates], gate, layer.gate.T, Slice(0, (0, 1))).T)]
         return pairs
 
-    for values, read in together(comm, found):
+    for values, read in together(comm, "checkpoint", found):
         values.copy_(read)
 
 

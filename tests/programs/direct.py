@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -241,6 +242,15 @@ def check_failures(comm: Comm, num_sms: int | None) -> None:
     raises(TypeError, "CUDA tensor", lambda: exchange.dispatch(x.cpu(), routing))
     raises(ValueError, "expected torch.float32 [T, 16]", lambda: exchange.dispatch(x[:, 1:], routing))
     raises(ValueError, "top_k", lambda: DirectExchange(comm, 8, 16, 2 * p, 33, torch.float32))
+    raises(TypeError, "integers", lambda: exchange.dispatch(x, replace(routing, expert=routing.expert > 0)))
+    exchange.dispatch(x, replace(routing, expert=routing.expert.long() + 2**32))
+    raises(ValueError, "8 ids outside", exchange.check)
+    raises(ValueError, "another DirectExchange", lambda: make(max_rows=2).combine(rows, plan))
+
+    def none_on_the_last(comm: Comm, num_bytes: int) -> Any:
+        return ipc_memory(comm, num_bytes if comm.rank < p - 1 else 2**60)
+
+    raises(RuntimeError, f"rank {p - 1} of {p}", lambda: make(memory=none_on_the_last))
     if p > 1:
         comm.barrier()
         if comm.rank:
@@ -355,7 +365,7 @@ def main() -> None:
         comm = MpiComm(MPI.COMM_WORLD, limit=120)
         torch.cuda.set_device(comm.rank % torch.cuda.device_count())
         load(comm.size, available, cases)
-        body(comm, None, ipc_memory)
+        body(comm, available, ipc_memory)
     else:
         import torch.distributed as dist
 
@@ -364,8 +374,9 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
         comm = TorchComm(dist.group.WORLD)
+        available -= 32  # NCCL's kernels wait for each other too
         load(comm.size, available, cases)
-        body(comm, None, torch_memory)
+        body(comm, available, torch_memory)
         against_routed(comm, ipc_memory)
         dist.destroy_process_group()
     print("ok", sys.argv[1:], f"{time.perf_counter() - start:.0f} s", flush=True)
