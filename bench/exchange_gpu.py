@@ -181,13 +181,13 @@ def _overlap(exchange: DirectExchange, x: Any, routing: Routing, wrong: Call, fl
 def _peers(comm: Comm, x: Any, routing: Routing, sums: Any, case: Case, floor: int) -> Iterator[Path]:
     p, rank, (T, H, k, E, _, _) = comm.size, comm.rank, case
     if T * k % p == 0:
-        rows = torch.randn((T * k, H), device="cuda").bfloat16()
-        got = torch.empty_like(rows)
-        moved = rows.nbytes // p * (p - 1)
+        sent = torch.randn((T * k, H), device="cuda").bfloat16()
+        got = torch.empty_like(sent)
+        moved = sent.nbytes // p * (p - 1)
         own = slice(T * k // p * rank, T * k // p * (rank + 1))
 
         def all_to_all() -> Any:
-            dist.all_to_all_single(got, rows)
+            dist.all_to_all_single(got, sent)
             return got
 
         for graph in (True, False):
@@ -196,7 +196,7 @@ def _peers(comm: Comm, x: Any, routing: Routing, sums: Any, case: Case, floor: i
                 "all_to_all",
                 graph,
                 all_to_all,
-                lambda: int((all_to_all()[own] != rows[own]).sum()),
+                lambda: int((all_to_all()[own] != sent[own]).sum()),
                 moved,
                 floor,
             )
@@ -231,7 +231,7 @@ def _far(y: Any, sums: Any) -> int:
 def _quantised(x: Any) -> tuple[Any, Any]:
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 128)).reshape(x.shape[0], -1, 128)
     amax = padded.abs().amax(2)
-    scale = torch.where(amax > 0, amax.clamp(min=2.0**-100) / 448, 1.0)
+    scale = torch.where(amax > 0, amax.clamp(min=2.0**-100) / torch.full_like(amax, 448), 1.0)
     values = (padded / scale[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]]
     return values.to(torch.float8_e4m3fn), scale
 

@@ -207,7 +207,8 @@ def replayed(exchange: Any, case: Case, p: int, rank: int) -> None:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     exchange.comm.barrier()
-    with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    stream = torch.cuda.Stream()  # torch's own for this is one for all threads
+    with torch.no_grad(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         rows, plan = exchange.dispatch(x, Routing(expert, weight))
         if case.fp8 is None:
             exchange.combine(rows, plan)
