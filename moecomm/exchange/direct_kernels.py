@@ -108,20 +108,26 @@ class Shape:
         """How a kernel shares its work: "compact", "expanded", "spread" (dispatch), "combine", "combine expanded"."""
         fp8 = self.fp8 and kind in ("compact", "expanded")
         pieces, blocks = self.pieces(fp8), self.num_sms - self.table_blocks
-        # Few tokens: one chunk for each block. Many: chunks small enough to share evenly, large enough for a flag each.
-        largest = 8 if kind == "expanded" and fp8 else 4
-        chunk = 1 if self.tagged else min(largest, power_of_two(-(-self.max_tokens // blocks)))
+        share = {"compact": 1.0, "expanded": 0.4 if fp8 else 0.25}.get(kind, 0.5)
+        pushers = max(1, min(int(self.num_sms * share), blocks))
+        # Few tokens: one chunk for each block. Many: 16 chunks or more for each block, to share evenly, but large ones:
+        # a block that pushes stops for 2 us after each, until it can say that its rows are there.
+        chunk = min(8 if kind == "expanded" and fp8 else 4, power_of_two(-(-self.max_tokens // blocks)))
+        largest = 16 if kind.startswith("combine") else 32
+        sharing = blocks if kind in ("compact", "expanded") else pushers
+        while chunk < largest and 2 * chunk * 16 * sharing <= self.max_tokens:
+            chunk *= 2
+        if self.tagged:
+            chunk = 1
         items = -(-self.max_tokens // chunk)
         few = items <= blocks
-        threads = 512 if self.tagged or kind == "combine" or (kind == "compact" and fp8 == few) else 1024
+        light = few if fp8 else chunk <= 4 and not few
+        threads = 512 if self.tagged or kind == "combine" or (kind == "compact" and light) else 1024
         slices = max(1, min(-(-pieces * chunk // threads), blocks // items, 16))
         most = {"compact": 4, "expanded": 4, "combine": max(1, 8 // self.ranks)}.get(kind, 1)
         unroll = max(1, min(2 if fp8 else most, -(-pieces * chunk // (threads * slices))))
-        if few or kind == "compact":
-            pushers = blocks
-        else:
-            pushers = int(self.num_sms * {"expanded": 0.4 if fp8 else 0.25}.get(kind, 0.5))
-        return Cut(threads, chunk, slices, unroll, min(max(pushers, 8), blocks))
+        pushers = blocks if few else pushers
+        return Cut(threads, chunk, slices, unroll, pushers)
 
     def macros(self, kind: str, aligned: bool) -> Macros:
         """Those of direct.cuh."""
