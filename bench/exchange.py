@@ -3,6 +3,7 @@
     mpirun -n 64 python bench/exchange.py
     mpirun -n 64 python bench/exchange.py --top-k 8 --experts-per-rank 8 --expert 16 --send assignments,tokens,nodes
     python bench/exchange.py --transport threads -n 8 --ranks-per-node 2        needs no MPI
+    torchrun --nproc-per-node 4 bench/exchange.py --transport torch --device cuda --tokens 4096 --hidden 7168
 
 The L tensor ranks of a group hold the same T tokens. Three things that they can do, interleaved in one run:
 
@@ -63,14 +64,18 @@ COLUMNS = [
 def timed_call(comm: Comm, traffic: Traffic, exchange: Exchange, check: bool) -> tuple[tuple[float, float], int]:
     """The seconds of dispatch and of combine on this rank and, if asked to check, how many of its answers are wrong."""
     traffic.renew()
+    traffic.wait()
     comm.barrier()
     start = time.perf_counter()
     rows, plan = exchange.dispatch(traffic.x, traffic.routing)
+    traffic.wait()
     dispatch = time.perf_counter() - start
     rows = traffic.answer(rows, innermost(plan).rows_per_expert)
+    traffic.wait()
     comm.barrier()
     start = time.perf_counter()
     y = exchange.combine(rows, plan)
+    traffic.wait()
     combine = time.perf_counter() - start
     return (dispatch, combine), traffic.num_wrong(y) if check else 0
 
@@ -115,6 +120,7 @@ def measure(comm: Comm, nodes: Nodes, options: argparse.Namespace, progress: Any
                 **{key: getattr(options, key) for key in ("top_k", "tokens", "hidden", "experts_per_rank")},
                 "expert": plain.groups.topology.expert,
                 "transport": options.transport,
+                "device": options.device,
                 "p": comm.size,
                 "ranks_per_node": int(nodes.sizes().max()),
                 "nodes": len(nodes),
@@ -184,7 +190,7 @@ def about(options: argparse.Namespace, nodes: Nodes, num_hosts: int) -> list[str
     expert = options.expert or nodes.world_size
     return [
         " exchange: dispatch and combine, balanced random routing",
-        f"  transport: {options.transport}   ranks: {nodes.world_size}   nodes: {len(nodes)}   "
+        f"  transport: {options.transport}, {options.device}   ranks: {nodes.world_size}   nodes: {len(nodes)}   "
         f"ranks per node: {per_node}   hosts: {num_hosts}   reps: {options.reps}",
         f"  tokens of a tensor group: {options.tokens} x {options.hidden} float32   top-k: {options.top_k}   "
         f"experts: {expert * options.experts_per_rank}, {options.experts_per_rank} a rank, expert parallel {expert}",
@@ -261,7 +267,11 @@ def parse_options() -> argparse.Namespace:
         help="assignments: a row for each; tokens: one row for all experts of a rank; nodes: for all of a node, in two "
         "hops (default: %(default)s)",
     )
-    return harness.parse(parser)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where tokens are; cuda: NCCL (default: %(default)s)")
+    options = harness.parse(parser)
+    if options.device == "cuda" and options.transport != "torch":
+        parser.error("--device cuda is for --transport torch, started by torchrun")
+    return options
 
 
 if __name__ == "__main__":

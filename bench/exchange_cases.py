@@ -68,13 +68,14 @@ class SlicedExchange:
         self.inner = inner
         self.tensor = tensor
 
-    def dispatch(self, x: NDArray[Any], routing: Routing) -> tuple[NDArray[Any], SlicedPlan]:
+    def dispatch(self, x: Any, routing: Routing) -> tuple[Any, SlicedPlan]:
         slices = np.array_split(np.arange(len(x)), self.tensor.size)
-        mine = slices[self.tensor.rank]
+        end = sum(len(tokens) for tokens in slices[: self.tensor.rank + 1])
+        mine = slice(end - len(slices[self.tensor.rank]), end)
         rows, plan = self.inner.dispatch(x[mine], Routing(routing.expert[mine], routing.weight[mine]))
         return rows, SlicedPlan(plan, [len(tokens) for tokens in slices])
 
-    def combine(self, rows: NDArray[Any], plan: SlicedPlan) -> NDArray[Any]:
+    def combine(self, rows: Any, plan: SlicedPlan) -> Any:
         return self.tensor.all_gather(self.inner.combine(rows, plan.inner), plan.answers)
 
 
@@ -150,28 +151,45 @@ class Traffic:
     def __init__(self, groups: Groups, options: argparse.Namespace) -> None:
         topology, shape = groups.topology, (options.tokens, options.top_k)
         num_local = options.experts_per_rank
+        self._cuda = options.device == "cuda"
         rng = np.random.default_rng([harness.SEED, topology.group_of(groups.world.rank, "tensor")[0]])
         self._tokens = rng.integers(0, 128, (options.tokens, options.hidden))
         self._num_calls = 0
         weight = (rng.integers(1, 9, shape) / 8).astype(np.float32)
-        self.routing = Routing(balanced(rng, *shape, topology.expert * num_local), weight)
-        self._expected = (weight * factor(self.routing.expert)).sum(axis=1, keepdims=True)
+        expert = balanced(rng, *shape, topology.expert * num_local)
+        self.routing = Routing(self._placed(expert), self._placed(weight))
+        self._expected = self._placed((weight * factor(expert)).sum(axis=1, keepdims=True))
         first = topology.coords(groups.world.rank)["expert"] * num_local
         self._factors = factor(np.arange(first, first + num_local))
+
+    def _placed(self, array: NDArray[Any]) -> Any:
+        """As the exchange is to get it: on the GPU, if that is asked for."""
+        if not self._cuda:
+            return array
+        import torch
+
+        return torch.from_numpy(array).cuda()
+
+    def wait(self) -> None:
+        """For the GPU, where there is one."""
+        if self._cuda:
+            import torch
+
+            torch.cuda.synchronize()
 
     def renew(self) -> None:
         """Other tokens for the next call, so that an answer to an earlier one is noticed."""
         self._num_calls += 1
-        self.x = ((self._tokens + self._num_calls) % 128).astype(np.float32)
+        self.x = self._placed(((self._tokens + self._num_calls) % 128).astype(np.float32))
 
-    def answer(self, rows: NDArray[Any], rows_per_expert: NDArray[np.int64]) -> NDArray[Any]:
+    def answer(self, rows: Any, rows_per_expert: NDArray[np.int64]) -> Any:
         """What the experts of this rank make of their rows."""
-        return rows * np.repeat(self._factors, rows_per_expert)[:, None]
+        return rows * self._placed(np.repeat(self._factors, rows_per_expert)[:, None])
 
-    def num_wrong(self, y: NDArray[Any]) -> int:
+    def num_wrong(self, y: Any) -> int:
         if y.shape != self.x.shape:
             return len(self.x)
-        return int((y != self.x * self._expected).any(axis=1).sum())
+        return int((y != self.x * self._expected).any(1).sum())
 
 
 def balanced(rng: np.random.Generator, num_tokens: int, top_k: int, num_experts: int) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -114,7 +115,9 @@ def run(options: argparse.Namespace, benchmark: Callable[[Comm, argparse.Namespa
 
     if options.transport == "threads":
         return max(threads.run(options.n, body))
-    return run_mpi(body) if options.transport == "mpi" else run_torch(body)
+    if options.transport == "mpi":
+        return run_mpi(body)
+    return run_torch(body, "nccl" if vars(options).get("device") == "cuda" else "gloo")
 
 
 def run_mpi(body: Callable[[Comm], int]) -> int:
@@ -131,12 +134,15 @@ def run_mpi(body: Callable[[Comm], int]) -> int:
     return body(MpiComm(world))
 
 
-def run_torch(body: Callable[[Comm], int]) -> int:
+def run_torch(body: Callable[[Comm], int], backend: str) -> int:
+    import torch
     import torch.distributed as dist
 
     from moecomm.transports.torch import TorchComm
 
-    dist.init_process_group("gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
     status = body(TorchComm(dist.group.WORLD))
     dist.destroy_process_group()
     return status
