@@ -143,7 +143,8 @@ def run_torch(body: Callable[[Comm], int], backend: str) -> int:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend)
-    status = body(TorchComm(dist.group.WORLD))
+    with torch.no_grad():
+        status = body(TorchComm(dist.group.WORLD))
     dist.destroy_process_group()
     return status
 

@@ -12,7 +12,7 @@ from moecomm.errors import CommError
 from moecomm.exchange.direct_kernels import Buffers, Shape, Table
 from moecomm.exchange.symmetric import SymmetricMemory, ipc_memory
 from moecomm.gating import Routing
-from moecomm.together import together
+from moecomm.together import gather, together
 from moecomm.transports import as_comm
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,7 +78,7 @@ class DirectExchange:
     """Dispatch and combine by kernels that write into each other's memory, for CUDA ranks of one node.
 
     comm         1, 2, 4 or 8 ranks that share the experts: rank r holds experts r * E / p and up. Each rank's current
-                 device is its GPU
+                 device is its GPU, which no other rank has
     max_tokens   the most tokens that a rank may bring to a call
     hidden       H
     num_experts  E, a multiple of the number of ranks
@@ -125,7 +125,14 @@ class DirectExchange:
 
         self.comm = as_comm(comm)
         p = self.comm.size
-        device, available = together(self.comm, "DirectExchange", _current_gpu)
+        device, available, name = together(self.comm, "DirectExchange", _current_gpu)
+        names = gather(self.comm, name)
+        if len(set(names)) < p:
+            first = next(rank for rank in range(p) if names[rank] in names[:rank])
+            raise ValueError(
+                f"DirectExchange: ranks {names.index(names[first])} and {first} have the same GPU, expected one each: "
+                f"a kernel waits for those of all ranks, which a GPU need not run at the same time{self.comm.where()}"
+            )
         num_sms = max(2, available - NCCL_SMS) if num_sms is None else num_sms
 
         def arguments() -> tuple[None, tuple[()], object]:
@@ -474,11 +481,12 @@ class DirectExchange:
             raise ValueError(f"combine: rows is {list(rows.shape)}, expected [{size}, {self.shape.hidden}]{where}")
 
 
-def _current_gpu() -> tuple[int, int]:
-    """Its number, and its multiprocessors."""
+def _current_gpu() -> tuple[int, int, str]:
+    """Its number here, its multiprocessors, and its name everywhere."""
     import torch
 
-    return torch.cuda.current_device(), torch.cuda.get_device_properties("cuda").multi_processor_count
+    properties = torch.cuda.get_device_properties("cuda")
+    return torch.cuda.current_device(), properties.multi_processor_count, str(properties.uuid)
 
 
 def _wants_gradients(*tensors: Any) -> bool:

@@ -1,6 +1,6 @@
 """DirectExchange on a machine with GPUs, against plain loops on the host.
 
-python tests/programs/direct.py --threads 1 2 4 8     ranks as threads, several to a GPU if need be
+python tests/programs/direct.py --threads 1 2         ranks as threads, as many as there are GPUs or fewer
 mpirun -n 2 python tests/programs/direct.py --mpi     CUDA IPC between processes
 torchrun --nproc-per-node 2 tests/programs/direct.py  torch's symmetric memory, and RoutedExchange over NCCL
 """
@@ -349,16 +349,18 @@ def main() -> None:
     if chosen.threads is not None:
         from moecomm.transports import threads
 
+        def rank_body(comm: Comm) -> None:
+            torch.cuda.set_device(comm.rank)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                body(comm, available, ipc_memory)
+
+        def on_one_gpu(comm: Comm) -> None:
+            make = lambda: DirectExchange(comm, 8, 16, 2, 1, torch.float32)  # noqa: E731
+            raises(ValueError, "ranks 0 and 1 have the same GPU", make)
+
+        threads.run(2, on_one_gpu)
         for size in chosen.threads:
-            share = -(-size // torch.cuda.device_count())
-            num_sms = available // share // 2 if share > 1 else available
-            load(size, num_sms, cases)
-
-            def rank_body(comm: Comm, num_sms: int = num_sms) -> None:
-                torch.cuda.set_device(comm.rank % torch.cuda.device_count())
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    body(comm, num_sms, ipc_memory)
-
+            load(size, available, cases)
             threads.run(size, rank_body, limit=120)
     elif chosen.mpi:
         from mpi4py import MPI
