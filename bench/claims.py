@@ -33,7 +33,7 @@ from torch import Tensor
 
 from moecomm.distill import Distiller, ModelTeacher, Schedule, student_config
 from moecomm.nn import Config, TransformerLM
-from moecomm.train.loop import Plan, Trainer
+from moecomm.train.loop import Trainer, TrainingPlan
 from moecomm.train.text import Text, read_text
 
 TEACHER = "pr-moe"
@@ -167,7 +167,7 @@ def trainer_of(run: Run, config: Config, schedule: Schedule | None) -> Trainer:
     if cuda:
         torch.cuda.set_device(run.device)
     precision: Any = "bfloat16" if cuda else "float32"
-    plan = Plan(
+    plan = TrainingPlan(
         options.batch, options.batch, options.learning_rate,
         decay_steps=options.steps, precision=precision, seed=run.seed,
     )  # fmt: skip

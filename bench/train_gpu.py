@@ -27,7 +27,7 @@ from harness import append
 
 from moecomm import Comm
 from moecomm.nn import Config, ResidualMoE, TransformerLM, config_named, layer_groups, pyramid
-from moecomm.train.loop import Plan, Trainer
+from moecomm.train.loop import Trainer, TrainingPlan
 from moecomm.train.run import mean_of_ranks, world
 from moecomm.train.text import Text, read_text
 
@@ -40,13 +40,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 FEW = 24
 SOURCE = read_text([])
-Make = Callable[[Config, Plan], Trainer]
+Make = Callable[[Config, TrainingPlan], Trainer]
 
 
 def maker(comm: Comm | None, device: torch.device, exchange: str, num_sms: int | None = None) -> Make:
     """Makes a model and its trainer, the experts shared by all ranks of comm. num_sms: of DirectExchange."""
 
-    def make(config: Config, plan: Plan) -> Trainer:
+    def make(config: Config, plan: TrainingPlan) -> Trainer:
         groups = None if comm is None else layer_groups(comm, config.experts)
 
         def direct(of_layer: Any, num_experts: int) -> Any:
@@ -68,7 +68,7 @@ def maker(comm: Comm | None, device: torch.device, exchange: str, num_sms: int |
 def quality(make: Make, kind: str, seed: int, steps: int) -> dict[str, Any]:
     """The record of one kind and seed."""
     config = replace(MEDIUM, **KINDS[kind])
-    trainer = make(config, Plan(32, 32, 6e-4, seed=seed, precision="bfloat16"))
+    trainer = make(config, TrainingPlan(32, 32, 6e-4, seed=seed, precision="bfloat16"))
     losses = [trainer.step(step) for step in range(steps)]
     return {
         "kind": kind,
@@ -110,7 +110,7 @@ def one_pass(trainer: Trainer, number: int) -> None:
 
 def residual(make: Make, reps: int, comm: Comm | None = None, small: Make | None = None) -> Iterator[dict[str, Any]]:
     """Step times of each kind; 16 sequences of 1024 tokens a rank. small: with exchanges on few multiprocessors."""
-    plan = Plan(16 * (comm.size if comm else 1), 16, precision="bfloat16")
+    plan = TrainingPlan(16 * (comm.size if comm else 1), 16, precision="bfloat16")
     trainers = {kind: make(replace(BIG, **choices), plan) for kind, choices in KINDS.items()}
     trainers["residual, one after the other"] = after = make(BIG, plan)
     for layer in after.model.modules():
@@ -134,7 +134,7 @@ def equality(make: Make, alone: Make, comm: Comm, steps: int) -> Iterator[dict[s
     for precision in ("float32", "bfloat16"):
         for kind in ("residual", "top-2"):
             config = replace(config_named("small"), **KINDS[kind])
-            plan = Plan(16, 4, precision=precision)  # type: ignore[arg-type]
+            plan = TrainingPlan(16, 4, precision=precision)  # type: ignore[arg-type]
             shared, one = make(config, plan), alone(config, plan)
             losses = [mean_of_ranks(comm, shared.step(step))[0] for step in range(steps)]
             wanted = [one.step(step) for step in range(steps)]

@@ -25,7 +25,7 @@ from harness import append
 from tqdm import tqdm
 
 from moecomm.nn import TransformerLM, config_named, routing_report
-from moecomm.train.loop import Balance, Plan, Trainer, balanced
+from moecomm.train.loop import Balance, Trainer, TrainingPlan, balanced
 from moecomm.train.run import read_log
 from moecomm.train.text import Text, read_text
 
@@ -72,7 +72,7 @@ def balance(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for seed in range(options.seeds):
             config = balanced(config_named(options.config), way)
             text = Text(source, config.context, seed)
-            trainer = Trainer(TransformerLM(config, seed=seed), text, Plan(balance=way, seed=seed))
+            trainer = Trainer(TransformerLM(config, seed=seed), text, TrainingPlan(balance=way, seed=seed))
             losses = [trainer.step(step) for step in tqdm(range(options.steps), desc=f"{way}, seed {seed}")]
             validation = trainer.validate(16)
             reports = routing_report(trainer.model, text.validation(64)[:, :-1])

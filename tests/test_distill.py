@@ -32,7 +32,7 @@ from moecomm.distill import (  # noqa: E402
 from moecomm.distill.__main__ import main  # noqa: E402
 from moecomm.nn import CONFIGS, TransformerLM, layer_groups  # noqa: E402
 from moecomm.train.__main__ import main as train  # noqa: E402
-from moecomm.train.loop import Plan, Trainer  # noqa: E402
+from moecomm.train.loop import Trainer, TrainingPlan  # noqa: E402
 from moecomm.train.run import mean_of_ranks  # noqa: E402
 from moecomm.train.text import Text  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
@@ -176,7 +176,7 @@ def text(config: Any = TINY) -> Text:
 
 def test_the_teacher_is_not_asked_after_the_stop() -> None:
     teacher = Counted(TransformerLM(TINY, seed=9))
-    plan = Plan(batch=4, micro_batch=2)
+    plan = TrainingPlan(batch=4, micro_batch=2)
     made: dict[str, list[float]] = {}
     for kind, stop in (("none", None), ("staged", 3), ("full", None)):
         trainer = Distiller(TransformerLM(TINY), text(), plan, teacher, Schedule(kind, 1.0, stop))  # type: ignore[arg-type]
@@ -193,7 +193,7 @@ def test_the_teacher_is_not_asked_after_the_stop() -> None:
 def test_one_step_descends_the_definition() -> None:
     """The gradients of a Distiller's objective are those of the loss written out with torch's own functions."""
     teacher = TransformerLM(TINY, seed=9)
-    trainer = Distiller(TransformerLM(TINY), text(), Plan(), ModelTeacher(teacher), Schedule("full", 0.7), 2.0)
+    trainer = Distiller(TransformerLM(TINY), text(), TrainingPlan(), ModelTeacher(teacher), Schedule("full", 0.7), 2.0)
     tokens = text().batch(0, 2)
     losses, output = trainer._losses(tokens)
     got = torch.autograd.grad(trainer.objective(0, tokens, losses, output), list(trainer.model.parameters()))
@@ -219,7 +219,7 @@ def test_losses_of_a_split_student_are_those_of_one_rank() -> None:
             return TransformerLM(of, groups=groups, seed=seed)
 
         teacher = ModelTeacher(model(TINY, 9))
-        trainer = Distiller(model(config, 0), text(), Plan(4, 2), teacher, Schedule("staged", 1.0, 4))
+        trainer = Distiller(model(config, 0), text(), TrainingPlan(4, 2), teacher, Schedule("staged", 1.0, 4))
         return [mean_of_ranks(comm, trainer.step(step))[0] for step in range(6)]
 
     wanted = losses(None)

@@ -25,6 +25,7 @@ from conftest import gloo_run
 torch = pytest.importorskip("torch")
 
 from safetensors import safe_open  # noqa: E402
+from training import train  # noqa: E402
 
 from moecomm import Comm  # noqa: E402
 from moecomm.nn import (  # noqa: E402
@@ -33,9 +34,7 @@ from moecomm.nn import (  # noqa: E402
     TransformerLM,
     checkpoint,
     layer_groups,
-    next_token_loss,
     parameter_groups,
-    reduce_gradients,
 )
 from moecomm.nn.slices import held  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
@@ -61,24 +60,6 @@ def tokens(step: int) -> torch.Tensor:
     return torch.randint(256, (MICRO_BATCHES, 2, 13), generator=torch.Generator().manual_seed(step))
 
 
-def train(model: TransformerLM, optimizer: Any, steps: range) -> list[float]:
-    data = None if model.groups is None else model.groups.data
-    losses = []
-    for step in steps:
-        batches = tokens(step).chunk(1 if data is None else data.size)[0 if data is None else data.rank]
-        optimizer.zero_grad()
-        total = torch.zeros(1)
-        for batch in batches:
-            output = model(batch[:, :-1])
-            loss = next_token_loss(output.logits, batch[:, 1:]) + output.loss
-            loss.backward()
-            total += loss.detach()
-        reduce_gradients(model, model.groups, len(batches))
-        optimizer.step()
-        losses.append(float(total if data is None else data.all_reduce(total)) / MICRO_BATCHES)
-    return losses
-
-
 def contents(path: Path) -> dict[str, torch.Tensor]:
     """Every whole tensor of a checkpoint, put together from what the keys in its files say; no number comes twice."""
     index = json.loads((path / "checkpoint.json").read_text())
@@ -99,9 +80,9 @@ def contents(path: Path) -> dict[str, torch.Tensor]:
 def test_every_split_continues_what_one_began(config: object, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model, optimizer = build(config)
-    train(model, optimizer, range(STEPS))
+    train(model, optimizer, tokens, range(STEPS))
     checkpoint.save(tmp_path, 1, model, optimizer, values={"seen": 5})
-    wanted = train(model, optimizer, range(STEPS, 2 * STEPS))
+    wanted = train(model, optimizer, tokens, range(STEPS, 2 * STEPS))
     saved = contents(tmp_path / "step-000001")
     assert saved["blocks.3.ffn.moe.experts.7.up"].shape == (16, 64)
     assert {"embedding", "blocks.1.ffn.moe.bias", "optimizer/exp_avg/blocks.1.ffn.moe.experts.0.down"} < saved.keys()
@@ -113,7 +94,7 @@ def test_every_split_continues_what_one_began(config: object, tmp_path: Path) ->
             assert last is not None
             assert checkpoint.load(last, model, optimizer, comm=comm) == {"seen": 5}
             checkpoint.save(tmp_path, number + 2, model, optimizer, comm=comm, values={"seen": 5})
-            assert train(model, optimizer, range(STEPS, 2 * STEPS)) == pytest.approx(wanted, rel=1e-5), sizes
+            assert train(model, optimizer, tokens, range(STEPS, 2 * STEPS)) == pytest.approx(wanted, rel=1e-5), sizes
 
     gloo_run(4, body)
     for number in range(2, len(SPLITS) + 2):
@@ -124,7 +105,7 @@ def test_every_split_continues_what_one_began(config: object, tmp_path: Path) ->
     assert len(sizes) == 4 and max(sizes) < 1.5 * min(sizes)  # the ranks share the writing
     model, optimizer = build(config)
     checkpoint.load(tmp_path / "step-000004", model, optimizer)
-    assert train(model, optimizer, range(STEPS, 2 * STEPS)) == pytest.approx(wanted, rel=1e-5)
+    assert train(model, optimizer, tokens, range(STEPS, 2 * STEPS)) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_saved_at_four_loaded_at_one_and_two(tmp_path: Path) -> None:
@@ -132,9 +113,9 @@ def test_saved_at_four_loaded_at_one_and_two(tmp_path: Path) -> None:
 
     def saved(comm: Comm) -> None:
         model, optimizer = build(CONFIG, comm, expert=4)
-        train(model, optimizer, range(STEPS))
+        train(model, optimizer, tokens, range(STEPS))
         checkpoint.save(tmp_path, 1, model, optimizer, comm=comm)
-        losses = train(model, optimizer, range(STEPS, 2 * STEPS))
+        losses = train(model, optimizer, tokens, range(STEPS, 2 * STEPS))
         if comm.rank == 0:
             (tmp_path / "losses").write_text(json.dumps(losses))
 
@@ -144,7 +125,7 @@ def test_saved_at_four_loaded_at_one_and_two(tmp_path: Path) -> None:
     def loaded(comm: Comm | None, **sizes: int) -> None:
         model, optimizer = build(CONFIG, comm, **sizes)
         checkpoint.load(tmp_path / "step-000001", model, optimizer, comm=comm)
-        assert train(model, optimizer, range(STEPS, 2 * STEPS)) == pytest.approx(wanted, rel=1e-5)
+        assert train(model, optimizer, tokens, range(STEPS, 2 * STEPS)) == pytest.approx(wanted, rel=1e-5)
 
     loaded(None)
     gloo_run(2, lambda comm: loaded(comm, expert=2))

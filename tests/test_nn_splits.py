@@ -16,8 +16,10 @@ from conftest import gloo_run
 
 torch = pytest.importorskip("torch")
 
+from training import train  # noqa: E402
+
 from moecomm import Comm  # noqa: E402
-from moecomm.nn import CONFIGS, TransformerLM, layer_groups, next_token_loss, reduce_gradients  # noqa: E402
+from moecomm.nn import CONFIGS, TransformerLM, layer_groups, reduce_gradients  # noqa: E402
 from moecomm.nn.pipeline import pipeline_stage, stage_loss  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
@@ -33,37 +35,20 @@ def tokens(step: int) -> torch.Tensor:
     return (start + 3 * torch.arange(LENGTH + 1)) % 256  # something that can be learned
 
 
-def train(model: TransformerLM, data_rank: int = 0, data_size: int = 1, comm: Comm | None = None) -> list[float]:
-    """The mean loss over all micro-batches, at each step."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    losses = []
-    for step in range(STEPS):
-        mine = tokens(step).chunk(data_size)[data_rank]
-        optimizer.zero_grad()
-        total = torch.zeros(1)
-        for batch in mine:
-            output = model(batch[:, :-1])
-            loss = next_token_loss(output.logits, batch[:, 1:]) + output.loss
-            loss.backward()
-            total += loss.detach()
-        reduce_gradients(model, model.groups, len(mine))
-        optimizer.step()
-        total = total if comm is None else comm.all_reduce(total)
-        losses.append(float(total) / MICRO_BATCHES)
-    return losses
+def trained(model: TransformerLM) -> list[float]:
+    return train(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), tokens, range(STEPS))
 
 
 @cache
 def on_one_rank(config: object) -> list[float]:
-    losses = train(TransformerLM(config))
+    losses = trained(TransformerLM(config))
     assert losses[-1] < losses[0] - 0.3
     return losses
 
 
 def on_many(comm: Comm, config: object, **sizes: int) -> list[float]:
     groups = layer_groups(comm, config.experts, **sizes)
-    model = TransformerLM(config, groups=groups)
-    return train(model, groups[0].data.rank, groups[0].data.size, groups[0].data)
+    return trained(TransformerLM(config, groups=groups))
 
 
 SPLITS = [

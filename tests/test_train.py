@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from moecomm import Comm  # noqa: E402
 from moecomm.nn import CONFIGS, TransformerLM, checkpoint  # noqa: E402
 from moecomm.train.__main__ import main, parser  # noqa: E402
-from moecomm.train.loop import Plan, Trainer, balanced  # noqa: E402
+from moecomm.train.loop import Trainer, TrainingPlan, balanced  # noqa: E402
 from moecomm.train.run import build, restore  # noqa: E402
 from moecomm.train.text import Text, read_text  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
@@ -53,7 +53,7 @@ def test_a_run(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [path.name for path in out.glob("step-*")] == ["step-000030"]
     model = TransformerLM(CONFIGS["tiny"], seed=1)
     checkpoint.load(out / "step-000030", model, torch.optim.AdamW(model.parameters()))
-    trainer = Trainer(model, Text(read_text([book]), model.config.context), Plan())
+    trainer = Trainer(model, Text(read_text([book]), model.config.context), TrainingPlan())
     assert trainer.validate() < steps[0]["loss"] - 0.5
     assert main([*TINY, "--text", str(book), "--out", str(out)]) == 2  # what is there stays
     assert "has a run already" in capsys.readouterr().err
@@ -168,7 +168,7 @@ def test_every_way_of_balancing(balance: Any) -> None:
     config = balanced(CONFIGS["tiny"], balance)
     model = TransformerLM(config)
     text = Text(torch.arange(4000, dtype=torch.int64).to(torch.uint8), config.context)
-    trainer = Trainer(model, text, Plan(batch=4, micro_batch=2, balance=balance))
+    trainer = Trainer(model, text, TrainingPlan(batch=4, micro_batch=2, balance=balance))
     losses = [trainer.step(step) for step in range(4)]
     assert losses[-1] < losses[0]
     moved = [bool(layer.bias.any()) for layer in model.moe_layers()]

@@ -17,7 +17,7 @@ from moecomm.distill.schedule import Schedule
 from moecomm.distill.student import start_from, student_config
 from moecomm.distill.teacher import CachedTeacher, ModelTeacher, Teacher
 from moecomm.nn import Config, Output, TransformerLM, config_named
-from moecomm.train.loop import Plan, Trainer
+from moecomm.train.loop import Trainer, TrainingPlan
 from moecomm.train.run import build as build_alone
 from moecomm.train.run import read_log, restore, split_model
 from moecomm.train.text import Text
@@ -34,7 +34,7 @@ class Distiller(Trainer):
     """
 
     def __init__(
-        self, model: TransformerLM, text: Text, plan: Plan, teacher: Teacher, schedule: Schedule,
+        self, model: TransformerLM, text: Text, plan: TrainingPlan, teacher: Teacher, schedule: Schedule,
         temperature: float = 1.0,
     ) -> None:  # fmt: skip
         check_sizes(teacher, model.config)

@@ -30,7 +30,7 @@ WARM_UP = 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What is trained, on all ranks together.
 
     batch        sequences in a step
@@ -70,7 +70,7 @@ class Trainer:
     Raises ValueError if the data ranks cannot share the micro-batches.
     """
 
-    def __init__(self, model: TransformerLM, text: Text, plan: Plan) -> None:
+    def __init__(self, model: TransformerLM, text: Text, plan: TrainingPlan) -> None:
         self.model, self.text, self.plan = model, text, plan
         self.data = None if model.groups is None else model.groups.data
         ranks, num_micro = part_in(self.data)[1], plan.batch // plan.micro_batch

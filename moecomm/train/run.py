@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from moecomm.comm import Comm
 from moecomm.nn import Config, LayerReport, TransformerLM, checkpoint, config_named, layer_groups, plot_routing
-from moecomm.train.loop import Plan, Trainer, balanced
+from moecomm.train.loop import Trainer, TrainingPlan, balanced
 from moecomm.train.text import Text, read_text
 
 LIMIT = 120.0
@@ -52,7 +52,7 @@ def build(options: Namespace, comm: Comm | None, device: torch.device, config: C
     text = Text(read_text(options.text), config.context, options.seed)
     model = split_model(config, options, comm, device)
     of_run = {name: getattr(options, name) for name in ("batch", "micro_batch", "learning_rate", "balance", "seed")}
-    return Trainer(model, text, Plan(precision="bfloat16" if device.type == "cuda" else "float32", **of_run))
+    return Trainer(model, text, TrainingPlan(precision="bfloat16" if device.type == "cuda" else "float32", **of_run))
 
 
 def split_model(config: Config, options: Namespace, comm: Comm | None, device: torch.device) -> TransformerLM:
