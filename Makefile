@@ -29,6 +29,7 @@ test-mpi: $(VENV)/.test
 # For a machine with GPUs, in an environment that has torch with CUDA and moecomm installed.
 test-gpu:
 	torchrun --nproc-per-node gpu tests/programs/nccl.py
+	torchrun --nproc-per-node gpu tests/programs/direct.py
 	$(PYTHON) tests/programs/gating_cuda.py
 
 lint: $(VENV)/.test
