@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pr_moe_figure
 import scaling_figures
+import students_figure
 from gating_figure import gating_svg
 from models_figure import models_svg
-from students_figure import curves_svg, layers_svg, rows_svg
 
 from moecomm import Nodes, Topology
 from moecomm.draw import lanes_svg, topology_svg, traffic_svg, two_hops_svg
@@ -26,7 +26,6 @@ EQUAL = Nodes.of_size(4, 16)
 UNEQUAL = Nodes.of_size(4, 10)
 TOPOLOGY = Topology(16, tensor=2, expert=4)
 SPREAD = Topology(16, tensor=2, expert=4, inner="expert_data")
-COMPARED = ("dense", "standard", "pr-moe", "first half", "second half", "top-2", "residual")
 SLICED = Topology(16, tensor=2, expert=4, expert_tensor=2)
 STAGES = Topology(16, pipeline=2, expert=4)
 
@@ -44,14 +43,12 @@ def draw() -> dict[str, str]:
         "topology_pipeline": topology_svg(STAGES, "expert_data", ranks_per_node=4),
         "lanes": lanes_svg(Topology(16, tensor=2, expert=16)),
         "models": models_svg(Topology(8, tensor=2, expert=4), num_experts=8),
-        "students_layers": layers_svg((0, 4, 0, 4, 0, 8, 0, 8), (0, 1, 2, 5, 4, 7, 6)),
-        "students_losses": curves_svg(RESULTS / "claims_cpu.jsonl", 400, (-0.1, -0.05, 0, 0.05, 0.1, 0.15, 0.2)),
-        "pr_moe_claims": rows_svg(RESULTS / "claims_cpu.jsonl", 400, COMPARED),
         "gating_h200": gating_svg(RESULTS / "gating_h200.jsonl"),
     }
     for axis in ("tensor", "data", "expert", "expert_data", "expert_lane"):
         figures[f"topology_{axis}"] = topology_svg(TOPOLOGY, axis, ranks_per_node=4)
     figures |= scaling_figures.draw() | pr_moe_figure.draw(RESULTS)
+    figures |= students_figure.draw(RESULTS / "claims_h200.jsonl")
     return {f"{name}.svg": svg for name, svg in figures.items()}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,38 @@ from charts import Axis, Chart
 from moecomm.draw.svg import INK, MARGIN, MUTED, Box, Canvas, Key, color_of, mixed
 
 LAYER = Box(0, 0, 150, 20)
-STUDENTS = ("pr-moe", "student", "student, full", "student, staged", "student, linear")
+COMPARED = {
+    "dense": "dense",
+    "standard MoE": "standard",
+    "PR-MoE": "pr-moe",
+    "first half": "first half",
+    "second half": "second half",
+    "top-2": "top-2",
+    "residual": "residual",
+}
+TAUGHT = {
+    "teacher": "pr-moe",
+    "student alone": "student",
+    "student, full": "student, full",
+    "student, staged": "student, staged",
+    "student, linear": "student, linear",
+}
+"""How a row of the records is called in a picture -> the row."""
 LEFT, WIDTH, ROW = 150, 520, 30
 """px: where the axis of losses starts, how long it is, and a row of it."""
+
+
+def draw(results: Path) -> dict[str, str]:
+    """Name of each figure -> its text. results: a file of bench/claims.py, all runs of as many steps."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    claims, students = "The paper's comparisons in small", "What the teacher gives a student"
+    return {
+        "students_layers": layers_svg((0, 4, 0, 4, 0, 8, 0, 8), (0, 1, 2, 5, 4, 7, 6)),
+        "students_claims": rows_svg(students, records, TAUGHT),
+        "students_losses": curves_svg(students, records, TAUGHT, "teacher", (-0.1, -0.05, 0, 0.05, 0.1)),
+        "pr_moe_claims": rows_svg(claims, records, COMPARED),
+        "pr_moe_curves": curves_svg(claims, records, COMPARED, "standard MoE", (-0.05, 0, 0.05, 0.1, 0.15, 0.2, 0.25)),
+    }
 
 
 def layers_svg(experts: Sequence[int], kept: Sequence[int]) -> str:
@@ -56,55 +86,68 @@ class Linear(Axis):
         return (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
 
 
-def curves_svg(results: Path, steps: int, marks: Sequence[float]) -> str:
-    """Held-out losses of the teacher and of students that hear it, in training, less that of a student alone.
+class Curves(Chart):
+    """A chart of rows that have a curve for each seed."""
 
-    steps  of the runs
-    marks  of the losses. All numbers are means over the seeds
+    def curves(self, name: str, curves: Iterable[Sequence[tuple[float, float]]]) -> None:
+        """Lines of one colour without dots."""
+        color = self._key(name)
+        for curve in curves:
+            for before, after in pairwise(map(self._place, curve)):
+                self._segment(before, after, color)
+
+    def step(self, step: float, words: str) -> None:
+        """A grey line at a step, and what happens there."""
+        low, high = self.y.marks[0], self.y.marks[-1]
+        self.line((step, low), (step, high))
+        x, y = self._place((step, high))
+        self.canvas.text((x + 6, y + 15), words, 12, color=MUTED)
+
+
+def curves_svg(
+    title: str, records: Sequence[dict[str, Any]], rows: Mapping[str, str], base: str, marks: Sequence[float]
+) -> str:
+    """Held-out losses in training less those of the row called `base` with the same seed: a curve for each run.
+
+    rows   name -> row of the records
+    marks  of the losses
     """
-    found = [record for record in read(results, steps) if record["row"] in STUDENTS]
-    first = found[0]
-    seeds = len({record["seed"] for record in found})
-    about = (
-        f"held-out loss less that of a student alone at the same step, nats per byte; {seeds} seeds, {first['text']}"
-    )
+    steps, text = records[0]["steps"], records[0]["text"]
+    found = {(record["row"], record["seed"]): record["validation_curve"] for record in records}
+    seeds = sorted({seed for _, seed in found})
+    about = f"held-out loss less that of the {base} with the same seed, nats per byte; {len(seeds)} seeds, {text}"
     x = Linear("step", range(0, steps + 1, steps // 5), lambda step: f"{step:g}")
-    chart = Chart("What the teacher gives a student", about, x, Linear("", marks, lambda loss: f"{loss:+g}"))
-    alone = dict(means(found, "student"))
+    chart = Curves(title, about, x, Linear("", marks, lambda loss: f"{loss:+g}" if loss else "0"))
     chart.line((0, 0), (steps, 0))
-    for row in STUDENTS:
-        points = [(step, loss - alone[step]) for step, loss in means(found, row)]
-        if points and row != "student":
-            chart.curve("teacher" if row == "pr-moe" else row, [p for p in points if marks[0] <= p[1] <= marks[-1]])
+    for name, row in rows.items():
+        if name != base:
+            pairs = [zip(found[row, seed], found[rows[base], seed], strict=True) for seed in seeds]
+            chart.curves(name, [[(step, loss - least) for (step, loss), (_, least) in pair] for pair in pairs])
+    if "student, staged" in rows:
+        stop = next(record["schedule"]["stop"] for record in records if record["row"] == "student, staged")
+        chart.step(stop, "staged: from here alone")
     return chart.svg()
 
 
-def means(found: Sequence[dict[str, Any]], row: str) -> list[tuple[float, float]]:
-    """Step and mean loss of all seeds, where a row was evaluated."""
-    curves = [record["validation_curve"] for record in found if record["row"] == row]
-    return [(float(at[0][0]), sum(loss for _, loss in at) / len(at)) for at in zip(*curves, strict=True)]
-
-
-def rows_svg(results: Path, steps: int, rows: Sequence[str]) -> str:
+def rows_svg(title: str, records: Sequence[dict[str, Any]], rows: Mapping[str, str]) -> str:
     """The held-out loss of each row at the end: a dot for each seed, a line for their mean."""
-    found = [record for record in read(results, steps) if record["row"] in rows]
+    found = [record for record in records if record["row"] in rows.values()]
     first = found[0]
     about = f"held-out loss after {first['tokens'] / 1e6:.1f} million bytes of {first['text']}, nats per byte"
-    canvas = Canvas("The paper's comparisons in small", about)
+    canvas = Canvas(title, about)
     least, most = (f([record["validation_loss"] for record in found]) for f in (min, max))
     edge = 0.08 * (most - least)
     least, most = least - edge, most + edge
     top, y = MARGIN + 60.0, MARGIN + 60.0
-    for row in rows:
+    for name, row in rows.items():
         runs = [record for record in found if record["row"] == row]
         places = [LEFT + (record["validation_loss"] - least) / (most - least) * WIDTH for record in runs]
-        canvas.text((LEFT - 10, y + 15), row, 13, "end")
+        canvas.text((LEFT - 10, y + 15), name, 13, "end")
         canvas.rect(Box(LEFT, y + ROW / 2 - 4.5, WIDTH, 0.5), "#e3e7eb")
-        if places:
-            mean = sum(record["validation_loss"] for record in runs) / len(runs)
-            canvas.rect(Box(sum(places) / len(places) - 1, y + 2, 2, ROW - 13), INK)
-            size = f"{runs[0]['active_parameters'] / 1e6:.2f} of {runs[0]['parameters'] / 1e6:.2f}"
-            canvas.text((LEFT + WIDTH + 14, y + 15), f"{mean:.4f};  {size} million parameters", 12)
+        mean = sum(record["validation_loss"] for record in runs) / len(runs)
+        canvas.rect(Box(sum(places) / len(places) - 1, y + 2, 2, ROW - 13), INK)
+        size = f"{runs[0]['active_parameters'] / 1e6:.1f} of {runs[0]['parameters'] / 1e6:.1f}"
+        canvas.text((LEFT + WIDTH + 14, y + 15), f"{mean:.3f};  {size} million parameters", 12)
         for place in places:
             canvas.rect(Box(place - 4, y + ROW / 2 - 8.5, 8, 8), mixed(color_of(0), 0.6), color_of(0), 4)
         y += ROW
@@ -121,9 +164,3 @@ def ticks(least: float, most: float) -> Iterable[float]:
     """Round numbers between the two, four to nine of them."""
     step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (most - least) / step < 9)
     return [n * step for n in range(int(least / step) + 1, int(most / step) + 1)]
-
-
-def read(results: Path, steps: int) -> list[dict[str, Any]]:
-    """The records of so many steps."""
-    records = [json.loads(line) for line in results.read_text().splitlines()]
-    return [record for record in records if record["steps"] == steps]
