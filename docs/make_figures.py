@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import exchange_figure
 import pr_moe_figure
 import scaling_figures
 import students_figure
@@ -47,7 +48,7 @@ def draw() -> dict[str, str]:
     }
     for axis in ("tensor", "data", "expert", "expert_data", "expert_lane"):
         figures[f"topology_{axis}"] = topology_svg(TOPOLOGY, axis, ranks_per_node=4)
-    figures |= scaling_figures.draw() | pr_moe_figure.draw(RESULTS)
+    figures |= scaling_figures.draw() | pr_moe_figure.draw(RESULTS) | exchange_figure.draw(RESULTS)
     figures |= students_figure.draw(RESULTS / "claims_h200.jsonl")
     return {f"{name}.svg": svg for name, svg in figures.items()}
 
