@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, Counts, dtype_name, is_torch, num_axes, sum_dtype
-from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sum_back
+from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sorting, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.gating import Routing
 
@@ -116,7 +116,7 @@ class RoutedExchange:
         T, K = expert.shape  # noqa: N806
         rank = self._holder[expert]  # [T, K]; comm.size: dropped
         if self.send == "assignments":
-            assignment = np.argsort(rank, axis=None, kind="stable")[: np.count_nonzero(expert >= 0)]
+            assignment = sorting(rank)[: np.count_nonzero(expert >= 0)]
             row, choice = np.divmod(assignment, max(K, 1))
             labels = self._local_id[expert.reshape(-1)[assignment]].reshape(-1, 1)
             copies, to = Copies(row, choice, T, K), rank[row, choice]
