@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from moecomm.exchange.direct_kernels import Shape
-from moecomm.gating.kernel import Kernel
 
 SHAPES = {
     "many rows": Shape("bfloat16", False, 7168, 8, 4096, 2, 128, 132),
@@ -30,11 +29,20 @@ def test_kernels_compile(architecture: int, name: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
     from test_cuda_sources import compile_for
 
-    shape = SHAPES[name]
-    aligned = int(shape.hidden % 16 == 0)
-    for kernel in shape.kernels():
-        macros = tuple((macro, aligned if macro == "ALIGNED" else value) for macro, value in kernel.macros)
-        assert compile_for(architecture, Kernel(kernel.source, kernel.name, macros)) == ""
+    for kernel in SHAPES[name].kernels():
+        assert compile_for(architecture, kernel) == ""
+
+
+def test_loaded_kernels_are_those_that_rows_need() -> None:
+    """Rows side by side: all of them start at multiples of 16 bytes, or not all do."""
+
+    def aligned(shape: Shape) -> list[object]:
+        return [dict(kernel.macros)["ALIGNED"] for kernel in shape.kernels()]
+
+    assert aligned(SHAPES["many rows"]) == [1] * 7
+    assert aligned(SHAPES["tags, rows of any size"]) == [0] * 6 + [1]
+    assert aligned(SHAPES["float8, tags"]) == [0, 0, 1, 1, 1]  # rows of 200 bytes come, rows of 400 are given
+    assert aligned(replace(SHAPES["float8"], hidden=200)) == [1, 0, 1, 1, 1]  # compact ones lie where they came
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), LARGE], ids=[*SHAPES, "large"])

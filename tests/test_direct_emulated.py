@@ -23,6 +23,7 @@ import pytest
 from moecomm import CommError
 from moecomm.exchange.direct import DirectExchange
 from moecomm.exchange.direct_kernels import Buffer, Buffers, Cut, Memory, Shape
+from moecomm.exchange.direct_plan import DirectPlan
 from moecomm.gating.kernel import Kernel, _argument, read_source
 
 torch = pytest.importorskip("torch")
@@ -259,7 +260,8 @@ class Wanted:
     """The table of each rank, by plain loops."""
 
     def __init__(self, shape: Shape, world: Any, max_rows: int) -> None:
-        self.shape, self.world, size = shape, world, (shape.ranks * shape.max_tokens, shape.top_k)
+        self.shape, self.world, self.max_rows = shape, world, max_rows
+        size = shape.ranks * shape.max_tokens, shape.top_k
         self.place = [torch.full(size, -1, dtype=torch.int32) for _ in world]
         self.order: list[list[tuple[int, int, int]]] = []  # source, token and choice of each row
         self.counts = []
@@ -359,8 +361,9 @@ def check(got: SimpleNamespace, wanted: Wanted, rank: int) -> None:
     rows = torch.stack([world[s][0][t] for s, t, _ in order]) if order else none
     for plan in (got.plan, got.compact):
         same(plan.rows_per_expert, torch.tensor(wanted.counts[rank]).int())
-        same(plan.offset[1:], torch.tensor(wanted.counts[rank]).cumsum(0).int())
+        same(plan.offset[1:], torch.tensor(wanted.counts[rank]).cumsum(0).clamp(max=wanted.max_rows).int())
         assert plan.offset[0] == 0
+        same(plan.expert, expert)
         same(plan.place, place)
         same(plan.slot[: len(order)], torch.tensor([s * shape.max_tokens + t for s, t, _ in order]).int())
         same(plan.num_tokens, torch.tensor([len(theirs[0]) for theirs in world]).int())
@@ -453,6 +456,85 @@ def test_a_rank_that_does_not_come(gpus: Gpus, name: str) -> None:
         with pytest.raises(CommError, match=r"waited 0\.1 s for rank 0 to s"):
             exchange._usable("dispatch")
         assert untouched(exchange)
+    for result in results:
+        check_range(result.plan, shape)
+        check_range(result.compact, shape)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_rank_that_dies_after_its_first_words(gpus: Gpus, compact: bool) -> None:
+    """It said how many tokens it has, but never where they go: some blocks make their part of the table, others not."""
+    shape = SmallShape("float32", False, 20, 1, 256, 2, 4, 5, False, 3, Cut(32, 1, 1, 1, 1))
+    for seed in range(3):
+        _, exchange = exchanges(shape)
+        tokens = exchange._buffers.part(exchange._buffers.to[0].tokens, (2,), torch.int32)
+        tokens[0], tokens[1] = 256, 1  # of rank 0, with the tag of the first use
+        expert = torch.full((256, 1), 5, dtype=torch.int32)
+        kept = exchange.send(torch.ones(256, 20), expert, torch.ones(256, 1), compact)
+        gpus.run(seed)
+        check_range(kept[1], shape)
+        with pytest.raises(CommError, match=r"for rank 0 to say where its tokens go"):
+            exchange._usable("dispatch")
+
+
+def check_range(plan: Any, shape: Shape) -> None:
+    """What a caller would read or write by this plan is there."""
+    num_rows, slots = len(plan.slot), shape.ranks * shape.max_tokens
+    assert plan.offset[0] == 0 and (plan.offset.diff() >= 0).all() and plan.offset[-1] <= num_rows
+    assert ((plan.slot[: plan.offset[-1]] >= 0) & (plan.slot[: plan.offset[-1]] < slots)).all()
+    assert ((plan.place >= -2) & (plan.place < num_rows)).all()
+
+
+def test_choices_may_change_after_dispatch(gpus: Gpus) -> None:
+    """As they do where the next micro-batch is routed into the same tensor before this one is combined."""
+    shape = CASES["2 ranks, tickets"]
+    made, kept = exchanges(shape), []
+    for exchange in made:
+        x, expert = torch.ones((4, 77), dtype=torch.bfloat16), torch.full((4, 3), 3, dtype=torch.int32)
+        rows, plan = exchange.send(x, expert, torch.ones(4, 3), False)
+        gpus.host(exchange.comm.rank, lambda expert=expert: expert.fill_(-1))
+        kept.append((x, expert, rows, exchange.give_back(rows, plan, plan.weight)[0]))
+    gpus.run(0)
+    for x, _, _, y in kept:
+        same(y, 3 * x)
+
+
+@pytest.mark.parametrize("name", ["1 rank, flags", "2 ranks, tickets", "4 ranks, tags"])
+def test_fewer_answers_than_rows(gpus: Gpus, name: str) -> None:
+    """Those that are missing count as zeros and are reported, and nothing is read or written behind the others."""
+    shape = CASES[name]
+    made, world, kept = exchanges(shape), inputs(shape, 1), []
+    given = 3
+    for exchange, (x, expert, weight, grad_y) in zip(made, world, strict=True):
+        rows, plan = exchange.send(x, expert, weight, False)
+        backing = torch.full_like(rows, 5)  # the answers, all ones, and what lies behind them
+        backing[:given] = 1
+        y, _ = exchange.give_back(backing[:given], plan, plan.weight)
+        grad_rows, grad_weight = exchange.spread(grad_y, backing[:given], plan)
+        kept.append((plan, y, grad_rows, grad_weight, backing))
+    gpus.run(0)
+    wanted = Wanted(shape, world, given)
+    for exchange, (x, *_), (plan, y, grad_rows, grad_weight, _) in zip(made, world, kept, strict=True):
+        rank, weight = exchange.comm.rank, world[exchange.comm.rank][2]
+        ones = lambda other, token, choice, row, weight=weight: weight[token, choice] * torch.ones(shape.hidden)  # noqa: E731
+        same(y, wanted.sums(rank, ones, True))
+        assert exchange._buffers.report.tolist()[:2] == [0, wanted.lost[rank]] and len(x) == len(y)
+        assert grad_rows.shape[0] == given and untouched(exchange)
+        assert (grad_weight[plan.place >= given] == 0).all()
+
+
+def test_combine_refuses_what_has_no_gradients() -> None:
+    (exchange,), (other,) = (exchanges(CASES["1 rank, flags"]) for _ in range(2))
+    (float8, _), rows = exchanges(CASES["2 ranks, float8"]), torch.zeros((3, 64)).requires_grad_()
+    plan = DirectPlan(*[None] * 4, torch.zeros(3), *[None] * 3, exchange, 0, True)
+    for refuses, its in ((exchange, plan), (float8, replace(plan, exchange=float8, compact=False))):
+        with pytest.raises(RuntimeError, match=r"combine: rows or plan.* for a gradient"):
+            refuses.combine(rows, its)
+    for call in (lambda: other.combine(rows, plan), lambda: other.free_rows(plan)):
+        with pytest.raises(ValueError, match="plan is of another DirectExchange"):
+            call()
+    with pytest.raises(TypeError, match="plan is a NoneType"):
+        exchange.combine(rows, None)
 
 
 def test_a_late_rank_keeps_its_rows(gpus: Gpus) -> None:

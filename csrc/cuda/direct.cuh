@@ -64,11 +64,12 @@ struct Table {
   int* place;        // [slots, TOP_K] row among those ordered by expert; -1: not of this rank; -2: no room
   float* weight;     // [slots, TOP_K]
   int* slot;         // [max_rows] the slot that each of those rows is of
-  int* offset;       // [EXPERTS + 1] the first row of each expert
+  int* offset;       // [EXPERTS + 1] the first row of each expert, at most max_rows
   int* count;        // [EXPERTS] rows of each expert
   int* num_tokens;   // [RANKS]
+  int* expert;       // [num_tokens, TOP_K] this rank's choices: a copy, the caller may change its own
   int* tiles;        // [table blocks, EXPERTS] scratch
-  long long max_rows;
+  long long max_rows;  // that there is room for; in combine and its backward, that the caller has given
 };
 
 enum Phase { CREDIT = 1, TOKENS = 2, CHOICES = 3, ROWS = 4, INSIDE = 5, WEIGHTS = 6, USES = 7 };

@@ -23,6 +23,7 @@ __device__ inline void add_answers(const ELEMENT* rows, long long stride, const 
     for (int j = 0; j < BATCH; ++j) {
       const bool is = j0 + j < ANSWERS;
       place[j] = INPUT == 0 ? slot : is ? table.place[slot * TOP_K + j0 + j] : -1;
+      if (INPUT == 1 && place[j] >= table.max_rows) place[j] = -1;
       weight[j] = WEIGH && is ? table.weight[slot * TOP_K + j0 + j] : 1;
     }
 #pragma unroll
@@ -40,6 +41,12 @@ __device__ inline void add_answers(const ELEMENT* rows, long long stride, const 
           sum[u][n] = fmaf(weight[j], to_float(reinterpret_cast<const P*>(&piece[j][u])->value[n]), sum[u][n]);
     }
   }
+}
+
+// Answers that this rank should have for a slot, and was not given. Threads of the slice that leads.
+__device__ inline void count_missing(const Memory& memory, const Table& table, long long slot, const Item& item) {
+  if (INPUT == 1 && item.leads() && item.lane < TOP_K && table.place[slot * TOP_K + item.lane] >= table.max_rows)
+    atomicAdd(memory.report + 1, 1ull);
 }
 
 // Returns the tag.
@@ -73,6 +80,7 @@ __device__ inline unsigned push_answers(const Memory& memory, const Buffer& buff
         push(memory, buffer, to, home, i + u * STEP - lane, *reinterpret_cast<const uint4*>(&piece), tag);
       }
     }
+    if (is) count_missing(memory, table, slot, item);
     if (RETURN && is && item.leads() && item.lane < TOP_K && table.place[slot * TOP_K + item.lane] != -1)
       put_pair(at<uint2>(memory, to, buffer.scales) + static_cast<long long>(item.token) * TOP_K + item.lane,
                __float_as_uint(numbers[slot * TOP_K + item.lane]), tag);
@@ -89,6 +97,7 @@ __device__ inline void sum_answers(const Memory& memory, const Buffer& buffer, c
                                    ELEMENT* y, float* returned, unsigned tag) {
   const long long home = static_cast<long long>(memory.rank) * MAX_TOKENS + item.token;
   const unsigned ranks = ranks_of(expert, item.token);
+  count_missing(memory, table, home, item);
   for (int i = item.first; i < PIECES; i += STEP * UNROLL) {
     uint4 piece[RANKS][UNROLL];
 #pragma unroll

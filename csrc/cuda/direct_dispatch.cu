@@ -93,8 +93,8 @@ __device__ inline unsigned push_rows(const Memory& memory, const Buffer& buffer,
 
 #if OUTPUT != 2
 // How many tokens this rank has, and each one's experts and weights, to all ranks. Returns the tag.
-__device__ inline unsigned push_choices(const Memory& memory, const Buffer& buffer, const int* expert,
-                                        const float* weight, int num_tokens, int block) {
+__device__ inline unsigned push_choices(const Memory& memory, const Buffer& buffer, const Table& table,
+                                        const int* expert, const float* weight, int num_tokens, int block) {
   const int num = num_tokens * TOP_K, all = TAGGED ? MAX_TOKENS * TOP_K : num;  // who waits for tags needs no number
   unsigned tag = 0;
   for (int start = block * THREADS; start < all || tag == 0; start += TABLE_BLOCKS * THREADS) {
@@ -108,6 +108,7 @@ __device__ inline unsigned push_choices(const Memory& memory, const Buffer& buff
         put_pair(at<uint2>(memory, threadIdx.x, buffer.tokens) + memory.rank, num_tokens, tag);
     }
     if (i >= all) break;
+    if (i < num) table.expert[i] = id;
     if (id < -1 || id >= NUM_EXPERTS) atomicAdd(memory.report + 2, 1ull);
     const long long index = static_cast<long long>(memory.rank) * MAX_TOKENS * TOP_K + i;
     for (int rank = 0; rank < RANKS; ++rank)
@@ -141,11 +142,11 @@ __device__ inline bool meet(const Memory& memory, unsigned* coming, unsigned tag
   return !__syncthreads_or(failed);
 }
 
-// This block's part of a table without rows. A rank that has given up leaves it, so that what is queued behind, the
-// caller's work too, finds no place in it where nothing is.
+// What a block that has given up leaves, so that nothing queued behind, the caller's work too, is led where nothing is.
+// It clears all: other blocks may have got further, and what they still write is in range too.
 __device__ inline void clear_table(const Table& table, int block) {
-  for (int i = block * THREADS + threadIdx.x; i < RANKS * MAX_TOKENS * TOP_K; i += TABLE_BLOCKS * THREADS)
-    table.place[i] = -1;
+  for (int i = threadIdx.x; i < RANKS * MAX_TOKENS * TOP_K; i += THREADS) table.place[i] = -1;
+  for (long long i = threadIdx.x; i < table.max_rows; i += THREADS) table.slot[i] = 0;
   if (block != 0) return;
   for (int e = threadIdx.x; e <= EXPERTS; e += THREADS) {
     table.offset[e] = 0;
@@ -245,7 +246,8 @@ __device__ inline void make_table(const Memory& memory, const Buffer& buffer, co
   }
   __syncthreads();
   if (block == 0) {
-    for (int e = threadIdx.x; e <= EXPERTS; e += THREADS) table.offset[e] = offset[e];
+    for (int e = threadIdx.x; e <= EXPERTS; e += THREADS)
+      table.offset[e] = static_cast<int>(min(static_cast<long long>(offset[e]), table.max_rows));
     if (threadIdx.x < RANKS)
       table.num_tokens[threadIdx.x] =
           TAGGED ? wait_for_pair(memory, TOKENS, threadIdx.x, buffer.tokens, threadIdx.x, tag).x : smem.num_tokens[threadIdx.x];
@@ -374,8 +376,8 @@ __device__ inline void spread_row(const Memory& memory, const Buffer& buffer, co
   if (!any) return;
   for (int j = 0; j < TOP_K; ++j) {
     const int place = table.place[slot * TOP_K + j];
-    if (place < 0) {
-      if (place == -2 && lane == 0) grad_weight[slot * TOP_K + j] = 0;
+    if (place < 0 || place >= table.max_rows) {
+      if (place != -1 && lane == 0) grad_weight[slot * TOP_K + j] = 0;
       continue;
     }
     const float weight = table.weight[slot * TOP_K + j];
@@ -437,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int table_block = blockIdx.x - (BLOCKS - TABLE_BLOCKS);
   unsigned tag;
   if (table_block >= 0) {
-    tag = push_choices(memory, buffer, expert, weight, num_tokens, table_block);
+    tag = push_choices(memory, buffer, table, expert, weight, num_tokens, table_block);
     if (tag == 0) return clear_table(table, table_block);
     wait_for_tokens(memory, buffer, tag, smem);
     make_table(memory, buffer, table, table_block, tag, smem);

@@ -1,6 +1,7 @@
 """Exchanges: tokens to the ranks of their experts, and the answers home."""
 
-from moecomm.exchange.direct import DirectExchange, DirectPlan
+from moecomm.exchange.direct import DirectExchange
+from moecomm.exchange.direct_plan import DirectPlan
 from moecomm.exchange.hierarchical import HierarchicalExchange, RelayPlan
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange

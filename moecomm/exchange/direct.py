@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import inf
+from operator import index
 from typing import Any
 
 from moecomm.arrays import is_torch
 from moecomm.errors import CommError
 from moecomm.exchange.direct_kernels import Buffers, Shape, Table
+from moecomm.exchange.direct_plan import DirectPlan, Started, tensors_in
 from moecomm.exchange.symmetric import SymmetricMemory, ipc_memory
 from moecomm.gating import Routing
 from moecomm.together import gather, together
@@ -24,54 +27,6 @@ PHASES = {
     1: "to have read the rows of an earlier call", 2: "to say how many tokens it has", 3: "to say where its tokens go",
     4: "to send its rows", 5: "for its own blocks", 6: "to send the gradients of weights", USED_UP: "",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class DirectPlan:
-    """Made by `dispatch`, taken by `combine`. Everything is on the device; a slot is source rank * max_tokens + token.
-
-    rows_per_expert  [local experts] int32: rows of each expert of this rank
-    offset           [local experts + 1] int32: where each expert's rows begin among the rows ordered by expert; the
-                     last one is how many there are
-    slot             [max_rows] int32: the slot of each of those rows: what a grouped GEMM gathers compact rows by
-    place            [slots, K] int32: the other way, where the row of each choice is; -1: not of this rank, -2: no
-                     room. With weight it is what `moecomm.unpermute` takes to sum the answers of compact rows
-    weight           [slots, K] float32: of the choices; differentiable, as routing.weight is
-    num_tokens       [ranks] int32: tokens of each rank
-    scales           [rows, ceil(H / 128)] float32, if the rows are float8
-    """
-
-    rows_per_expert: Any
-    offset: Any
-    slot: Any
-    place: Any
-    weight: Any
-    num_tokens: Any
-    scales: Any
-    expert: Any
-    """[T, K] int32: this rank's own choices."""
-    exchange: Any
-    """The one that made it."""
-    buffer: int
-    """Which one dispatch used."""
-    compact: bool
-
-
-class Started:
-    """A dispatch or combine on a stream of its own; work queued after `start` on other streams runs meanwhile."""
-
-    def __init__(self, result: Any, done: Any) -> None:
-        self._result, self._done = result, done
-
-    def wait(self) -> Any:
-        """What the call returned, for work queued on the current stream from now on. The host does not wait."""
-        import torch
-
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)
-        for tensor in _tensors(self._result):
-            tensor.record_stream(stream)
-        return self._result
 
 
 class DirectExchange:
@@ -90,7 +45,8 @@ class DirectExchange:
                  that finds no room is lost, and its answer counts as zeros: `check` raises
     num_buffers  plans of `dispatch_compact` that may wait for their combine at a time, at least
     num_sms      blocks of a kernel, one to a multiprocessor, which wait for those of other ranks. None: all but 32, so
-                 that NCCL's kernels, which also wait for each other, find room beside them; all where nothing else runs
+                 that NCCL's kernels, which also wait for each other, find room beside them. All of them
+                 are faster for many tokens, where nothing else runs
     limit        seconds that a kernel waits for another rank
     memory       ipc_memory, or torch_memory for a torch process group
 
@@ -98,7 +54,7 @@ class DirectExchange:
     or asks it: calls can be captured in a CUDA graph, after one call of the same kind. All calls of an exchange, of a
     rank, are to be in the order of one stream. Ranks make the same calls in the same order.
 
-    Making one is collective. Equal on all ranks: all arguments. Raises ValueError or TypeError, on all ranks, for bad
+    Making one is collective. Equal on all ranks: all arguments. Raises ValueError, on all ranks, for bad
     arguments; RuntimeError where a GPU cannot reach another. A rank that does not come within the limit, or has died,
     makes the kernels of the others give up: `check` and every later call raise CommError, and what the calls in between
     returned means nothing.
@@ -125,7 +81,38 @@ class DirectExchange:
 
         self.comm = as_comm(comm)
         p = self.comm.size
-        device, available, name = together(self.comm, "DirectExchange", _current_gpu)
+
+        def checked() -> tuple[list[int], int, str]:
+            """The sizes, this rank's GPU, and its name everywhere."""
+            properties = torch.cuda.get_device_properties("cuda")
+            available = properties.multi_processor_count
+            T, H, E, K, buffers, sms = sizes = [  # noqa: N806
+                _integer("max_tokens", max_tokens), _integer("hidden", hidden), _integer("num_experts", num_experts),
+                _integer("top_k", top_k), _integer("num_buffers", num_buffers),
+                max(2, available - NCCL_SMS) if num_sms is None else _integer("num_sms", num_sms),
+            ]  # fmt: skip
+            rows = p * T * min(K, E // p) if max_rows is None else _integer("max_rows", max_rows)
+            name = str(dtype).removeprefix("torch.")
+            for problem, message in (
+                (p not in RANKS, f"comm has {p} ranks, expected one of {RANKS}"),
+                (name not in DTYPES, f"dtype is {dtype}, expected one of {', '.join(DTYPES)}"),
+                (fp8 not in (None, torch.float8_e4m3fn), f"fp8 is {fp8}, expected None or torch.float8_e4m3fn"),
+                (T < 1, f"max_tokens is {T}, expected >= 1"),
+                (H < 1, f"hidden is {H}, expected >= 1"),
+                (not 1 <= K <= 32, f"top_k is {K}, expected 1 .. 32"),
+                (E % p or p > E, f"num_experts is {E}, expected a multiple of {p}"),
+                (1024 * p < E, f"num_experts is {E}, expected at most {1024 * p}"),
+                (buffers < 1, f"num_buffers is {buffers}, expected >= 1"),
+                (not 2 <= sms <= available, f"num_sms is {sms}, expected 2 .. {available}"),
+                (rows < 1, f"max_rows is {rows}, expected >= 1"),
+                (not 0 < limit < inf, f"limit is {limit}, expected seconds > 0"),
+                (T * p * K >= 2**31, f"max_tokens is {T}, expected p * K * it < 2**31"),
+            ):
+                if problem:
+                    raise ValueError(message)
+            return [*sizes, rows], torch.cuda.current_device(), str(properties.uuid)
+
+        sizes, device, name = together(self.comm, "DirectExchange", checked)
         names = gather(self.comm, name)
         if len(set(names)) < p:
             first = next(rank for rank in range(p) if names[rank] in names[:rank])
@@ -133,33 +120,9 @@ class DirectExchange:
                 f"DirectExchange: ranks {names.index(names[first])} and {first} have the same GPU, expected one each: "
                 f"a kernel waits for those of all ranks, which a GPU need not run at the same time{self.comm.where()}"
             )
-        num_sms = max(2, available - NCCL_SMS) if num_sms is None else num_sms
-
-        def arguments() -> tuple[None, tuple[()], object]:
-            name = str(dtype).removeprefix("torch.")
-            for problem, message in (
-                (p not in RANKS, f"comm has {p} ranks, expected one of {RANKS}"),
-                (name not in DTYPES, f"dtype is {dtype}, expected one of {', '.join(DTYPES)}"),
-                (fp8 not in (None, torch.float8_e4m3fn), f"fp8 is {fp8}, expected None or torch.float8_e4m3fn"),
-                (max_tokens < 1, f"max_tokens is {max_tokens}, expected >= 1"),
-                (hidden < 1, f"hidden is {hidden}, expected >= 1"),
-                (not 1 <= top_k <= 32, f"top_k is {top_k}, expected 1 .. 32"),
-                (num_experts % p or num_experts < p, f"num_experts is {num_experts}, expected a multiple of {p}"),
-                (num_experts > 1024 * p, f"num_experts is {num_experts}, expected at most {1024 * p}"),
-                (num_buffers < 1, f"num_buffers is {num_buffers}, expected >= 1"),
-                (not 2 <= num_sms <= available, f"num_sms is {num_sms}, expected 2 .. {available}"),
-                (max_rows is not None and max_rows < 1, f"max_rows is {max_rows}, expected >= 1"),
-                (limit <= 0, f"limit is {limit}, expected seconds > 0"),
-                (max_tokens * p * top_k >= 2**31, f"max_tokens is {max_tokens}, expected p * K * it < 2**31"),
-            ):
-                if problem:
-                    raise ValueError(message)
-            rest = f"{num_experts} {top_k} {dtype} {fp8} {max_rows} {num_buffers} {num_sms} {limit}"
-            name = getattr(memory, "__name__", "")
-            return None, (), lambda: f"{max_tokens} {hidden} {rest} {name}"
-
-        text = self.comm.checked("DirectExchange", arguments)[2]()  # type: ignore[operator]
+        text = f"{sizes} {dtype} {fp8} {limit} {getattr(memory, '__name__', '')}"
         self.comm.agree("DirectExchange: the arguments", text)
+        max_tokens, hidden, num_experts, top_k, num_buffers, num_sms, self.max_rows = sizes
         self.dtype = dtype
         self.fp8 = fp8
         self.device = device
@@ -170,7 +133,6 @@ class DirectExchange:
         self.num_local_experts = experts
         """Experts of this rank."""
         self.num_experts = num_experts
-        self.max_rows = p * max_tokens * min(top_k, experts) if max_rows is None else max_rows
         self._buffers = Buffers(self.comm, self.shape, num_buffers, limit, memory)
         self._held: list[Any] = [None] * num_buffers  # plan.place of whose rows lie there
         self._calls = [0, 0]
@@ -221,14 +183,16 @@ class DirectExchange:
     def combine(self, rows: Any, plan: DirectPlan) -> Any:
         """Bring the experts' answers home: for each token, their weighted sum.
 
-        rows     after `dispatch`: [at least plan.offset[-1], H] answers, in the order of its rows.
+        rows     after `dispatch`: [at least plan.offset[-1], H] answers, in the order of its rows; one that is missing
+                 counts as zeros, and `check` raises.
                  after `dispatch_compact`: [p * max_tokens, H] one answer for each slot, which the caller has weighted
                  and summed (`moecomm.unpermute` with plan.place and plan.weight does)
         returns  [T, H]  a token without experts gets zeros
 
         Sums are float32, in order of choice inside a rank and then of rank, always the same bits; the sum of another
-        rank comes rounded to dtype. Collective, and so is its backward pass. Differentiable in rows and plan.weight;
-        the gradient of rows beyond plan.offset[-1] is not written.
+        rank comes rounded to dtype. Collective, and so is its backward pass. Differentiable in rows and plan.weight
+        after `dispatch` without fp8; the gradient of rows beyond plan.offset[-1] is not written. Raises RuntimeError if
+        another wants a gradient.
         """
         self._usable("combine")
         self._check_rows(rows, plan)
@@ -255,13 +219,14 @@ class DirectExchange:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             result = call(*arguments)
-        for tensor in _tensors(arguments):
+        for tensor in tensors_in(arguments):
             tensor.record_stream(self._stream)
         return Started(result, self._stream.record_event())
 
     def free_rows(self, plan: DirectPlan) -> None:
         """Say that the rows of a plan of `dispatch_compact` have been read, instead of `combine`. Collective."""
         self._usable("free_rows")
+        self._check_plan("free_rows", plan)
         if self._holds(plan):
             part = self._buffers.to[plan.buffer]
             self.shape.free()(1, 32, (self._buffers.memory, ctypes.c_void_p(part.counters), part.credit))
@@ -283,13 +248,17 @@ class DirectExchange:
                 stream.synchronize()
         self._usable("check")
         _, lost, unknown = self._buffers.report.tolist()
-        self._buffers.report[1:] = 0
         if unknown:
+            self._buffers.report[2] = 0  # what else there is comes with the next check
             raise ValueError(
                 f"dispatch: routing.expert has {unknown} ids outside -1 .. {self.num_experts - 1}{self.comm.where()}"
             )
         if lost:
-            raise OverflowError(f"dispatch: {lost} rows beyond max_rows = {self.max_rows} were lost{self.comm.where()}")
+            self._buffers.report[1] = 0
+            raise OverflowError(
+                f"dispatch, combine: {lost} rows were lost, beyond max_rows = {self.max_rows} or beyond the rows that "
+                f"combine was given{self.comm.where()}"
+            )
 
     def free(self) -> None:
         """Give the memory back. Collective, after the last call. After a failure it stays until the process ends,
@@ -312,7 +281,8 @@ class DirectExchange:
         offset, count, num_tokens = numbers.split([shape.experts + 1, shape.experts, shape.ranks])
         plan = DirectPlan(
             count, offset, new(self.max_rows, dtype=torch.int32), place,
-            new((slots, shape.top_k), dtype=torch.float32), num_tokens, None, expert, self, index, compact,
+            new((slots, shape.top_k), dtype=torch.float32), num_tokens, None, torch.empty_like(expert), self, index,
+            compact,
         )  # fmt: skip
         wire = x.dtype if self.fp8 is None else self.fp8
         in_place = compact and not shape.tagged
@@ -330,8 +300,8 @@ class DirectExchange:
         kernel, cut, shared = shape.dispatch(output, _aligned(x, None if in_place else rows))
         kernel(
             shape.num_sms, cut.threads,
-            (self._buffers.memory, buffer, self._table(plan), x, expert, weight, x.shape[0], None, rows, scales, None,
-             cut.pushers),
+            (self._buffers.memory, buffer, self._table(plan, self.max_rows), x, expert, weight, x.shape[0], None, rows,
+             scales, None, cut.pushers),
             shared,
         )  # fmt: skip
         self._held[index] = place if in_place else None
@@ -350,8 +320,8 @@ class DirectExchange:
         credit = (None, 0) if done is None else (ctypes.c_void_p(done.counters), done.credit)
         kernel(
             shape.num_sms, cut.threads,
-            (self._buffers.memory, buffer, self._table(plan), rows, rows.stride(0), plan.expert, numbers, tokens, y,
-             returned, cut.pushers, *credit),
+            (self._buffers.memory, buffer, self._table(plan, len(rows)), rows, rows.stride(0), plan.expert, numbers,
+             tokens, y, returned, cut.pushers, *credit),
         )  # fmt: skip
         if done is not None:
             self._held[plan.buffer] = None
@@ -368,8 +338,8 @@ class DirectExchange:
         kernel, cut, shared = shape.dispatch("spread", _aligned(grad_y, rows, grad_rows))
         kernel(
             shape.num_sms, cut.threads,
-            (self._buffers.memory, buffer, self._table(plan), grad_y, plan.expert, None, grad_y.shape[0], rows,
-             grad_rows, None, grad_weight, cut.pushers),
+            (self._buffers.memory, buffer, self._table(plan, len(rows)), grad_y, plan.expert, None, grad_y.shape[0],
+             rows, grad_rows, None, grad_weight, cut.pushers),
             shared,
         )  # fmt: skip
         return grad_rows, grad_weight
@@ -388,10 +358,10 @@ class DirectExchange:
         rows, weight = Dispatch.apply(x, weight, new_thread(x), self, expert, plans)
         return rows, replace(plans[0], weight=weight)
 
-    def _table(self, plan: DirectPlan) -> Table:
-        tensors = plan.place, plan.weight, plan.slot, plan.offset, plan.rows_per_expert, plan.num_tokens
+    def _table(self, plan: DirectPlan, num_rows: int) -> Table:
+        tensors = plan.place, plan.weight, plan.slot, plan.offset, plan.rows_per_expert, plan.num_tokens, plan.expert
         tiles = self._buffers.tiles[plan.buffer]
-        return Table(*(tensor.data_ptr() for tensor in tensors), tiles.data_ptr(), self.max_rows)
+        return Table(*(tensor.data_ptr() for tensor in tensors), tiles.data_ptr(), num_rows)
 
     def _next_buffer(self, kind: int) -> int:
         """Of dispatch (0) or combine (1): in turn, the same on all ranks."""
@@ -467,26 +437,37 @@ class DirectExchange:
 
     def _check_rows(self, rows: Any, plan: DirectPlan) -> None:
         where = self.comm.where()
-        if not isinstance(plan, DirectPlan):
-            raise TypeError(f"combine: plan is a {type(plan).__name__}, expected one that dispatch returned{where}")
-        if plan.exchange is not self:
-            raise ValueError(f"combine: plan is of another DirectExchange, expected one of this{where}")
+        self._check_plan("combine", plan)
+        if (plan.compact or self.fp8 is not None) and _wants_gradients(rows, plan.weight):
+            raise RuntimeError(
+                f"combine: rows or plan.weight asks for a gradient, which compact and fp8 rows do not have{where}"
+            )
         if not is_torch(rows) or not rows.is_cuda or rows.dtype != self.dtype or rows.ndim != 2:
-            raise TypeError(f"combine: rows is not a CUDA tensor of {self.dtype} with two axes{where}")
+            got = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if is_torch(rows) else type(rows).__name__
+            raise TypeError(f"combine: rows is {got}, expected a CUDA tensor of {self.dtype} with two axes{where}")
         self._check_device("combine", "rows", rows)
         slots = self.shape.ranks * self.shape.max_tokens
         fits = rows.shape[0] == slots if plan.compact else rows.shape[0] <= self.max_rows
-        if rows.shape[1] != self.shape.hidden or not fits or (rows.numel() and rows.stride(1) != 1):
+        if rows.shape[1] != self.shape.hidden or not fits:
             size = slots if plan.compact else f"up to {self.max_rows}"
             raise ValueError(f"combine: rows is {list(rows.shape)}, expected [{size}, {self.shape.hidden}]{where}")
+        if rows.numel() and rows.stride(1) != 1:
+            raise ValueError(f"combine: rows has strides {rows.stride()}, expected values of a row side by side{where}")
+
+    def _check_plan(self, call: str, plan: DirectPlan) -> None:
+        if not isinstance(plan, DirectPlan):
+            raise TypeError(
+                f"{call}: plan is a {type(plan).__name__}, expected one that dispatch returned{self.comm.where()}"
+            )
+        if plan.exchange is not self:
+            raise ValueError(f"{call}: plan is of another DirectExchange, expected one of this{self.comm.where()}")
 
 
-def _current_gpu() -> tuple[int, int, str]:
-    """Its number here, its multiprocessors, and its name everywhere."""
-    import torch
-
-    properties = torch.cuda.get_device_properties("cuda")
-    return torch.cuda.current_device(), properties.multi_processor_count, str(properties.uuid)
+def _integer(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, expected an integer") from None
 
 
 def _wants_gradients(*tensors: Any) -> bool:
@@ -498,18 +479,7 @@ def _wants_gradients(*tensors: Any) -> bool:
 def _aligned(*tensors: Any) -> bool:
     """Whether every row of every tensor starts at a multiple of 16 bytes."""
     return all(
-        tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+        tensor.data_ptr() % 16 == 0 and (tensor.shape[0] < 2 or tensor.stride(0) * tensor.element_size() % 16 == 0)
         for tensor in tensors
         if tensor is not None
     )
-
-
-def _tensors(value: Any) -> list[Any]:
-    """The CUDA tensors in a result or in arguments."""
-    if is_torch(value):
-        return [value] if value.is_cuda else []
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    if isinstance(value, (DirectPlan, Routing)):
-        return _tensors(list(vars(value).values()))
-    return []

@@ -49,7 +49,9 @@ class Table(ctypes.Structure):
     """Addresses of a plan's tensors."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("place", "weight", "slot", "offset", "count", "num_tokens", "tiles")),
+        *((name, ctypes.c_void_p) for name in ("place", "weight", "slot", "offset", "count", "num_tokens")),
+        ("expert", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
         ("max_rows", ctypes.c_longlong),
     )
 
@@ -161,12 +163,16 @@ class Shape:
         return Kernel("direct_free.cu", "direct_free", self.macros("compact", True))
 
     def kernels(self) -> list[Kernel]:
-        """All, for aligned rows."""
+        """All, for rows that lie side by side from a multiple of 16 bytes on."""
         outputs = ("compact", "expanded", "spread")[: 2 if self.fp8 else 3]
         forms = ((True, False, False), (False, True, False), (False, False, True))
+        aligned = self.hidden * _itemsize(self.dtype) % 16 == 0
+        in_place = not self.tagged  # compact rows are not the caller's then
+        of_wire = dict.fromkeys(outputs, aligned and (not self.fp8 or self.hidden % 16 == 0))
+        of_wire["compact"] = aligned if in_place else of_wire["compact"]
         return [
-            *(self.dispatch(output, True)[0] for output in outputs),
-            *(self.combine(*form, True)[0] for form in forms[: len(outputs)]),
+            *(self.dispatch(output, of_wire[output])[0] for output in outputs),
+            *(self.combine(*form, aligned)[0] for form in forms[: len(outputs)]),
             self.free(),
         ]
 

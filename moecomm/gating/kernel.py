@@ -90,7 +90,8 @@ def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, boo
         described = " ".join(f"{key}={value}" for key, value in macros)
         raise RuntimeError(
             f"{name} ({source}: {described}) is not loaded, and a kernel cannot be loaded while a CUDA graph is "
-            "captured: run the operation once before the capture, or call moecomm.gating.cuda.compile"
+            "captured: run the operation once before the capture, or load its kernels (moecomm.gating.cuda.compile, "
+            "DirectExchange.load)"
         )
     with cupy.cuda.Device(device):
         module = cupy.RawModule(code=read_source(source), options=compiler_options(macros), backend="nvrtc")

@@ -113,7 +113,8 @@ def check_case(comm: Comm, case: Case, num_sms: int | None, memory: Callable[...
         routing = Routing(expert, weight)
         for _ in range(2):
             with torch.no_grad():
-                rows, plan = exchange.dispatch(x, routing)
+                started = exchange.start(exchange.dispatch, x, routing)
+                rows, plan = started.wait()
                 check_rows(rows, plan, wanted, counts, order, case)
                 if case.fp8 is None:
                     y = exchange.combine(answer(rows), plan)
@@ -245,6 +246,7 @@ def check_failures(comm: Comm, num_sms: int | None) -> None:
     raises(TypeError, "CUDA tensor", lambda: exchange.dispatch(x.cpu(), routing))
     raises(ValueError, "expected torch.float32 [T, 16]", lambda: exchange.dispatch(x[:, 1:], routing))
     raises(ValueError, "top_k", lambda: DirectExchange(comm, 8, 16, 2 * p, 33, torch.float32))
+    raises(RuntimeError, "records gradients", lambda: exchange.start(exchange.dispatch, x, routing))
     raises(TypeError, "integers", lambda: exchange.dispatch(x, replace(routing, expert=routing.expert > 0)))
     exchange.dispatch(x, replace(routing, expert=routing.expert.long() + 2**32))
     raises(ValueError, "8 ids outside", exchange.check)
@@ -309,10 +311,7 @@ def load(size: int, num_sms: int, cases: list[Case]) -> None:
             case.experts,
             num_sms,
         )
-        for kernel in shape.kernels():
-            aligned = case.hidden * (1 if case.fp8 else case.dtype.itemsize) % 16 == 0
-            macros = tuple((name, int(aligned) if name == "ALIGNED" else value) for name, value in kernel.macros)
-            kernels.append(type(kernel)(kernel.source, kernel.name, macros))
+        kernels += shape.kernels()
     devices = range(torch.cuda.device_count()) if "RANK" not in os.environ else [torch.cuda.current_device()]
 
     def one(kernel: Any, device: int) -> None:
