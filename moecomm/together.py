@@ -40,7 +40,7 @@ def gather(comm: Comm | None, text: str) -> list[str]:
     """The texts of all ranks. Collective."""
     if comm is None:
         return [text]
-    mine = np.frombuffer(text.encode(), np.uint8)
+    mine = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)  # as paths that are not UTF-8
     lengths = comm.all_gather(np.array([len(mine)]))
     flat, ends = comm.all_gather(mine, lengths), np.cumsum(lengths)
     return [bytes(flat[end - length : end]).decode() for length, end in zip(lengths, ends, strict=True)]

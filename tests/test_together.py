@@ -40,6 +40,7 @@ def test_a_comm_that_failed_is_not_asked() -> None:
 def test_texts_of_any_length() -> None:
     def body(comm: Comm) -> None:
         assert gather(comm, "ü" * comm.rank) == ["", "ü", "üü"]
+        assert gather(comm, "a\udcff" * comm.rank) == ["", "a\\udcff", "a\\udcffa\\udcff"]  # as in names of files
 
     threads.run(3, body)
 
