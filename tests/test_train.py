@@ -18,7 +18,7 @@ from moecomm import Comm  # noqa: E402
 from moecomm.nn import CONFIGS, TransformerLM, checkpoint  # noqa: E402
 from moecomm.train.__main__ import main, parser  # noqa: E402
 from moecomm.train.loop import Trainer, TrainingPlan, balanced  # noqa: E402
-from moecomm.train.run import build, restore  # noqa: E402
+from moecomm.train.run import build, restore, run  # noqa: E402
 from moecomm.train.text import Text, read_text  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
@@ -88,6 +88,25 @@ def test_resumed_with_half_a_line(book: Path, tmp_path: Path) -> None:
     assert main([*options, "--steps", "3", "--resume"]) == 0
     assert records(out)[: len(whole)] == whole
     assert [record["step"] for record in records(out) if "loss" in record] == [1, 2, 3]
+
+
+def test_resumed_with_other_settings(book: Path, tmp_path: Path) -> None:
+    """All ranks say so, and what the log says stays."""
+    options = [*TINY, "--text", str(book), "--out", str(tmp_path / "out"), "--steps", "1"]
+    assert main(options) == 0
+    before = records(tmp_path / "out")
+
+    def body(comm: Comm) -> None:
+        other = parser().parse_args([*options, "--resume", "--steps", "2", "--batch", "16", "--balance", "z"])
+        message = (
+            r"^resume: config aux_loss is 0.0, expected 0.01, config z_loss is 0.001, expected 0.0, plan batch is 16, "
+            r"expected 8, plan balance is 'z', expected 'aux', as the run in .*out began  \(rank 0 of 2\)$"
+        )
+        with pytest.raises(ValueError, match=message):
+            run(other, comm, torch.device("cpu"))
+
+    threads.run(2, body)
+    assert records(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(

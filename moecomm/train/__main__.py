@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     balance = ("aux", "z", "bias", "loss-bias", "none")
     add("--balance", choices=balance, default="aux", help="how experts are kept busy alike (default: aux)")
     add("--save-every", type=positive, default=100, metavar="STEPS", help="(default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the same settings")
     add("--seed", type=int, default=0)
     return made
 

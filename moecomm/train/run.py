@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from moecomm.comm import Comm
 from moecomm.nn import Config, LayerReport, TransformerLM, checkpoint, config_named, layer_groups, plot_routing
+from moecomm.together import together
 from moecomm.train.loop import Trainer, TrainingPlan, balanced
 from moecomm.train.text import Text, read_text
 
@@ -73,12 +74,14 @@ def run(
     """Train what `make` makes as the options say; rank 0 writes. Collective.
 
     A signal to any rank ends the run after its step, with a checkpoint. Raises ValueError for options that do not fit
-    together, or if there is a run in options.out already that is not to be resumed.
+    together, or if there is a run in options.out already that is not to be resumed, or that began with other settings.
     """
     trainer, first = make(options, comm, device), comm is None or comm.rank == 0
     if not options.resume and any(mean_of_ranks(comm, float((options.out / "log.jsonl").exists()))):
         raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost: resume it")
     made = restore(options.out, trainer.model, comm, trainer.optimizer) if options.resume else 0
+    if options.resume:
+        together(comm, "resume", lambda: check_settings(options.out, trainer.settings()) if first else None)
     log = Log(options.out, options.steps, trainer.settings(), first, made)
     with stop_signals() as came:
         for step in range(made + 1, options.steps + 1):
@@ -106,6 +109,19 @@ def restore(folder: Path, model: TransformerLM, comm: Comm | None, optimizer: An
         raise ValueError(f"{folder} has no checkpoint")
     checkpoint.load(path, model, optimizer, comm=comm)
     return int(path.name.removeprefix("step-"))
+
+
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError unless the run in out began with these."""
+
+    def flat(record: dict[str, Any]) -> dict[str, Any]:
+        return {f"{part} {name}": value for part, values in record.items() for name, value in values.items()}
+
+    before, now = flat(read_log(out)[0]), flat(json.loads(json.dumps(settings)))
+    other = [name for name in before | now if before.get(name) != now.get(name)]
+    if other:
+        got = ", ".join(f"{name} is {now.get(name)!r}, expected {before.get(name)!r}" for name in other)
+        raise ValueError(f"{got}, as the run in {out} began")
 
 
 def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
