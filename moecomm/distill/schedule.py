@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal["none", "full", "staged", "linear"]
 
@@ -17,7 +18,8 @@ class Schedule:
     alpha  at the first step
     stop   of "staged" and "linear"; steps count from 0
 
-    Raises ValueError for a kind and a stop step that do not fit together.
+    Raises ValueError for another kind, an alpha below 0 or not finite, and a kind and a stop step that do not fit
+    together.
     """
 
     kind: Kind = "full"
@@ -25,13 +27,15 @@ class Schedule:
     stop: int | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"Schedule: kind is {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
         if (self.kind in ("staged", "linear")) != (self.stop is not None):
             wanted = "a step" if self.stop is None else "none"
             raise ValueError(f"Schedule: stop is {self.stop}, expected {wanted} with {self.kind!r}")
         if self.stop is not None and self.stop < 1:
             raise ValueError(f"Schedule: stop is {self.stop}, expected >= 1")
-        if self.alpha < 0:
-            raise ValueError(f"Schedule: alpha is {self.alpha}, expected >= 0")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"Schedule: alpha is {self.alpha}, expected >= 0 and finite")
 
     def at(self, step: int) -> float:
         """alpha of a step; where it is 0 nobody asks the teacher."""
