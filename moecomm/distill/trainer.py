@@ -30,7 +30,8 @@ class Distiller(Trainer):
                        that was interrupted goes on as if it had not been
     temperature        of `distillation_loss`
 
-    Raises ValueError if the teacher has another vocabulary or cannot read such long sequences, or the temperature is 0.
+    Raises ValueError if the teacher has another vocabulary or cannot read such long sequences, or for a temperature
+    that is not above 0 and finite.
     """
 
     def __init__(
@@ -72,6 +73,10 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
     schedule = Schedule(options.schedule, options.alpha, options.stop)
     if schedule.stop is not None and schedule.stop > options.steps:
         raise ValueError(f"stop is step {schedule.stop}, expected <= {options.steps}, the steps of the run")
+    if options.cache_top and not options.cache:
+        raise ValueError(f"cache-top is {options.cache_top}, expected none without a cache")
+    if options.layers and options.config:
+        raise ValueError(f"layers is {options.layers}, expected none with config {options.config!r}, which has its own")
     taught = config_of_run(options.teacher)
     if options.config is None:
         config = student_config(taught, options.layers or taught.num_layers * 7 // 8)
