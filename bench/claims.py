@@ -127,7 +127,9 @@ def train(run: Run) -> dict[str, Any] | None:
             curve.append([step + 1, trainer.validate()])
     validation = trainer.validate(16)
     if run.row == TEACHER:
-        torch.save(trainer.model.state_dict(), weights_of(run))
+        unfinished = weights_of(run).with_suffix(".unfinished")  # renamed when whole: students begin when it is there
+        torch.save(trainer.model.state_dict(), unfinished)
+        unfinished.rename(weights_of(run))
     calls = trainer.teacher.calls if isinstance(trainer, Distiller) else 0  # type: ignore[attr-defined]
     return {
         **key_of(run),
