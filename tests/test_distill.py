@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,41 @@ def test_loss_counts_the_tokens_of_the_mask() -> None:
     assert distillation_loss(losses, student, teacher, **options, mask=mask & False).item() == 0
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_masked_tokens_have_no_gradient(ranks: int) -> None:
+    """Whatever they are, with a vocabulary that is whole or in slices; the others have theirs."""
+    student, teacher, losses = logits(5, 4, 6), logits(6, 4, 6), logits(7, 4)
+    mask = torch.tensor([True, False, False, True])
+    options: Any = {"alpha": 0.25, "temperature": 3.0}
+    kept = student[mask].requires_grad_()
+    distillation_loss(losses[mask], kept, teacher[mask], **options).backward()
+    teacher[1], teacher[2, :5], student[2, 3] = torch.nan, -torch.inf, torch.inf
+
+    def body(comm: Comm) -> Any:
+        mine = student.tensor_split(ranks, -1)[comm.rank].clone().requires_grad_()
+        theirs = teacher.tensor_split(ranks, -1)[comm.rank]
+        distillation_loss(losses, mine, theirs, **options, mask=mask, tensor=comm).backward()
+        return mine.grad
+
+    grad = torch.cat(threads.run(ranks, body), -1)
+    torch.testing.assert_close(grad[mask], kept.grad)
+    assert not grad[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("losses", "mask", "message"),
+    [
+        ((2, 3), (3,), r"mask is \(3,\), expected \(2, 3\)"),
+        ((), None, r"losses is \(\), expected \(2, 3\)"),
+        ((2, 1), None, r"losses is \(2, 1\), expected \(2, 3\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(losses: tuple[int, ...], mask: Any, message: str) -> None:
+    counted = None if mask is None else torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"distillation_loss: {message}"):
+        distillation_loss(torch.zeros(losses), torch.zeros(2, 3, 7), torch.zeros(2, 3, 7), alpha=1.0, mask=counted)
+
+
 def test_schedules() -> None:
     assert [Schedule("none").at(step) for step in (0, 9)] == [0, 0]
     assert [Schedule("full", 2.0).at(step) for step in (0, 10**9)] == [2, 2]
@@ -121,8 +157,14 @@ def test_schedules() -> None:
     for kind, stop in (("staged", None), ("linear", None), ("full", 3), ("none", 3), ("staged", 0)):
         with pytest.raises(ValueError, match="Schedule: stop is"):
             Schedule(kind, 1.0, stop)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="alpha is -1"):
-        Schedule("full", -1)
+    for alpha in (-1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"alpha is {alpha}, expected >= 0 and finite"):
+            Schedule("full", alpha)
+    with pytest.raises(ValueError, match="kind is 'lineer', expected one of none, full, staged, linear"):
+        Schedule("lineer")  # type: ignore[arg-type]
+    for temperature in (0.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"divergence: temperature is {temperature}, expected > 0 and finite"):
+            divergence(logits(0, 2, 3), logits(1, 2, 3), temperature)
 
 
 def test_students_of_the_paper() -> None:
@@ -297,6 +339,23 @@ def test_resumed_across_the_stop(
     assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
 
 
+def test_resumed_with_other_settings(taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    staged = ["--schedule", "staged", "--stop", "5"]
+    assert main([*options(taught, tmp_path), *staged]) == 0
+    before = records(tmp_path)
+    for other, message in (
+        ([], "distillation kind is 'full', expected 'staged', distillation stop is None, expected 5, as the run"),
+        ([*staged, "--temperature", "2", "--steps", "11"], "resume: distillation temperature is 2.0, expected 1.0"),
+        ([*staged, "--alpha", "0.5"], "resume: distillation alpha is 0.5, expected 1.0"),
+    ):
+        assert main([*options(taught, tmp_path), *other, "--resume"]) == 2
+        assert message in capsys.readouterr().err
+        assert records(tmp_path) == before
+    alone = ["--text", str(taught / "book.txt"), "--config", "tiny", "--batch", "8", "--out", str(taught / "teacher")]
+    assert train([*alone, "--learning-rate", "1", "--resume"]) == 2
+    assert "resume: plan learning_rate is 1.0, expected 0.003" in capsys.readouterr().err
+
+
 def test_a_run(taught: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main([*options(taught, out), "--start", "teacher", "--layers", "2", "--cache", str(tmp_path / "cache")]) == 0
@@ -325,7 +384,11 @@ def test_a_run(taught: Path, tmp_path: Path) -> None:
         (["--teacher", "."], "teacher: log.jsonl does not begin with the config of a model"),
         (["--teacher", "unsaved"], "teacher: unsaved has no checkpoint"),
         (["--cache", "cache", "--cache-top", "999"], "top is 999, expected 1 .. 256, the vocabulary"),
+        (["--cache-top", "5"], "cache-top is 5, expected none without a cache"),
+        (["--config", "tiny", "--layers", "3"], "layers is 3, expected none with config 'tiny'"),
         (["--temperature", "0"], "temperature is 0.0, expected > 0"),
+        (["--temperature", "inf"], "temperature is inf, expected > 0 and finite"),
+        (["--alpha", "nan"], "alpha is nan, expected >= 0 and finite"),
         (["--resume"], "out has no checkpoint"),
     ],
 )
@@ -344,6 +407,24 @@ def test_bad_input(
     assert main([*options(taught, Path("out")), *wrong]) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_a_teacher_of_the_claims_is_there_when_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import claims
+
+    sizes = {"hidden": 16, "context": 32, "steps": 1, "batch": 2, "learning_rate": 1e-3, "workers": 2, "text": []}
+    run = claims.Run(claims.TEACHER, 0, "cpu", np.inf, tmp_path, Namespace(**sizes))
+    save, seen = torch.save, []
+
+    def watched(value: Any, path: Path) -> None:
+        save(value, path)
+        seen.append(claims.weights_of(run).exists())
+
+    monkeypatch.setattr(torch, "save", watched)
+    assert claims.train(run)
+    assert seen == [False]
+    assert torch.load(claims.weights_of(run))
 
 
 def test_the_claims_run_and_staged_distillation_stops_where_told(tmp_path: Path) -> None:

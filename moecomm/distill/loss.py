@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,11 +21,19 @@ def distillation_loss(
     logits       [..., V] of the student; differentiable
     teacher      [..., V] its logits
     temperature  T, that both logits are divided by; T^2 keeps the gradient's size, whatever T is
-    mask         [...] bool: the tokens that count; None: all. If none does, the loss is 0
+    mask         [...] bool: the tokens that count, the others may be anything; None: all. If none does, the loss is 0
     tensor       as for `divergence`
+
+    Differentiable in losses and logits. Raises ValueError if shapes do not fit, and as `divergence`.
 
     Source: DeepSpeed-MoE (arXiv 2201.05596), equation 1; Hinton et al. 2015 (arXiv 1503.02531).
     """
+    for name, each in (("losses", losses), ("mask", losses if mask is None else mask)):
+        if each.shape != logits.shape[:-1]:
+            wanted = tuple(logits.shape[:-1])
+            raise ValueError(f"distillation_loss: {name} is {tuple(each.shape)}, expected {wanted}, the logits' tokens")
+    if mask is not None:  # before they are used: a gradient of 0 times a slope of NaN is NaN
+        logits, teacher = (torch.where(mask[..., None], values, 0) for values in (logits, teacher))
     each = losses + alpha * temperature**2 * divergence(logits, teacher, temperature, tensor)
     if mask is None:
         return each.mean()
@@ -37,7 +46,7 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, tensor
     tensor  ranks that have a slice [..., V / L] of both logits each: the answer is that of the whole vocabulary, the
             same on all of them. Then collective; the backward pass is not. None: the logits are whole
 
-    Differentiable in logits. Raises ValueError if the two shapes differ or the temperature is not above 0.
+    Differentiable in logits. Raises ValueError if the two shapes differ or the temperature is not above 0 and finite.
     """
     if logits.shape != teacher.shape:
         raise ValueError(f"divergence: teacher is {tuple(teacher.shape)}, expected {tuple(logits.shape)} as the logits")
@@ -47,9 +56,9 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, tensor
 
 
 def check_temperature(function: str, temperature: float) -> None:
-    """Raises ValueError unless it is above 0."""
-    if not temperature > 0:
-        raise ValueError(f"{function}: temperature is {temperature}, expected > 0")
+    """Raises ValueError unless it is above 0 and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{function}: temperature is {temperature}, expected > 0 and finite")
 
 
 def _exact(logits: Tensor) -> Tensor:
