@@ -144,9 +144,11 @@ def sum_copies(rows: Any, copies: Copies, weight: Any) -> Any:
     if weight is None and places is not None:
         return rows.index_select(0, _index(places, rows))
     total = rows.new_zeros((copies.num_rows, *rows.shape[1:]), dtype=sum_dtype(rows))
-    for choice, these, of in copies.by_choice():
-        target = _index(of, rows)
-        part = rows.index_select(0, _index(these, rows)).to(total.dtype)
+    order, parts = copies.by_choice()
+    of, order = _index(copies.row[order], rows), _index(order, rows)  # to a GPU at once, not choice by choice
+    for choice, here in enumerate(parts):
+        target = of[here]
+        part = rows.index_select(0, order[here]).to(total.dtype)
         if weight is not None:
             part = part * _as_column(weight[target, choice].to(total.dtype), part)
         total.index_add_(0, target, part)  # a choice meets each row once: nothing is added in an unknown order

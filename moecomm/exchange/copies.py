@@ -5,8 +5,8 @@ Everything an exchange does beside communicating is one of two functions, and ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,18 @@ class Copies:
     num_rows: int
     num_choices: int
 
-    def by_choice(self) -> Iterator[tuple[int, Counts, Counts]]:
-        """For each choice in turn: the copies that are that choice, and the rows that they are of."""
-        for choice in range(self.num_choices):
-            copies = np.flatnonzero(self.choice == choice)
-            yield choice, copies, self.row[copies]
+    def by_choice(self) -> tuple[Counts, list[slice]]:
+        """[N] the copies, those of a row's first choice first; and where each choice's are among them."""
+        ends = np.cumsum(np.bincount(self.choice, minlength=self.num_choices)).tolist()
+        return sorting(self.choice), [slice(*ends_of) for ends_of in pairwise([0, *ends])]
 
     def places(self) -> Counts | None:
         """[T] where the one copy of each row is, or None if some row has none or several."""
         if self.num_choices != 1 or len(self.row) != self.num_rows:
             return None
-        return np.argsort(self.row)
+        places = np.empty_like(self.row)
+        places[self.row] = np.arange(len(self.row))
+        return places
 
 
 def one_each(destination: Counts, num_destinations: int) -> tuple[Copies, Counts]:
@@ -99,8 +100,10 @@ def sum_back(rows: Array, copies: Copies, weight: Array | None = None, dtype: An
     if weight is None and places is not None:
         return as_dtype(rows[places], dtype)
     total = np.zeros((copies.num_rows, *rows.shape[1:]), sum_dtype(rows))
-    for choice, these, of in copies.by_choice():
-        part = rows[these].astype(total.dtype)
+    order, parts = copies.by_choice()
+    for choice, here in enumerate(parts):
+        of = copies.row[order[here]]
+        part = rows[order[here]].astype(total.dtype)
         total[of] += part if weight is None else part * _as_column(weight[of, choice], part)
     return as_dtype(total, dtype)
 
