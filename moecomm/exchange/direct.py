@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
-from operator import index
 from typing import Any
 
 from moecomm.arrays import is_torch
@@ -45,8 +45,8 @@ class DirectExchange:
                  that finds no room is lost, and its answer counts as zeros: `check` raises
     num_buffers  plans of `dispatch_compact` that may wait for their combine at a time, at least
     num_sms      blocks of a kernel, one to a multiprocessor, which wait for those of other ranks. None: all but 32, so
-                 that NCCL's kernels, which also wait for each other, find room beside them. All of them
-                 are faster for many tokens, where nothing else runs
+                 that NCCL's kernels, which also wait for each other, find room beside them. All of them are faster
+                 for many tokens, where nothing else runs
     limit        seconds that a kernel waits for another rank
     memory       ipc_memory, or torch_memory for a torch process group
 
@@ -54,10 +54,10 @@ class DirectExchange:
     or asks it: calls can be captured in a CUDA graph, after one call of the same kind. All calls of an exchange, of a
     rank, are to be in the order of one stream. Ranks make the same calls in the same order.
 
-    Making one is collective. Equal on all ranks: all arguments. Raises ValueError, on all ranks, for bad
-    arguments; RuntimeError where a GPU cannot reach another. A rank that does not come within the limit, or has died,
-    makes the kernels of the others give up: `check` and every later call raise CommError, and what the calls in between
-    returned means nothing.
+    Making one is collective. Equal on all ranks: all arguments. Raises ValueError, on all ranks, for bad arguments;
+    RuntimeError where a GPU cannot reach another. A rank that does not come within the limit, or has died, makes the
+    kernels of the others give up: `check` and every later call raise CommError, and what the calls in between returned
+    means nothing.
     Source: DeepSpeed-MoE (arXiv 2201.05596), section 5, for one node.
     """
 
@@ -465,7 +465,7 @@ class DirectExchange:
 
 def _integer(name: str, value: Any) -> int:
     try:
-        return index(value)
+        return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}, expected an integer") from None
 
