@@ -233,8 +233,8 @@ class DirectExchange:
             self._held[plan.buffer] = None
 
     def load(self) -> None:
-        """Compile and load all kernels, for rows that start at multiples of 16 bytes; about 2 s each the first time. A
-        CUDA graph can capture loaded kernels only. Not collective."""
+        """Compile and load all kernels, for tensors whose rows lie side by side; about 2 s each the first time. A CUDA
+        graph can capture loaded kernels only. Not collective."""
         for kernel in self.shape.kernels():
             kernel.load()
 
