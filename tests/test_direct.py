@@ -45,6 +45,17 @@ def test_loaded_kernels_are_those_that_rows_need() -> None:
     assert aligned(replace(SHAPES["float8"], hidden=200)) == [1, 0, 1, 1, 1]  # compact ones lie where they came
 
 
+def test_rows_that_end_within_16_bytes_are_not_aligned() -> None:
+    torch = pytest.importorskip("torch")
+    from moecomm.exchange.direct import _aligned
+
+    def rows(num: int, width: int, stride: int) -> object:
+        return torch.zeros(4096, dtype=torch.bfloat16).as_strided((num, width), (stride, 1))
+
+    assert _aligned(rows(3, 64, 64), None, rows(3, 60, 64), rows(0, 64, 64)) and _aligned(rows(1, 64, 65))
+    assert not any(map(_aligned, (rows(1, 60, 60), rows(1, 60, 64), rows(3, 64, 65), rows(3, 64, 64)[:, 1:])))
+
+
 @pytest.mark.parametrize("shape", [*SHAPES.values(), LARGE], ids=[*SHAPES, "large"])
 def test_parts_of_the_buffers_do_not_overlap(shape: Shape) -> None:
     to, back, num_bytes = shape.layout(3)

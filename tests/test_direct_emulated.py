@@ -469,10 +469,11 @@ def test_a_rank_that_dies_after_its_first_words(gpus: Gpus, compact: bool) -> No
         _, exchange = exchanges(shape)
         tokens = exchange._buffers.part(exchange._buffers.to[0].tokens, (2,), torch.int32)
         tokens[0], tokens[1] = 256, 1  # of rank 0, with the tag of the first use
-        expert = torch.full((256, 1), 5, dtype=torch.int32)
-        kept = exchange.send(torch.ones(256, 20), expert, torch.ones(256, 1), compact)
+        given = torch.ones(256, 20), torch.full((256, 1), 5, dtype=torch.int32), torch.ones(256, 1)
+        rows, plan = exchange.send(*given, compact)
         gpus.run(seed)
-        check_range(kept[1], shape)
+        check_range(plan, shape)
+        assert len(rows) == 2 * 256
         with pytest.raises(CommError, match=r"for rank 0 to say where its tokens go"):
             exchange._usable("dispatch")
 
@@ -490,12 +491,14 @@ def test_choices_may_change_after_dispatch(gpus: Gpus) -> None:
     shape = CASES["2 ranks, tickets"]
     made, kept = exchanges(shape), []
     for exchange in made:
-        x, expert = torch.ones((4, 77), dtype=torch.bfloat16), torch.full((4, 3), 3, dtype=torch.int32)
-        rows, plan = exchange.send(x, expert, torch.ones(4, 3), False)
+        x, weight = torch.ones((4, 77), dtype=torch.bfloat16), torch.ones(4, 3)
+        expert = torch.full((4, 3), 3, dtype=torch.int32)
+        rows, plan = exchange.send(x, expert, weight, False)
         gpus.host(exchange.comm.rank, lambda expert=expert: expert.fill_(-1))
-        kept.append((x, expert, rows, exchange.give_back(rows, plan, plan.weight)[0]))
+        y, _ = exchange.give_back(rows, plan, plan.weight)
+        kept.append((y, x, weight, rows, plan))  # all that the kernels will use
     gpus.run(0)
-    for x, _, _, y in kept:
+    for y, x, *_ in kept:
         same(y, 3 * x)
 
 
@@ -511,7 +514,7 @@ def test_fewer_answers_than_rows(gpus: Gpus, name: str) -> None:
         backing[:given] = 1
         y, _ = exchange.give_back(backing[:given], plan, plan.weight)
         grad_rows, grad_weight = exchange.spread(grad_y, backing[:given], plan)
-        kept.append((plan, y, grad_rows, grad_weight, backing))
+        kept.append((plan, y, grad_rows, grad_weight, (rows, backing)))
     gpus.run(0)
     wanted = Wanted(shape, world, given)
     for exchange, (x, *_), (plan, y, grad_rows, grad_weight, _) in zip(made, world, kept, strict=True):

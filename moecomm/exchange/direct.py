@@ -477,9 +477,10 @@ def _wants_gradients(*tensors: Any) -> bool:
 
 
 def _aligned(*tensors: Any) -> bool:
-    """Whether every row of every tensor starts at a multiple of 16 bytes."""
+    """Whether 16 bytes at a time begin and end with every row of every tensor, or with what lies between rows."""
     return all(
-        tensor.data_ptr() % 16 == 0 and (tensor.shape[0] < 2 or tensor.stride(0) * tensor.element_size() % 16 == 0)
+        tensor.data_ptr() % 16 == 0
+        and (tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]) * tensor.element_size() % 16 == 0
         for tensor in tensors
         if tensor is not None
     )
