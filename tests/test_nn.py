@@ -144,8 +144,24 @@ def test_moe_and_its_gradients(top_k: int, num_tokens: int) -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_no_tokens_at_all() -> None:
-    y, routing = MoE(8, 16, 4)(torch.zeros(0, 8, requires_grad=True))
+def test_rows_that_begin_at_multiples() -> None:
+    """choices={"align": 8} puts gaps between the experts' rows, which changes no answer and no gradient."""
+    x = normal(21, 8)
+    plain, aligned = (MoE(8, 16, 4, 2, std=0.5, choices=choices) for choices in ({}, {"align": 8}))
+    outcomes = []
+    for layer in (plain, aligned):
+        with_biases(layer.experts)
+        y = layer(x)[0]
+        outcomes.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    for got, wanted in zip(*reversed(outcomes), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_at_all(capacity_factor: float | None, dtype: torch.dtype) -> None:
+    layer = MoE(8, 16, 4, capacity_factor=capacity_factor, dtype=dtype)
+    y, routing = layer(torch.zeros(0, 8, dtype=dtype, requires_grad=True))
     assert y.shape == (0, 8)
     assert routing.load.tolist() == [0] * 4
     y.sum().backward()

@@ -134,6 +134,8 @@ def permute(x: Tensor, row: Tensor, source: Tensor, threads: int) -> Tensor:
         from moecomm.gating import cuda_rows
 
         return cuda_rows.permute(x, row, source)
+    if not (x.numel() and len(source)):
+        return x.new_zeros(len(source), x.shape[1])  # numpy's strides of nothing are none that view takes
     words = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().view(torch.uint8)
     return torch.from_numpy(host.permute(words.numpy(), row.numpy(), source.numpy(), threads)).view(x.dtype)
 

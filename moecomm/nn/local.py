@@ -34,9 +34,9 @@ class LocalExchange:
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, LocalPlan]:
         """x [T, H], a routing from `route` -> [N, H] grouped by expert, and the plan. Differentiable in x.
 
-        N is T * K, or E * capacity; rows that no token fills are zeros.
+        N is T * K, or what `align` makes of it, or E * capacity; rows that no token fills are zeros.
         """
-        rows, counts = permute(x, routing), routing.count
+        rows, counts = permute(x, routing), routing.offset.diff()  # not routing.count: with `align` there are gaps
         if routing.capacity is not None:
             rows, counts = rows.flatten(0, 1), np.full(self.num_experts, routing.capacity)
         return rows, LocalPlan(counts, routing)
