@@ -12,12 +12,20 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402, N812
 
-from moecomm import Comm, FlatAllToAll, RoutedExchange, Topology, build_groups  # noqa: E402
+from moecomm import (  # noqa: E402
+    Comm,
+    FlatAllToAll,
+    RoutedExchange,
+    TensorParallelExchange,
+    Topology,
+    build_groups,
+)
 from moecomm.nn import (  # noqa: E402
     CONFIGS,
     MLP,
     Config,
     Experts,
+    LocalExchange,
     MoE,
     ResidualMoE,
     TransformerLM,
@@ -203,6 +211,17 @@ def test_what_moe_refuses() -> None:
             MoE(8, 16, 4, exchange=RoutedExchange(FlatAllToAll(comm), 2))
         with pytest.raises(ValueError, match="the exchange has 6"):
             MoE(8, 16, 4, groups=groups, exchange=RoutedExchange(FlatAllToAll(comm), 3))
+        with pytest.raises(ValueError, match="the exchange has 4 of 4 experts here, expected one of expert=2 equal"):
+            MoE(8, 16, 4, groups=groups, exchange=LocalExchange(4))
+        for experts in ([1, 3], [[0, 2], [1, 3]], [[0, 1], [3, 2]]):
+            with pytest.raises(
+                ValueError, match=r"here, expected one of|expected \[\[0, 1\], \[2, 3\]\] as the groups"
+            ):
+                MoE(8, 16, 4, groups=groups, exchange=RoutedExchange(FlatAllToAll(comm), experts))
+        lanes = build_groups(comm, Topology(2, tensor=2, expert=2))
+        inner = RoutedExchange(FlatAllToAll(lanes.expert_lane), [[comm.rank, comm.rank + 2]])
+        with pytest.raises(ValueError, match=r"expected \[\[[02], [13]\]\] as the groups"):
+            MoE(8, 16, 4, groups=lanes, exchange=TensorParallelExchange(inner, lanes.tensor))
 
     threads.run(2, body)
     with pytest.raises(ValueError, match="'gelu' or 'swiglu'"):

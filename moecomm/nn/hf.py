@@ -28,7 +28,7 @@ class SpreadExperts(ExpertLayer):
     def __init__(self, theirs: Any, groups: Groups, exchange: Exchange) -> None:
         super().__init__()
         self.groups, self.exchange = groups, exchange
-        here, part = held_experts(groups, exchange.num_local_experts)
+        here, part = held_experts(groups, exchange)
         ffn = theirs.down_proj.shape[2]
 
         def weights(e: int, name: str) -> Tensor:

@@ -18,6 +18,7 @@ from moecomm.nn.experts import Experts
 from moecomm.nn.linear import Activation
 from moecomm.nn.local import LocalExchange
 from moecomm.nn.seeds import draw, parameter
+from moecomm.topology import Topology
 
 
 class Exchange(Protocol):
@@ -50,7 +51,7 @@ def exchange_over(
     """
     if groups is None:
         return LocalExchange(num_experts)
-    topology = groups.topology
+    topology, rank = groups.topology, groups.world.rank
     if num_experts % topology.expert:
         raise ValueError(f"MoE: num_experts is {num_experts}, which expert={topology.expert} ranks cannot share")
     each = num_experts // topology.expert
@@ -58,12 +59,15 @@ def exchange_over(
         if topology.expert == 1:
             return LocalExchange(num_experts)
         return RoutedExchange(all_to_all(groups.expert), each, **options)
-    lane = topology.group_of(groups.world.rank, "expert_lane")
-    places = [topology.coords(rank)["expert"] for rank in lane]
-    held = [range(place * each, (place + 1) * each) for place in places]
-    inner = RoutedExchange(all_to_all(groups.expert_lane), held, **options)
-    part = (topology.coords(groups.world.rank)["expert_tensor"], topology.expert_tensor)
+    inner = RoutedExchange(all_to_all(groups.expert_lane), _held(topology, rank, "expert_lane", each), **options)
+    part = (topology.coords(rank)["expert_tensor"], topology.expert_tensor)
     return TensorParallelExchange(inner, groups.tensor, part=part)
+
+
+def _held(topology: Topology, rank: int, axis: str, each: int) -> list[list[int]]:
+    """The global ids that the ranks of rank's group along an axis hold: `each` of them on each."""
+    places = [topology.coords(member)["expert"] for member in topology.group_of(rank, axis)]
+    return [list(range(place * each, (place + 1) * each)) for place in places]
 
 
 class ExpertLayer(nn.Module):
@@ -101,7 +105,8 @@ class MoE(ExpertLayer):
     The buffer `bias` [E] is added to the scores for the selection alone; see `balance`.
 
     x must be the same on all tensor ranks. Collective, as the exchange is. Gradients are this rank's:
-    `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide.
+    `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide, and for an exchange
+    that has the experts in other places than the groups.
     Source: Shazeer et al. 2017 (arXiv 1701.06538); DeepSpeed-MoE (arXiv 2201.05596), section 4.
     """
 
@@ -121,7 +126,7 @@ class MoE(ExpertLayer):
         self.num_experts, self.top_k, self.groups = num_experts, top_k, groups
         self.capacity_factor = capacity_factor
         self.choices = choices or {}
-        here, part = held_experts(groups, self.exchange.num_local_experts)
+        here, part = held_experts(groups, self.exchange)
         self.gate = parameter(draw((num_experts, hidden), std, *key, "gate"), like | {"dtype": torch.float32})
         self.experts = Experts(hidden, ffn, here, activation=activation, part=part, std=std, key=key, **like)
         self.register_buffer("bias", torch.zeros(num_experts, device=like.get("device")))
@@ -142,10 +147,23 @@ class MoE(ExpertLayer):
         return expert_capacity(num_tokens, self.num_experts, self.top_k, factor=self.capacity_factor)
 
 
-def held_experts(groups: Groups | None, num_local_experts: int) -> tuple[range, tuple[int, int]]:
-    """The global ids of the experts here, and which slice of them."""
+def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[range, tuple[int, int]]:
+    """The global ids of the experts here, and which slice of them. ValueError where the exchange has others here."""
+    each = exchange.num_local_experts
     if groups is None:
-        return range(num_local_experts), (0, 1)
-    place = groups.topology.coords(groups.world.rank)
-    first = place["expert"] * num_local_experts
-    return range(first, first + num_local_experts), (place["expert_tensor"], groups.topology.expert_tensor)
+        return range(each), (0, 1)
+    topology, rank = groups.topology, groups.world.rank
+    if each * topology.expert != exchange.num_experts:
+        raise ValueError(
+            f"MoE: the exchange has {each} of {exchange.num_experts} experts here, expected one of "
+            f"expert={topology.expert} equal parts"
+        )
+    axis = "expert_lane" if isinstance(exchange, TensorParallelExchange) else "expert"
+    routed, wanted = getattr(exchange, "inner", exchange), _held(topology, rank, axis, each)
+    if isinstance(routed, RoutedExchange) and routed._experts_text != str(wanted):
+        raise ValueError(
+            f"MoE: the exchange's ranks hold experts {routed._experts_text}, expected {wanted} as the groups have them"
+        )
+    place = topology.coords(rank)
+    first = place["expert"] * each
+    return range(first, first + each), (place["expert_tensor"], topology.expert_tensor)
