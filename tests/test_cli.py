@@ -195,6 +195,7 @@ def test_sums_of_several_lanes_are_shared_in_float32(capsys: Printed, options: s
         ("--world-size 4 --axis ''", "Topology.groups: '' is no axis"),
         ("--world-size 4 --ranks-per-node 0", "argument --ranks-per-node: '0' is no whole number >= 1"),
         ("--world-size 4 --svg /no/such/folder/x.svg", "[Errno 2] No such file or directory: '/no/such/folder/x.svg'"),
+        ("--world-size 20000000", "argument --world-size: '20000000' is too many, expected at most 65536"),
         ("--world-size four", "argument --world-size: 'four' is no whole number >= 1"),
         ("--world-size 4 --tokens 0", "argument --tokens: '0' is no whole number >= 1"),
         ("", "the following arguments are required: --world-size"),
@@ -231,6 +232,16 @@ def test_as_a_program() -> None:
     assert job.returncode == 2
     assert "Traceback" not in job.stderr
     assert job.stderr.endswith("valid: 1, 2, 4\n")
+
+
+@pytest.mark.parametrize("command", ["topology --world-size 4096 --axis tensor", "plan --ranks 8 --experts 8"])
+def test_a_reader_that_has_enough_is_no_error(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody_reads:
+        call = [sys.executable, "-m", "moecomm", *command.split()]
+        job = subprocess.run(call, stdout=nobody_reads, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (job.returncode, job.stderr) == (0, "")
 
 
 def test_topology_loads_no_torch_and_import_loads_no_command_line() -> None:

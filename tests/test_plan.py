@@ -69,6 +69,13 @@ def test_seconds_and_memory_are_those_of_the_model(capsys: Printed, links: str) 
     assert lanes["tokens_per_second"] == pytest.approx(p / 4 * tokens / lanes["seconds"])
 
 
+def test_a_layout_given_twice_is_printed_once(capsys: Printed) -> None:
+    plan(f"{SMALL} --tensor 2,4,2 --json")
+    twice = capsys.readouterr().out
+    plan(f"{SMALL} --tensor 2,4 --json")
+    assert twice == capsys.readouterr().out
+
+
 def test_the_best_is_first_and_said(capsys: Printed, links: str) -> None:
     arguments = f"{SMALL} --tensor 1,2,4 {links}"
     plan(f"{arguments} --json")
@@ -130,7 +137,9 @@ def test_a_layout_whose_lanes_do_not_reach_all_experts_is_left_out(capsys: Print
         ("--ranks 16 --experts 4 --tensor 1,", "argument --tensor: '' is no whole number >= 1"),
         ("--ranks 16 --experts 4 --tensor 3", "Topology: tensor=3 does not divide 16"),
         ("--ranks 16 --experts 4 --links /no/such/file", "[Errno 2] No such file or directory: '/no/such/file'"),
-        ("--ranks 65537 --experts 1", "predict_group: node_of has 65537 ranks, expected at most 65536"),
+        ("--ranks 65537 --experts 1", "argument --ranks: '65537' is too many, expected at most 65536"),
+        ("--ranks 20000000 --experts 1", "argument --ranks: '20000000' is too many"),
+        ("--ranks 8 --experts 4 --top-k 9", "argument --top-k: 9 is more than the 4 experts there are"),
     ],
 )
 def test_bad_values(capsys: Printed, options: str, error: str) -> None:

@@ -6,6 +6,8 @@ Nothing here is needed to use the library.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from moecomm.cli import machine, plan, topology
@@ -37,8 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_options(of_command)
         of_command.set_defaults(run=command.run, parser=of_command)
     options = parser.parse_args(arguments)
-    if hasattr(options, "run"):
-        options.run(options)
-    else:
-        parser.print_help()
+    try:
+        if hasattr(options, "run"):
+            options.run(options)
+        else:
+            parser.print_help()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; what is left goes nowhere, or Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

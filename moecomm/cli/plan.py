@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moecomm.cli.topology import WORK, positive, text_table
+from moecomm.cli.topology import WORK, positive, ranks, text_table
 from moecomm.cost import GPU_NODES, Cost, Links, predict_group
 from moecomm.draw.words import nodes_in_words, topology_in_words
 from moecomm.nodes import Nodes
@@ -64,7 +64,7 @@ class Option:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `run` takes."""
-    parser.add_argument("--ranks", type=positive, required=True, metavar="P", help="number of ranks")
+    parser.add_argument("--ranks", type=ranks, required=True, metavar="P", help="number of ranks")
     parser.add_argument("--experts", type=positive, required=True, metavar="E", help="experts of the layer")
     for name, (default, what) in {"ranks_per_node": (8, "ranks of a node, which is a block"), **WORK}.items():
         option = f"--{name.replace('_', '-')}"
@@ -77,12 +77,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def several(text: str) -> list[int]:
-    """Whole numbers >= 1, with commas between them."""
-    return [positive(number) for number in text.split(",")]
+    """Whole numbers >= 1, with commas between them, each once."""
+    return list(dict.fromkeys(positive(number) for number in text.split(",")))
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the options, the best of them, and why."""
+    if options.top_k > options.experts:
+        options.parser.error(f"argument --top-k: {options.top_k} is more than the {options.experts} experts there are")
     try:
         links = GPU_NODES if options.links is None else Links.from_json(options.links.read_text())
         nodes = Nodes.of_size(options.ranks_per_node, options.ranks)

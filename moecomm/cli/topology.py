@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moecomm.arrays import Counts
+from moecomm.cost.model import MOST_RANKS
 from moecomm.draw import topology_svg
 from moecomm.draw.words import counted, nodes_in_words, ranks_in_words, topology_in_words
 from moecomm.nodes import Nodes
@@ -44,7 +45,7 @@ Sharing comes once, after combine; the experts of a token are assumed to be on d
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `run` takes."""
-    parser.add_argument("--world-size", type=positive, required=True, metavar="P", help="number of ranks")
+    parser.add_argument("--world-size", type=ranks, required=True, metavar="P", help="number of ranks")
     for name, (default, what) in {**SIZES, "ranks_per_node": (8, "ranks of a node, which is a block"), **WORK}.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} ({default})")
@@ -60,6 +61,13 @@ def positive(text: str) -> int:
     """`text` as a whole number >= 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 1")
+    return int(text)
+
+
+def ranks(text: str) -> int:
+    """`text` as a number of ranks, of which tables are made."""
+    if positive(text) > MOST_RANKS:
+        raise argparse.ArgumentTypeError(f"{text!r} is too many, expected at most {MOST_RANKS}")
     return int(text)
 
 
