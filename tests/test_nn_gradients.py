@@ -68,17 +68,38 @@ def test_a_frozen_parameter_stays() -> None:
     threads.run(2, body)
 
 
-def test_the_embedding_of_two_stages_in_a_wrapped_model() -> None:
-    """First and last stage share it: what each has, the sum of the two, also where the model is a part of another."""
+def test_the_mean_of_16_bit_gradients_has_no_infinite_sum() -> None:
+    def body(comm: Comm) -> None:
+        model = torch.nn.Linear(3, 2, dtype=torch.float16)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 40000.0 + 64 * comm.rank)
+        reduce_gradients(model, build_groups(comm, Topology(2)))
+        assert all((p.grad == 40032).all() and p.grad.dtype == torch.float16 for p in model.parameters())
+
+    threads.run(2, body)
+    with pytest.raises(ValueError, match="reduce_gradients: num_micro_batches is 0, expected at least 1"):
+        reduce_gradients(torch.nn.Linear(3, 2), None, 0)
+
+
+@pytest.mark.parametrize("frozen", [(), (0, 2)])
+def test_the_embedding_of_two_stages_in_a_wrapped_model(frozen: tuple[int, ...]) -> None:
+    """First and last stage share it: what each has, the sum of the two, also where the model is a part of another.
+
+    Stages between the two cannot know that it is frozen, and do not wait.
+    """
 
     def body(comm: Comm) -> None:
         groups = build_groups(comm, Topology(3, pipeline=3))
         config = Config(3, 16, 2, vocabulary=32, context=8)
         model = torch.nn.Sequential(TransformerLM(config, groups=[groups], stage=(comm.rank, 3)))
         if comm.rank != 1:
-            model[0].embedding.grad = torch.full_like(model[0].embedding, 1.0 + comm.rank)
+            model[0].embedding.requires_grad_(comm.rank not in frozen)
+            if comm.rank not in frozen:
+                model[0].embedding.grad = torch.full_like(model[0].embedding, 1.0 + comm.rank)
         reduce_gradients(model, groups)
-        if comm.rank != 1:
+        if comm.rank in frozen:
+            assert model[0].embedding.grad is None
+        elif comm.rank != 1:
             assert (model[0].embedding.grad == 4).all()
 
     threads.run(3, body)

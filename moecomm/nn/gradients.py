@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecomm.arrays import as_dtype, sum_dtype
 from moecomm.comm import Comm
 from moecomm.groups import Groups, reduce_expert_gradient
 from moecomm.nn.experts import Experts
@@ -38,8 +39,10 @@ def reduce_gradients(model: torch.nn.Module, groups: Groups | None, num_micro_ba
     Experts: summed over the ranks that hold them, see `reduce_expert_gradient`. All others: averaged over data. An
     embedding that the first and the last pipeline stage share: summed over the two. A parameter without a gradient
     gets zeros, unless it is frozen (requires_grad=False): an optimizer leaves it alone. Collective over all ranks; the
-    same parameters must be frozen on all of them.
+    same parameters must be frozen on all of them. Raises ValueError for num_micro_batches < 1.
     """
+    if num_micro_batches < 1:
+        raise ValueError(f"reduce_gradients: num_micro_batches is {num_micro_batches}, expected at least 1")
     experts: dict[int, tuple[Groups, list[Any]]] = {}
     of_experts: set[int] = set()
     for module in model.modules():
@@ -54,7 +57,7 @@ def reduce_gradients(model: torch.nn.Module, groups: Groups | None, num_micro_ba
         return
     _replace(
         [p for p in _trained(model) if id(p) not in of_experts],
-        lambda flat: groups.data.all_reduce(flat).div_(groups.data.size),
+        partial(_mean, data=groups.data),
     )
     for of_layer, theirs in experts.values():
         _replace(theirs, partial(reduce_expert_gradient, groups=of_layer))
@@ -67,13 +70,20 @@ def _trained(module: torch.nn.Module) -> list[Any]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def _mean(flat: Tensor, data: Comm) -> Tensor:
+    """Over the data ranks; divided first, as an expert's gradient: the sum may be too large for 16 bits."""
+    return as_dtype(data.all_reduce(as_dtype(flat, sum_dtype(flat)) / data.size), flat.dtype)
+
+
 def _sum_embedding(model: TransformerLM, pipeline: Comm) -> None:
-    """Stages between the first and the last have no embedding: they add zeros."""
-    if not hasattr(model, "embedding"):
-        like = next(model.parameters())
-        pipeline.all_reduce(like.new_zeros(model.config.vocabulary, model.config.hidden).detach())
-    elif model.embedding.requires_grad:
-        model.embedding.grad = pipeline.all_reduce(model.embedding.grad)
+    """Stages between the first and the last have no embedding, nor know whether it is frozen: they add zeros."""
+    embedding = getattr(model, "embedding", None)
+    here = None if embedding is None else embedding.grad
+    if here is None:
+        here = next(model.parameters()).new_zeros(model.config.vocabulary, model.config.hidden).detach()
+    total = pipeline.all_reduce(here)
+    if embedding is not None and embedding.requires_grad:
+        embedding.grad = total
 
 
 def _replace(parameters: list[Any], reduced: Callable[[Tensor], Tensor]) -> None:
