@@ -114,9 +114,20 @@ def test_bad_arguments() -> None:
         (unpermute, (x, routing), ValueError, r"unpermute: rows has shape \(4, 8\), expected \(12, H\)"),
         (unpermute, (np.zeros((12, 8)), routing), TypeError, "unpermute: rows has dtype float64"),
         (unpermute, (np.zeros((12, 8), np.float32), routing, x[:, :4]), ValueError, "unpermute: residual is float32"),
+        (unpermute, ([[1.0]], routed(4, capacity=5)), TypeError, "unpermute: rows is a list, expected a ndarray"),
     ):
         with pytest.raises(error, match=message):
             call(*given)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 6), (4, 10, 6), (1, 40, 6), (0, 5, 6)])
+def test_rows_by_expert_have_the_routing_s_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"unpermute: rows has shape .*, expected \(8, 5, H\)"):
+        unpermute(np.zeros(shape, np.float32), routed(4, capacity=5))
+
+
+def test_no_rows_of_no_width() -> None:
+    assert unpermute(np.zeros((8, 0, 0), np.float32), routed(4, capacity=0)).shape == (4, 0)
 
 
 def test_a_table_that_was_tampered_with_is_refused() -> None:

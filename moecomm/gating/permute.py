@@ -89,8 +89,13 @@ def unpermute(rows: Array, routing: Routing, residual: Array | None = None, *, t
     residual do not fit the routing.
     """
     routing = _tables("unpermute", routing)
-    if routing.capacity is not None and rows.ndim == 3:
-        rows = rows.reshape(-1, rows.shape[-1])
+    if routing.capacity is not None and getattr(rows, "ndim", 2) == 3:
+        by_expert = (len(routing.count), routing.capacity)
+        if tuple(rows.shape[:2]) != by_expert:
+            raise ValueError(
+                f"unpermute: rows has shape {tuple(rows.shape)}, expected ({by_expert[0]}, {by_expert[1]}, H)"
+            )
+        rows = rows.reshape(len(routing.source), rows.shape[2])
     rows = _matrix("unpermute: rows", rows, routing.row, len(routing.source), DTYPES)
     if residual is not None:
         residual = _matrix("unpermute: residual", residual, routing.row, len(routing.row), DTYPES)
