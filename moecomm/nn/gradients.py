@@ -71,8 +71,8 @@ def _trained(module: torch.nn.Module) -> list[Any]:
 
 
 def _mean(flat: Tensor, data: Comm) -> Tensor:
-    """Over the data ranks; divided first, as an expert's gradient: the sum may be too large for 16 bits."""
-    return as_dtype(data.all_reduce(as_dtype(flat, sum_dtype(flat)) / data.size), flat.dtype)
+    """Over the data ranks; divided first, as an expert's gradient: the sum may be too large for 16 bits. Uses flat."""
+    return as_dtype(data.all_reduce(as_dtype(flat, sum_dtype(flat)).div_(data.size)), flat.dtype)
 
 
 def _sum_embedding(model: TransformerLM, pipeline: Comm) -> None:
