@@ -31,6 +31,7 @@ SUMMABLE = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int8
 """What every transport can add."""
 
 LARGEST_INT = 2**31 - 1
+LARGEST_SUM = 2**63 - 1
 """MPI takes colors and keys up to this."""
 
 
@@ -280,8 +281,10 @@ class Comm(ABC):
         if array.shape != (self.size,):
             raise ValueError(f"{name} has shape {array.shape}, expected ({self.size},): one count per rank")
         array = np.ascontiguousarray(array, np.int64)
-        if array.min() < 0:
-            raise ValueError(f"{name}[{array.argmin()}] is {array.min()}, expected >= 0")
+        most = LARGEST_SUM // self.size
+        if array.view(np.uint64).max() > most:  # negative ones too
+            at = int(array.view(np.uint64).argmax())
+            raise ValueError(f"{name}[{at}] is {array[at]}, expected {'>= 0' if array[at] < 0 else f'<= {most}'}")
         if num_rows is not None and array.sum() != num_rows:
             raise ValueError(f"{name} sums to {array.sum()}, expected {num_rows}, the number of rows given")
         return array

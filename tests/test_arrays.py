@@ -34,9 +34,12 @@ def test_copy_blocks(dtype: str, num_blocks: int, shape: tuple[int, ...]) -> Non
         ([-1, 0], None, "out of range"),
         ([0], None, "do not fill"),
         ([0, 1], [1, 2], "do not fill src"),
-        ([0, 1], [3, -1], "negative"),
+        ([0, 1], [-1, 3], "negative"),
         ([0, 1], [2], "differ in length"),
         ([0, 0], [2, 0], "do not fill dst"),
+        ([0, 0, 0, 1, 2, 3], [1, 1, 0, 0, 0, 0], "do not fill dst"),
+        ([0, 1, 2], [2**62, 2**62, 2**62 + 2**61], "do not fill src"),  # the sum of their bytes is 0 in 64 bits
+        ([0, 1], [2**62 + 1, 2**62 + 1], "do not fill src"),  # and 8
     ],
 )
 def test_the_kernel_refuses_what_does_not_fit(order: list[int], rows: list[int] | None, match: str) -> None:

@@ -149,6 +149,17 @@ def test_a_table_of_other_nodes_is_refused() -> None:
     threads.run(4, body)
 
 
+@pytest.mark.parametrize("wrong", [{"table": "x"}, {"links": None}])
+def test_arguments_of_another_kind(wrong: dict[str, Any]) -> None:
+    def body(comm: Comm) -> None:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            AutoAllToAll(comm, Nodes.of_size(2, 4), **(wrong if comm.rank == 0 else {}))
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is a .*, expected"):
+            AutoAllToAll(comm, Nodes.of_size(2, 4), **wrong)
+
+    threads.run(4, body)
+
+
 @pytest.mark.parametrize("what", ["table", "links", "sizes", "seconds", "nodes"])
 def test_ranks_that_differ_are_told(what: str) -> None:
     def body(comm: Comm) -> None:
@@ -171,7 +182,7 @@ def test_ranks_that_differ_are_told(what: str) -> None:
 @pytest.mark.parametrize(("sizes", "seconds"), [((), 1), ((0,), 1), ((16,), -1), ((16,), float("nan"))])
 def test_what_cannot_be_tuned(sizes: tuple[int, ...], seconds: float) -> None:
     def body(comm: Comm) -> None:
-        with pytest.raises(ValueError, match="expected sizes >= 1, seconds >= 0"):
+        with pytest.raises(ValueError, match="expected whole numbers >= 1, seconds >= 0"):
             AutoAllToAll(comm).tune(sizes, seconds=seconds)
 
     threads.run(2, body)

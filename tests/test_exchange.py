@@ -392,6 +392,22 @@ def test_rows_that_do_not_fit_the_plan() -> None:
         rows, plan = exchange.dispatch(np.zeros((2, 4)), GOOD)
         with pytest.raises(ValueError, match=rf"combine: rows has shape .*, expected \({len(rows)}, H\)"):
             exchange.combine(np.zeros((len(rows) + 1, 4)), plan)
+        with pytest.raises(TypeError, match="combine: rows is a Tensor, expected a ndarray as dispatch was given"):
+            exchange.combine(torch.zeros(rows.shape), plan)
+        with pytest.raises(TypeError, match="combine: plan is a NoneType, expected one that dispatch returned"):
+            exchange.combine(rows, None)
+
+    threads.run(2, body)
+
+
+def test_tokens_that_cannot_be_moved_are_refused_before_anything_is_sent() -> None:
+    def body(comm: Comm) -> None:
+        exchange = RoutedExchange(FlatAllToAll(comm), 2)
+        for x in (np.full((2, 4), None), np.ma.masked_array(np.zeros((2, 4)), mask=np.eye(2, 4))):
+            if comm.rank == 0:
+                with pytest.raises(TypeError, match="dispatch: x "):
+                    exchange.dispatch(x, GOOD)
+        exchange.combine(*exchange.dispatch(np.zeros((2, 4)), GOOD))
 
     threads.run(2, body)
 

@@ -200,6 +200,8 @@ def test_nodes_that_differ_among_ranks_are_refused_on_every_rank() -> None:
     def body(comm: Comm) -> None:
         with pytest.raises(ValueError, match="nodes of rank 3 is not that of rank 0"):
             HierarchicalAllToAll(comm, Nodes.of_size(1 if comm.rank == 3 else 2, 4))
+        with pytest.raises(ValueError, match="nodes of rank 3 is not that of rank 0"):
+            HierarchicalAllToAll(comm, None if comm.rank == 3 else Nodes.of_size(2, 4))
         with pytest.raises(ValueError, match="nodes is a list, expected Nodes"):
             HierarchicalAllToAll(comm, [[0, 1], [2, 3]])  # type: ignore[arg-type]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -77,6 +79,33 @@ def test_an_mpi4py_communicator_may_be_passed_directly() -> None:
             assert a2a(np.full(4, comm.rank)).tolist() == [0, 1, 2, 3]
             a2a.free()
         raw.Barrier()  # it stays the caller's
+
+    mpi_run(4, body)
+
+
+@pytest.mark.mpi(min_size=4)
+def test_buffers_live_as_long_as_mpi_may_write_there() -> None:
+    def body(comm: Comm) -> None:
+        from moecomm.transports.mpi import MpiComm
+
+        raw, counts = comm._comm, np.full(4, 1000)  # type: ignore[attr-defined]
+        copy = raw.Dup()
+
+        def start() -> tuple[weakref.ref, object]:
+            rows, out = np.full(4000, comm.rank), np.zeros(4000, np.int64)
+            started = MpiComm(copy).start(rows, out, counts, counts)
+            return weakref.ref(out), started if comm.rank else None  # rank 0 loses the Comm too
+
+        if comm.rank == 0:
+            out, _ = start()
+            gc.collect()
+            assert out() is not None
+        raw.Barrier()  # nobody else has come until here
+        if comm.rank:
+            _, started = start()
+            while not started.done():
+                pass
+        raw.Barrier()
 
     mpi_run(4, body)
 

@@ -260,6 +260,11 @@ def test_bad_arguments() -> None:
         for part in (0, (2, 2), (0,)):
             with pytest.raises(ValueError, match=r"part is .*, expected \(i, n\), slice i of n"):
                 TensorParallelExchange(inner, comm, part=part)  # type: ignore[arg-type]
+        for different in ({"part": (0, 1 + comm.rank)}, {"output": ("replicated", "sequence")[comm.rank]}):
+            with pytest.raises(ValueError, match="output and the number of slices of rank 1 is not that of rank 0"):
+                TensorParallelExchange(inner, comm, **different)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"part is \(2, 2\), .* \(rank 1 of 2\)"):  # on both
+            TensorParallelExchange(inner, comm, part=(2 * comm.rank, 2))
         exchange = TensorParallelExchange(inner, comm)
         with pytest.raises(ValueError, match=r"routing.expert has 0\.\.2, expected -1\.\.1"):
             exchange.dispatch(np.zeros((2, 3)), Routing(np.array([[0], [2]]), np.ones((2, 1))))

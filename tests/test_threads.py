@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from moecomm import Comm, CommError, testing
+from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, testing
 from moecomm.transports import threads
 
 
@@ -77,6 +77,21 @@ def test_different_rows_are_noticed(other: np.ndarray) -> None:
     rows = np.zeros((2, 3), np.float32)
     with pytest.raises(CommError, match=r"rank . sent"):
         threads.run(2, lambda comm: comm.all_to_all(rows if comm.rank else other))
+
+
+@pytest.mark.parametrize("counts", [[2**62] * 4, [2**62 + 1, 2**62, 2**62, 2**62], [2**63 - 1, 2**63 - 1, 3, 0]])
+def test_counts_whose_sum_wraps_around(counts: list[int]) -> None:
+    """They add up to the rows given, in 64 bits."""
+
+    def body(comm: Comm) -> None:
+        rows = np.zeros((sum(counts) % 2**64, 3))
+        with pytest.raises(ValueError, match=r"send_counts\[0\] is .*, expected <= "):
+            comm.all_to_all(rows, counts, counts)
+        for make in (FlatAllToAll, HierarchicalAllToAll):
+            with pytest.raises(ValueError, match=r"send_counts\[0\] is .*, expected <= "):
+                make(comm).rows(rows, counts)
+
+    threads.run(4, body)
 
 
 def test_a_failed_comm_stays_failed() -> None:

@@ -27,13 +27,17 @@ void copy_ragged_blocks(const CopyBlocks& a) {
     std::vector<std::size_t> start(a.N + 1, 0);      // [N + 1] in bytes
     for (std::size_t i = 0; i < a.N; ++i) {
         require(a.rows[i] >= 0, "copy_blocks: a block has a negative number of rows");
+        require(a.row_bytes == 0 || static_cast<std::size_t>(a.rows[i]) <= (a.src_bytes - start[i]) / a.row_bytes,
+                "copy_blocks: the blocks do not fill src");
         start[i + 1] = start[i] + static_cast<std::size_t>(a.rows[i]) * a.row_bytes;
     }
     require(start[a.N] == a.src_bytes, "copy_blocks: the blocks do not fill src");
     std::size_t total = 0;
     for (std::size_t i = 0; i < a.N; ++i) {
         require(a.order[i] >= 0 && a.order[i] < N, "copy_blocks: order is out of range");
-        total += start[a.order[i] + 1] - start[a.order[i]];
+        const std::size_t bytes = start[a.order[i] + 1] - start[a.order[i]];
+        require(bytes <= a.dst_bytes - total, "copy_blocks: the blocks do not fill dst");
+        total += bytes;
     }
     require(total == a.dst_bytes, "copy_blocks: the blocks do not fill dst");
     std::byte* dst = a.dst;

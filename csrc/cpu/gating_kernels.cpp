@@ -330,7 +330,7 @@ void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) 
         const float* score = a.noise != kNoNoise ? value : s.score;
         for (int e = 0; e < E; ++e) {
             const float bias = a.bias != nullptr ? a.bias[e] : 0.0f;
-            for (int l = 0; l < kLanes; ++l) value[e * kLanes + l] = add(score[e * kLanes + l], bias);
+            for (int i = e * kLanes; i < (e + 1) * kLanes; ++i) value[i] = key_of(s.x[i], add(score[i], bias));
         }
     }
     for (int i = 0; i < E * kLanes; ++i) key[i] = to_key(value[i]);

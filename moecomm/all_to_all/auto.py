@@ -106,7 +106,13 @@ class AutoAllToAll(AllToAll):
         self.comm = as_comm(comm)
         self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
         self.comm.agree(f"{type(self).__name__}: links", repr(links))
-        self.comm.agree(f"{type(self).__name__}: table", table.to_json() if table else "None")
+        self.comm.agree(f"{type(self).__name__}: table", table.to_json() if isinstance(table, Table) else repr(table))
+        for name, value, wanted in (("links", links, cost.Links), ("table", table or Table((), {}), Table)):
+            if not isinstance(value, wanted):
+                got = type(value).__name__
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is a {got}, expected {wanted.__name__}{self.comm.where()}"
+                )
         sizes = tuple(self.nodes.sizes().tolist())
         if table is not None and table.node_sizes != sizes:
             raise ValueError(
@@ -196,11 +202,11 @@ class AutoAllToAll(AllToAll):
 
         Collective over comm. Raises ValueError on every rank if an argument is wrong or differs among them.
         """
-        sizes = [int(size) for size in sizes]
+        sizes = list(sizes)
         self.comm.agree("AutoAllToAll.tune: sizes and seconds", repr((sizes, seconds)))
-        if not sizes or min(sizes) < 1 or not seconds >= 0:
+        if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes) or not seconds >= 0:
             raise ValueError(
-                f"AutoAllToAll.tune: sizes is {sizes}, seconds {seconds}, expected sizes >= 1, seconds >= 0"
+                f"AutoAllToAll.tune: sizes is {sizes}, seconds {seconds}, expected whole numbers >= 1, seconds >= 0"
             )
         sizes = [size for size in sizes if size * self.comm.size <= MOST_TUNED_BYTES] or [min(sizes)]
         samples: dict[tuple[Form, int, str], list[float]] = defaultdict(list)

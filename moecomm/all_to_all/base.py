@@ -169,9 +169,9 @@ class AllToAll(ABC):
 
 def agreed_nodes(comm: Comm, nodes: Nodes | None, algorithm: str) -> Nodes:
     """`nodes`, or those that are found. Collective: a rank with other nodes would wait in another group for ever."""
+    comm.agree(f"{algorithm}: nodes", repr(nodes))
     if nodes is None:
         return Nodes.discover(comm)
-    comm.agree(f"{algorithm}: nodes", repr(nodes))
     if not isinstance(nodes, Nodes) or nodes.world_size != comm.size:
         got = f"has {nodes.world_size} ranks" if isinstance(nodes, Nodes) else f"is a {type(nodes).__name__}"
         raise ValueError(f"{algorithm}: nodes {got}, expected Nodes of {comm.size} ranks{comm.where()}")

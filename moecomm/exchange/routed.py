@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm.all_to_all import AllToAll, Route
-from moecomm.arrays import Array, Counts, dtype_name, is_torch, num_axes, sum_dtype
+from moecomm.arrays import Array, Counts, as_rows, dtype_name, is_torch, num_axes, sum_dtype
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sorting, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.gating import Routing
@@ -136,6 +136,9 @@ class RoutedExchange:
     def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, tuple[()], object, Counts]:
         if num_axes(x, "x") < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (T, H)")
+        as_rows(
+            x[:0].detach() if is_torch(x) else x[:0], "x"
+        )  # what has no bytes to move is found before the counts go
         num_axes(routing.weight, "routing.weight")
         if is_torch(x) != is_torch(routing.weight):
             raise TypeError(f"routing.weight is a {type(routing.weight).__name__}, expected a {type(x).__name__}, as x")
@@ -213,6 +216,11 @@ def _expert_lists(experts_per_rank: Any, size: int) -> list[list[int]]:
 
 
 def combine_arguments(rows: Array, plan: Plan) -> tuple[Array, tuple[()]]:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is a {type(plan).__name__}, expected one that dispatch returned")
+    weight = plan.away_weight if plan.home_weight is None else plan.home_weight
+    if is_torch(rows) != is_torch(weight):
+        raise TypeError(f"rows is a {type(rows).__name__}, expected a {type(weight).__name__} as dispatch was given")
     wanted = len(plan.away.row)
     if num_axes(rows, "rows") < 2 or rows.shape[0] != wanted:
         raise ValueError(f"rows has shape {tuple(rows.shape)}, expected ({wanted}, H): the rows that dispatch returned")

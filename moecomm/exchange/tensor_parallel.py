@@ -15,6 +15,7 @@ from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange, on_host, on_host_as_int64
 from moecomm.gating import Routing
+from moecomm.together import together
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,8 @@ class TensorParallelExchange:
     shape of x compared.
     The gradients of x and of the weights come out summed over the lanes, the same on all of them.
 
-    Making one is collective over tensor. Raises ValueError, on all of them, if no lane reaches some slice of an expert.
+    Making one is collective over tensor. Raises ValueError, on all of them, if an argument is wrong or output or n
+    differ, or no lane reaches some slice of an expert.
     Source: DeepSpeed-MoE (arXiv 2201.05596), section 5.3: O(p) becomes O(p/L) + O(L).
     """
 
@@ -61,10 +63,15 @@ class TensorParallelExchange:
         output: Literal["replicated", "sequence"] = "replicated",
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        if output not in ("replicated", "sequence"):
-            raise ValueError(f"TensorParallelExchange: output is {output!r}, expected 'replicated' or 'sequence'")
-        if not (isinstance(part, tuple) and len(part) == 2 and 0 <= part[0] < part[1]):
-            raise ValueError(f"TensorParallelExchange: part is {part!r}, expected (i, n), slice i of n")
+
+        def checked() -> None:
+            if output not in ("replicated", "sequence"):
+                raise ValueError(f"output is {output!r}, expected 'replicated' or 'sequence'")
+            if not (isinstance(part, tuple) and len(part) == 2 and 0 <= part[0] < part[1]):
+                raise ValueError(f"part is {part!r}, expected (i, n), slice i of n")
+
+        together(tensor, "TensorParallelExchange", checked)
+        tensor.agree("TensorParallelExchange: output and the number of slices", f"{output}, {part[1]}")
         self.inner = inner
         self.tensor = tensor
         self.output = output

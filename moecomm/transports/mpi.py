@@ -28,6 +28,8 @@ except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI library for
 LARGEST_COUNT = 2**31 - 1
 """The largest count that every MPI takes."""
 
+_UNDER_WAY: set[_Request] = set()
+"""MPI may still write to their buffers, whoever has lost interest: the caller, a call after its limit, the Comm."""
 MOST_ROW_TYPES = 32
 """Row types kept for the next call; making one takes about a microsecond."""
 
@@ -59,8 +61,6 @@ class MpiComm(Comm):
         self._row_types: dict[int, Any] = {}  # by bytes
         weakref.finalize(self, _free_types, self._row_types).atexit = False  # MPI is gone by then
         self._calls = 0
-        self._pending: Any = None
-        self._under_way: set[_Request] = set()  # MPI may write to their buffers, whoever has lost interest
 
     def check_usable(self, call: str) -> None:
         if self.failure is None and self._comm == MPI.COMM_NULL:
@@ -78,7 +78,7 @@ class MpiComm(Comm):
                 return
         except MPI.Exception as error:
             self._failed(name, error)
-        self._pending = request, buffers  # MPI may still write there
+        _UNDER_WAY.add(_Request(self, request, buffers))
         self._give_up(name)
 
     def _give_up(self, call: str) -> NoReturn:
@@ -119,7 +119,7 @@ class MpiComm(Comm):
                 [recv, (recv_counts, _starts(recv_counts)), row],
             )
         started = _Request(self, request, (rows, out))
-        self._under_way.add(started)
+        _UNDER_WAY.add(started)
         return started
 
     def progress(self) -> None:
@@ -183,7 +183,7 @@ class MpiComm(Comm):
 
 
 class _Request:
-    def __init__(self, comm: MpiComm, request: Any, buffers: tuple[Array, Array]) -> None:
+    def __init__(self, comm: MpiComm, request: Any, buffers: tuple[Any, ...]) -> None:
         self._comm = comm
         self._request = request
         self._buffers = buffers
@@ -192,7 +192,7 @@ class _Request:
         with self._comm._errors("all_to_all"):
             is_done = bool(self._request.Test())
         if is_done:
-            self._comm._under_way.discard(self)
+            _UNDER_WAY.discard(self)
         return is_done
 
 

@@ -71,6 +71,7 @@ class _World:
         self.gone: dict[int, str] = {}
         self.last_gone = 0.0
         self.groups: weakref.WeakSet[_Group] = weakref.WeakSet()
+        self.lock = threading.Lock()  # of groups: ranks split while others leave
 
     def fail(self, rank: int, error: BaseException) -> None:
         if self.first_failure is None:
@@ -83,7 +84,9 @@ class _World:
     def _wake(self, rank: int, why: str) -> None:
         self.last_gone = time.monotonic()
         self.gone[rank] = why
-        for group in list(self.groups):
+        with self.lock:
+            groups = list(self.groups)
+        for group in groups:
             with group.condition:
                 group.condition.notify_all()
 
@@ -103,7 +106,8 @@ class _Group:
         self.condition = threading.Condition()
         self.meeting = _Meeting(len(members))
         self.failure: str | None = None
-        world.groups.add(self)
+        with world.lock:
+            world.groups.add(self)
 
     def meet(self, rank: int, call: str, value: Any, limit: float | None) -> list[Any]:
         """What each rank brought, once all have come."""
