@@ -20,6 +20,7 @@ from moecomm import (  # noqa: E402
     Topology,
     build_groups,
 )
+from moecomm.gating import Generator, Noise  # noqa: E402
 from moecomm.nn import (  # noqa: E402
     CONFIGS,
     MLP,
@@ -200,6 +201,47 @@ def test_an_exchange_that_the_caller_brings(capacity_factor: float | None) -> No
 
     for got, mine in zip(threads.run(2, body), x, strict=True):
         torch.testing.assert_close(got, alone(mine)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("residual", ["none", "learned"])
+def test_a_model_in_another_dtype(dtype: torch.dtype, residual: Any) -> None:
+    """By `to`, by a default or by an argument: its answers are about those in float32, and it learns."""
+    config = replace(CONFIG, residual=residual)
+    tokens = torch.arange(20).reshape(2, 10)
+    wanted = TransformerLM(config)
+    models = [TransformerLM(config).to(dtype), TransformerLM(config, dtype=dtype)]
+    torch.set_default_dtype(dtype)
+    try:
+        models.append(TransformerLM(config))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for model in models:
+        assert model.embedding.dtype == dtype
+        torch.testing.assert_close(model.embedding, wanted.embedding.to(dtype), rtol=0, atol=0)
+        torch.testing.assert_close(model(tokens).logits, wanted(tokens).logits, rtol=0, atol=0.02)
+        output = model(tokens)
+        (output.logits.sum() + output.loss).backward()
+        assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_answers_have_the_dtype_of_the_tokens(dtype: torch.dtype) -> None:
+    x = normal(5, 8)
+    layer = MoE(8, 16, 4, 2, std=0.5, capacity_factor=1.0)
+    layer.bias[2] = 0.1
+    wanted = layer(x)[0]
+    y = layer.to(dtype)(x.to(dtype))[0]
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), wanted, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_noise_is_for_training_alone() -> None:
+    choices = {"noise": Noise("gumbel", 100.0), "generator": Generator(1)}
+    plain, noisy = MoE(8, 16, 4), MoE(8, 16, 4, choices=choices)
+    x = normal(50, 8)
+    assert not torch.equal(noisy(x)[1].expert, plain(x)[1].expert)
+    assert torch.equal(noisy.eval()(x)[1].expert, plain(x)[1].expert)
 
 
 def test_what_moe_refuses() -> None:

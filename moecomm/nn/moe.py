@@ -98,11 +98,12 @@ class MoE(ExpertLayer):
                      and always in evaluation: nothing is dropped
     activation       of the experts, see Experts
     key              seed and name of the layer: its first weights depend on these alone, not on the groups
-    choices          of `route`, such as score="sigmoid" or normalize="selected"
+    choices          of `route`, such as score="sigmoid" or normalize="selected"; noise is for training alone
     like             device, dtype
 
     `routing` has what the gate decided: add a little of routing.aux_loss and routing.z_loss to the loss of the model.
-    The buffer `bias` [E] is added to the scores for the selection alone; see `balance`.
+    The buffer `bias` [E] is added to the scores for the selection alone; see `balance`. Tokens in float64 go through
+    gate and experts in float32.
 
     x must be the same on all tensor ranks. Collective, as the exchange is. Gradients are this rank's:
     `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide, and for an exchange
@@ -129,17 +130,20 @@ class MoE(ExpertLayer):
         here, part = held_experts(groups, self.exchange)
         self.gate = parameter(draw((num_experts, hidden), std, *key, "gate"), like | {"dtype": torch.float32})
         self.experts = Experts(hidden, ffn, here, activation=activation, part=part, std=std, key=key, **like)
-        self.register_buffer("bias", torch.zeros(num_experts, device=like.get("device")))
+        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32, device=like.get("device")))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Collective over the exchange's ranks, and so is the backward pass."""
         tokens = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):  # the gate decides in float32
-            logits = F.linear(tokens.float(), self.gate)
-        if torch.is_autocast_enabled(x.device.type):  # before anything travels
-            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
-        routing = route(logits, self.top_k, bias=self.bias, capacity=self._capacity(len(tokens)), **self.choices)
-        return self.answers(tokens, routing).reshape(x.shape), routing
+            logits = F.linear(tokens.float(), self.gate.float())
+        mixed = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
+        tokens = tokens.to(torch.float32 if dtype == torch.float64 else dtype)  # before anything travels
+        capacity = self._capacity(len(tokens))
+        choices = {name: value for name, value in self.choices.items() if self.training or name != "noise"}
+        routing = route(logits, self.top_k, bias=self.bias.float(), capacity=capacity, **choices)
+        return self.answers(tokens, routing).to(dtype).reshape(x.shape), routing
 
     def _capacity(self, num_tokens: int) -> int | None:
         if self.capacity_factor is None or not self.training:

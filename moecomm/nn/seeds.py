@@ -30,15 +30,15 @@ def draw(shape: tuple[int, ...], std: float, *key: object) -> Tensor:
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=generator, dtype=torch.float32) * std
 
 
 def parameter(values: Tensor, like: dict[str, Any]) -> torch.nn.Parameter:
     """values as a parameter of its own memory.
 
-    like  device and dtype, or nothing
+    like  device and dtype, or nothing: torch's default dtype
     """
-    return torch.nn.Parameter(values.to(**like, copy=True).contiguous())
+    return torch.nn.Parameter(values.to(**{"dtype": torch.get_default_dtype(), **like}, copy=True).contiguous())
 
 
 def part_of(values: Tensor, dim: int, part: tuple[int, int]) -> Tensor:
