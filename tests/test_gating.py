@@ -154,6 +154,31 @@ def test_noise_leaves_impossible_experts_impossible(kind: Any) -> None:
     assert got.load[2:5].sum() == 0
 
 
+@pytest.mark.parametrize("noise", [None, Noise("gumbel"), Noise("jitter")])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("num_groups", [1, 2, 8])
+def test_scores_and_bias_leave_impossible_experts_impossible(score: Any, num_groups: int, noise: Noise | None) -> None:
+    rng = np.random.default_rng(4)
+    chosen = {"score": score, "noise": noise, "generator": Generator(1)}
+    chosen |= {"num_groups": num_groups, "top_groups": (num_groups + 1) // 2}
+    logits = draw(rng, 100, 16) - 100 * rng.integers(2, size=(100, 16)).astype(np.float32)  # many scores are 0
+    possible = rng.permuted(np.arange(16) < rng.integers(1, 16, size=(100, 1)), axis=1)
+    logits[~possible] = -np.inf
+    for bias in (None, np.where(np.arange(16) % 3 == 0, 5, -5).astype(np.float32)):
+        first = check_quietly(logits, 1, bias=bias, **chosen).expert[:, 0]
+        assert possible[np.arange(100), first].all()
+        check_quietly(logits, 8, bias=bias, **chosen)
+
+
+def test_an_impossible_expert_fills_up_with_weight_zero() -> None:
+    logits = np.array([[-np.inf, -np.inf, 3, -np.inf]], np.float32)
+    for score in ("softmax", "sigmoid"):
+        got = route(logits, 3, score=score, bias=np.array([0, 9, 0, 9], np.float32), capacity=1)
+        assert got.expert.tolist() == [[2, 0, 1]]
+        assert (got.weight[0, 1:] == 0).all()
+        assert got.count.tolist() == got.load.tolist() == [1, 1, 1, 0]
+
+
 def check_quietly(logits: NDArray, top_k: int, **chosen: Any) -> Routing:
     """`check`, where the definition overflows on its way; z_loss may be beyond float32."""
     with np.errstate(all="ignore"):
@@ -212,6 +237,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"noise": Noise("gumbel")}, TypeError, "generator is None"),
     ({"drop": "random"}, TypeError, "generator is None"),
     ({"noise": Noise("white"), "generator": Generator(1)}, ValueError, "expected Noise"),  # type: ignore[arg-type]
+    ({"noise": Noise("jitter", 1.5), "generator": Generator(1)}, ValueError, r"expected Noise.*'jitter', 0 .. 1\)"),
     ({"drop": "random", "generator": Generator(-1)}, ValueError, "generator.seed is -1"),
     ({"threads": 0}, ValueError, "threads is 0"),
 ]

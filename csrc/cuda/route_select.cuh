@@ -288,6 +288,7 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
       const int e = expert_of(i, lane);
       if constexpr (BIAS)
         if (e < E) key[i] = moecomm::add(key[i], how.bias[e]);
+      key[i] = moecomm::key_of(x[i], key[i]);
       if (E % (CHUNK * LANES) != 0 && e >= E) key[i] = -INFINITE;
     }
     if constexpr (GROUPS > 1) keep_best_groups(key, lane, how.scratch);

@@ -97,6 +97,13 @@ MOECOMM_BOTH float sigmoid(float x) {
     return x < 0.0f ? mul(z, inverse) : inverse;
 }
 
+// The key of an expert where scores (+ bias) select: the least number if its logit is -inf. Not -inf: of two groups' sums
+// of two keys, that of the group with more experts to choose from must be the larger one.
+MOECOMM_BOTH float key_of(float logit, float score) {
+    const float least = float_of(0xff7fffffu);
+    return logit < least ? least : score;
+}
+
 // The order in which E terms are summed: the upper half is added onto the lower half until one is left, E padded with
 // zeros to a power of two (any power of two >= E gives the same bits). terms is overwritten.
 MOECOMM_BOTH float folded_sum(float* terms, int padded) {

@@ -44,6 +44,7 @@ def route(
     keys = noisy
     if score == "sigmoid" or bias is not None or num_groups > 1:
         keys = scores32(noisy, score) + np.float32(0 if bias is None else bias)
+        keys = np.where(clean == -np.inf, np.finfo(np.float32).min, keys)
     chosen = np.full((T, top_k), -1, np.int32)
     for token in np.flatnonzero(mask):
         chosen[token] = best(allowed(keys[token], num_groups, top_groups), top_k)
@@ -93,7 +94,8 @@ def allowed(keys: NDArray, num_groups: int, top_groups: int) -> NDArray:
     if num_groups == 1:
         return keys
     grouped = keys.reshape(num_groups, -1)
-    group_keys = np.sort(grouped, axis=1)[:, -2:].sum(1, dtype=np.float32)
+    with np.errstate(over="ignore"):  # a group without any expert to choose from: -inf
+        group_keys = np.sort(grouped, axis=1)[:, -2:].sum(1, dtype=np.float32)
     outside = np.setdiff1d(np.arange(num_groups), best(group_keys, top_groups))
     kept = grouped.copy()
     kept[outside] = -np.inf

@@ -52,7 +52,8 @@ def route(
 ) -> Routing:
     """Send each token to its top_k experts. One function for every K; every option goes with every other.
 
-    logits      [T, E] float32, float16 or bfloat16, numpy or torch; E <= 1024; -inf: not this expert
+    logits      [T, E] float32, float16 or bfloat16, numpy or torch; E <= 1024; -inf: not this expert,
+                unless fewer than K are left: then it is chosen with weight 0 and takes a place
     top_k       K, 1 .. min(E, 32). Ties go to the lower expert
     score       of an expert for a token: softmax over the token's logits, or sigmoid of its logit
     bias        [E] float32, added to the scores for the selection alone (DeepSeek-V3's load balancing)
@@ -139,8 +140,8 @@ def arguments(
         raise TypeError(f"route: generator is {generator!r}, expected a Generator for noise or drop='random'")
     seed, offset, step = _counter(generator, logits)
     kind, strength = (noise.kind, noise.scale) if noise is not None else ("none", 0.0)
-    if kind not in NOISES or not 0 <= strength < math.inf:
-        raise ValueError(f"route: noise is {noise}, expected Noise('gumbel' or 'jitter', a scale >= 0)")
+    if kind not in NOISES or not 0 <= strength < math.inf or (kind == "jitter" and strength > 1):
+        raise ValueError(f"route: noise is {noise}, expected Noise('gumbel', a scale >= 0) or ('jitter', 0 .. 1)")
     choices = (
         SCORES.index(score), num_groups, top_groups, FLOOR[score] if normalize == "selected" else 0.0, float(scale),
         -1 if capacity is None else capacity, DROPS.index(drop), NOISES.index(kind), float(strength), seed, offset,
