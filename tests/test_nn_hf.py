@@ -29,7 +29,7 @@ from transformers import (  # noqa: E402
 )
 
 from moecomm import Comm, Topology, build_groups  # noqa: E402
-from moecomm.nn import checkpoint, reduce_gradients  # noqa: E402
+from moecomm.nn import checkpoint, parameter_groups, reduce_gradients  # noqa: E402
 from moecomm.nn.hf import SpreadExperts, parallelize  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
@@ -136,6 +136,26 @@ def test_a_checkpoint_of_two_ranks_is_loaded_by_four(tmp_path: Path) -> None:
     threads.run(4, loaded)
 
 
+def test_a_checkpoint_of_two_ranks_is_loaded_by_one(tmp_path: Path) -> None:
+    def saved(comm: Comm) -> None:
+        model = parallelize(made("mixtral"), build_groups(comm, Topology(2, expert=2)))
+        checkpoint.save(tmp_path, 1, model, comm=comm)
+
+    def loaded(comm: Comm) -> None:
+        model = parallelize(made("mixtral", seed=2), build_groups(comm, Topology(1)))
+        checkpoint.load(tmp_path / "step-000001", model)
+        with torch.no_grad():
+            torch.testing.assert_close(model(sentences(0)).logits, wanted, rtol=0, atol=1e-5)
+        experts = parameter_groups(model)[1]["params"]
+        assert sum(p.numel() for p in experts) == 2 * 3 * 4 * 16 * 24
+
+    whole("mixtral", seed=2)
+    with torch.no_grad():
+        wanted = made("mixtral")(sentences(0)).logits
+    threads.run(2, saved)
+    threads.run(1, loaded)
+
+
 def test_what_it_refuses() -> None:
     def body(comm: Comm) -> None:
         groups = build_groups(comm, Topology(3, expert=3))
@@ -148,6 +168,9 @@ def test_what_it_refuses() -> None:
         model.config.hidden_act = "gelu"
         with pytest.raises(ValueError, match="hidden_act of the model is 'gelu', expected 'silu'"):
             parallelize(model, groups)
+        twice = parallelize(made("mixtral"), build_groups(comm, Topology(3)))
+        with pytest.raises(ValueError, match="the experts of MixtralForCausalLM are parallelized already"):
+            parallelize(twice, groups)
 
     whole("mixtral")
     threads.run(3, body)

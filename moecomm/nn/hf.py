@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from moecomm.all_to_all import FlatAllToAll
+from moecomm.exchange import RoutedExchange
 from moecomm.gating import Routing
 from moecomm.groups import Groups
 from moecomm.nn.experts import Experts
+from moecomm.nn.local import LocalExchange
 from moecomm.nn.moe import Exchange, ExpertLayer, exchange_over, held_experts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,7 +60,8 @@ def parallelize(model: Model, groups: Groups, *, exchange: Callable[[Groups, int
     Each rank then calls the model with its own tokens (the same ones within a tensor group) and gets the logits that
     the whole model would give. All ranks must call it equally often: `generate` to the same length, for example.
     `reduce_gradients` and `checkpoint` know the experts. Collective. Raises ValueError, before anything is changed, for
-    a model without such blocks, another activation than SiLU, or experts that the ranks cannot share.
+    a model without such blocks, one that is parallelized already, another activation than SiLU, or experts that the
+    ranks cannot share.
     """
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
     if not blocks:
@@ -65,8 +69,13 @@ def parallelize(model: Model, groups: Groups, *, exchange: Callable[[Groups, int
     activation = getattr(model.config, "hidden_act", None)
     if activation != "silu":
         raise ValueError(f"parallelize: hidden_act of the model is {activation!r}, expected 'silu'")
-    if groups.topology.expert * groups.topology.expert_tensor > 1:
-        exchanges = [exchange(groups, block.experts.num_experts) for block in blocks]
-        for block, made in zip(blocks, exchanges, strict=True):
-            block.experts = SpreadExperts(block.experts, groups, made)
+    if any(isinstance(block.experts, SpreadExperts) for block in blocks):
+        raise ValueError(f"parallelize: the experts of {type(model).__name__} are parallelized already")
+    exchanges = [exchange(groups, block.experts.num_experts) for block in blocks]
+    for place, made in enumerate(exchanges):
+        if isinstance(made, LocalExchange):  # it takes the tables of `route`, which the blocks' routers do not make
+            exchanges[place] = RoutedExchange(FlatAllToAll(groups.expert), made.num_experts)
+        held_experts(groups, exchanges[place])
+    for block, made in zip(blocks, exchanges, strict=True):
+        block.experts = SpreadExperts(block.experts, groups, made)
     return model
