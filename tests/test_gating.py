@@ -226,6 +226,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_groups": 8, "top_groups": 1}, ValueError, "2 chosen within 1 of them"),
     ({"top_groups": 2}, ValueError, "top_groups is 2, expected 1 .. 1"),
     ({"scale": 0.0}, ValueError, "scale is 0.0"),
+    ({"scale": "a"}, TypeError, "scale is 'a', expected a number"),
+    ({"scale": 1e300}, ValueError, "scale is 1e\\+300, expected a number > 0 that float32 can hold"),
+    ({"scale": 1e-50}, ValueError, "scale is 1e-50"),
     ({"scale": float("nan")}, ValueError, "scale is nan"),
     ({"capacity": -1}, ValueError, "capacity is -1"),
     ({"capacity": 4, "align": 8}, ValueError, "align is 8, expected 1 .. 1"),
@@ -237,6 +240,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"noise": Noise("gumbel")}, TypeError, "generator is None"),
     ({"drop": "random"}, TypeError, "generator is None"),
     ({"noise": Noise("white"), "generator": Generator(1)}, ValueError, "expected Noise"),  # type: ignore[arg-type]
+    ({"noise": "gumbel"}, TypeError, "noise is 'gumbel', expected a Noise or None"),
+    ({"noise": Noise("gumbel", 1e300), "generator": Generator(1)}, ValueError, "expected Noise.*'gumbel', 0 .. 1e"),
+    ({"noise": Noise("gumbel", "a"), "generator": Generator(1)}, TypeError, "noise.scale is 'a', expected a number"),  # type: ignore[arg-type]
     ({"noise": Noise("jitter", 1.5), "generator": Generator(1)}, ValueError, r"expected Noise.*'jitter', 0 .. 1\)"),
     ({"drop": "random", "generator": Generator(-1)}, ValueError, "generator.seed is -1"),
     ({"threads": 0}, ValueError, "threads is 0"),

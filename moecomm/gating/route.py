@@ -19,6 +19,9 @@ FLOOR = {"softmax": 2.0**-23, "sigmoid": 1e-20}
 """The least denominator of normalize="selected": DeepSpeed's for softmax, DeepSeek's for sigmoid."""
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
+LEAST_SCALE, MOST_SCALE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+MOST_NOISE = 1e30
+"""Noise is up to 17 times as large, and stays finite in float32."""
 
 
 class Arguments(NamedTuple):
@@ -127,8 +130,8 @@ def arguments(
             f"route: {num_experts} experts in {num_groups} groups, {top_k} chosen within {top_groups} of them: "
             "expected groups of one size, with top_k experts or more in top_groups of them"
         )
-    if not 0 < scale < math.inf:
-        raise ValueError(f"route: scale is {scale}, expected a number > 0")
+    if not LEAST_SCALE <= _number("scale", scale) <= MOST_SCALE:
+        raise ValueError(f"route: scale is {scale}, expected a number > 0 that float32 can hold")
     _within("align", align, 1, 1 if capacity is not None else 2**20)
     _within("threads", threads, 1, 1024)
     if capacity is not None:
@@ -136,12 +139,14 @@ def arguments(
     rows = host.num_rows(num_tokens, num_experts, top_k, -1 if capacity is None else capacity, align)
     if max(num_tokens * top_k, rows) >= 2**31:
         raise ValueError(f"route: {num_tokens} tokens, top_k {top_k} and {rows} rows are too many, expected < 2**31")
+    if noise is not None and not isinstance(noise, Noise):
+        raise TypeError(f"route: noise is {noise!r}, expected a Noise or None")
     if (noise is not None or drop == "random") and not isinstance(generator, Generator):
         raise TypeError(f"route: generator is {generator!r}, expected a Generator for noise or drop='random'")
     seed, offset, step = _counter(generator, logits)
     kind, strength = (noise.kind, noise.scale) if noise is not None else ("none", 0.0)
-    if kind not in NOISES or not 0 <= strength < math.inf or (kind == "jitter" and strength > 1):
-        raise ValueError(f"route: noise is {noise}, expected Noise('gumbel', a scale >= 0) or ('jitter', 0 .. 1)")
+    if kind not in NOISES or not 0 <= _number("noise.scale", strength) <= (1 if kind == "jitter" else MOST_NOISE):
+        raise ValueError(f"route: noise is {noise}, expected Noise('gumbel', 0 .. {MOST_NOISE}) or ('jitter', 0 .. 1)")
     choices = (
         SCORES.index(score), num_groups, top_groups, FLOOR[score] if normalize == "selected" else 0.0, float(scale),
         -1 if capacity is None else capacity, DROPS.index(drop), NOISES.index(kind), float(strength), seed, offset,
@@ -177,6 +182,12 @@ def _within(name: str, value: Any, least: int, most: int) -> None:
         raise TypeError(f"route: {name} is {value!r}, expected an int")
     if not least <= value <= most:
         raise ValueError(f"route: {name} is {value}, expected {least} .. {most}")
+
+
+def _number(name: str, value: Any) -> Any:
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise TypeError(f"route: {name} is {value!r}, expected a number")
+    return value
 
 
 def _beside(name: str, array: Any, logits: Array, dtype: str, length: int) -> Any:

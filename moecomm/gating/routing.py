@@ -78,7 +78,7 @@ class Noise:
     """Random exploration: the selection sees noisy logits; weights and losses see the clean ones.
 
     gumbel  logit + scale * G, G = -log(-log(U(0, 1))); with scale 1 experts are drawn in proportion to their softmax
-    jitter  logit * U(1 - scale, 1 + scale)
+    jitter  logit * U(1 - scale, 1 + scale), scale <= 1
     """
 
     kind: Literal["gumbel", "jitter"]
