@@ -10,7 +10,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moecomm import Comm, Topology, build_groups  # noqa: E402
-from moecomm.nn import CONFIGS, Config, MoE, TransformerLM, parameter_groups, reduce_gradients  # noqa: E402
+from moecomm.nn import (  # noqa: E402
+    CONFIGS,
+    Config,
+    MoE,
+    TransformerLM,
+    layer_groups,
+    parameter_groups,
+    reduce_gradients,
+)
+from moecomm.nn.gradients import gradient_norm  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
 
@@ -103,3 +112,29 @@ def test_the_embedding_of_two_stages_in_a_wrapped_model(frozen: tuple[int, ...])
             assert (model[0].embedding.grad == 4).all()
 
     threads.run(3, body)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"expert": 2}, {"tensor": 2}, {"tensor": 2, "expert_tensor": 2}, {"tensor": 2, "pipeline": 2}],
+)
+def test_the_norm_of_all_gradients(sizes: dict[str, int]) -> None:
+    """However the model is split: first weights, and so weights plus 1 as gradients, are those of one rank."""
+
+    def norm(model: TransformerLM, groups: Any) -> float:
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach() + 1
+        return float(gradient_norm(model, groups))
+
+    config = CONFIGS["tiny"]
+    alone = TransformerLM(config)
+    wanted = norm(alone, None)
+    assert wanted == pytest.approx(float(torch.nn.utils.clip_grad_norm_(alone.parameters(), 1e9)))
+
+    def body(comm: Comm) -> None:
+        groups = layer_groups(comm, config.experts, **sizes)
+        pipeline = groups[0].pipeline
+        model = TransformerLM(config, groups=groups, stage=(pipeline.rank, pipeline.size))
+        assert norm(model, groups[0]) == pytest.approx(wanted, rel=1e-6)
+
+    threads.run(4, body)

@@ -14,6 +14,7 @@ from moecomm.comm import Comm
 from moecomm.groups import Groups, reduce_expert_gradient
 from moecomm.nn.experts import Experts
 from moecomm.nn.moe import ExpertLayer
+from moecomm.nn.slices import held
 from moecomm.nn.transformer import TransformerLM
 
 
@@ -64,6 +65,30 @@ def reduce_gradients(model: torch.nn.Module, groups: Groups | None, num_micro_ba
     for module in model.modules():
         if isinstance(module, TransformerLM) and groups.pipeline.size > 1:
             _sum_embedding(module, groups.pipeline)
+
+
+def gradient_norm(model: torch.nn.Module, groups: Groups | None) -> Tensor:
+    """The norm of the gradients of the whole model, the same on all ranks. After reduce_gradients. Collective over all.
+
+    torch.nn.utils.clip_grad_norm_ sees this rank's experts and slices alone, so that ranks would scale the weights that
+    they have in common differently; clip_grads_with_norm_(model.parameters(), max_norm, this norm) does not.
+    """
+    copies: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, ExpertLayer) and module.groups is not None:
+            copies.update(dict.fromkeys(map(id, module.experts.parameters()), module.groups.topology.expert_data))
+    stages = [module for module in model.modules() if isinstance(module, TransformerLM) and module.stage[1] > 1]
+    twice = {id(module.embedding) for module in stages if hasattr(module, "embedding")}
+    total = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
+    for one in held(model):
+        if one.tensor.grad is not None:
+            ranks = 1
+            if groups is not None:
+                sliced = one.slice is not None and one.slice.part[1] > 1
+                ranks = groups.data.size * (1 if sliced else groups.tensor.size) * (2 if id(one.tensor) in twice else 1)
+            norm = torch.linalg.vector_norm(one.tensor.grad, dtype=torch.float64)
+            total += norm.square() / copies.get(id(one.tensor), ranks)
+    return (total if groups is None else groups.world.all_reduce(total)).sqrt().float()[0]
 
 
 def _trained(module: torch.nn.Module) -> list[Any]:

@@ -97,7 +97,8 @@ class MoE(ExpertLayer):
     capacity_factor  while training, an expert takes at most so many times its even share of this call's tokens; None,
                      and always in evaluation: nothing is dropped
     activation       of the experts, see Experts
-    key              seed and name of the layer: its first weights depend on these alone, not on the groups
+    key              seed and name of the layer: its first weights depend on these alone, not on the groups.
+                     Layers with the same key start with the same weights: give (seed, layer)
     choices          of `route`, such as score="sigmoid" or normalize="selected"; noise is for training alone
     like             device, dtype
 
