@@ -120,6 +120,29 @@ def test_bad_arguments() -> None:
             call(*given)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("dtype", [">f4", "S3", "U2", "M8[s]", "m8[s]", "V4", "i4,f4", "O", "g"])
+def test_what_is_no_plain_number_is_refused(dtype: str) -> None:
+    with pytest.raises(TypeError, match=r"permute: x has dtype .*, expected native numbers"):
+        permute(np.zeros((4, 6), dtype), routed(4))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint16", "uint64", "complex64", "complex128"])
+def test_every_plain_number_is_moved(dtype: str) -> None:
+    routing, x = routed(4), rows_of(np.random.default_rng(5), 4, 6, dtype)
+    np.testing.assert_array_equal(permute(x, routing), reference.permute(x, routing))
+
+
+def test_masks_are_not_lost() -> None:
+    routing, x = routed(4), np.ma.masked_less(np.ones((4, 8), np.float32), 0)
+    for call, given in (
+        (permute, (x, routing)),
+        (unpermute, (np.ma.zeros((12, 8), np.float32), routing)),
+        (route, (x, 2)),
+    ):
+        with pytest.raises(TypeError, match="is a masked array, whose mask would be lost"):
+            call(*given)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("shape", [(5, 8, 6), (4, 10, 6), (1, 40, 6), (0, 5, 6)])
 def test_rows_by_expert_have_the_routing_s_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"unpermute: rows has shape .*, expected \(8, 5, H\)"):

@@ -15,7 +15,8 @@ from moecomm.gating.routing import Routing
 def permute(x: Array, routing: Routing, *, threads: int = 1) -> Array:
     """Copy each token's row to the places of its assignments.
 
-    x        [T, H], numpy or torch as the routing; any dtype and H
+    x        [T, H], numpy or torch as the routing; any H, and any dtype but, in numpy, those that are no plain numbers
+             or bools of native byte order
     routing  from `route`
     threads  on the CPU
     returns  [N, H], expert by expert: routing.offset[e] is the first row of expert e. With a capacity C: [E, C, H].
@@ -127,7 +128,7 @@ def _matrix(name: str, array: Any, beside: Array, num_rows: int, dtypes: tuple[s
         raise TypeError(f"{name} has dtype {dtype_name(array)}, expected {', '.join(dtypes)}")
     if not isinstance(array, np.ndarray) and array.device != beside.device:
         raise ValueError(f"{name} is on {array.device}, expected {beside.device} as the routing is")
-    return contiguous(array)
+    return contiguous(name, array)
 
 
 def _by_expert(rows: Array, routing: Routing) -> Array:

@@ -18,6 +18,8 @@ NOISES = ("none", "gumbel", "jitter")
 FLOOR = {"softmax": 2.0**-23, "sigmoid": 1e-20}
 """The least denominator of normalize="selected": DeepSpeed's for softmax, DeepSeek's for sigmoid."""
 DTYPES = ("float32", "float16", "bfloat16")
+NUMBERS = "?bBhHiIlLqQefdFD"
+"""The dtypes of numpy, by their characters, that the kernels take."""
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
 LEAST_SCALE, MOST_SCALE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 MOST_NOISE = 1e30
@@ -153,7 +155,7 @@ def arguments(
         align, threads,
     )  # fmt: skip
     return Arguments(
-        contiguous(logits),
+        contiguous("route: logits", logits),
         _beside("bias", bias, logits, "float32", num_experts),
         _beside("mask", mask, logits, "bool", num_tokens),
         step,
@@ -162,9 +164,15 @@ def arguments(
     )
 
 
-def contiguous(array: Array) -> Array:
-    """array, or a copy of it where its numbers lie apart."""
-    return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array.contiguous()
+def contiguous(name: str, array: Array) -> Array:
+    """array, or a copy of it where its numbers lie apart. Raises TypeError for numpy arrays that are no plain numbers."""
+    if not isinstance(array, np.ndarray):
+        return array.contiguous()
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost, expected a plain one")
+    if array.dtype.char not in NUMBERS or not array.dtype.isnative:
+        raise TypeError(f"{name} has dtype {array.dtype}, expected native numbers (no long double) or bools")
+    return np.ascontiguousarray(array)
 
 
 def _logits_shape(logits: Array) -> tuple[int, int]:
@@ -201,7 +209,7 @@ def _beside(name: str, array: Any, logits: Array, dtype: str, length: int) -> An
         raise ValueError(f"route: {name} is {got}, expected {dtype} ({length},)")
     if not isinstance(array, np.ndarray) and array.device != logits.device:
         raise ValueError(f"route: {name} is on {array.device}, expected {logits.device} as logits is")
-    return contiguous(array)
+    return contiguous(f"route: {name}", array)
 
 
 def _counter(generator: Generator | None, logits: Array) -> tuple[int, int, Any]:
