@@ -15,8 +15,8 @@ from moecomm.gating.routing import Routing
 def permute(x: Array, routing: Routing, *, threads: int = 1) -> Array:
     """Copy each token's row to the places of its assignments.
 
-    x        [T, H], numpy or torch as the routing; any H, and any dtype but, in numpy, those that are no plain numbers
-             or bools of native byte order
+    x        [T, H], numpy or torch as the routing; any H; any dtype, of numpy's only numbers and bools in native byte order
+             (no long double)
     routing  from `route`
     threads  on the CPU
     returns  [N, H], expert by expert: routing.offset[e] is the first row of expert e. With a capacity C: [E, C, H].

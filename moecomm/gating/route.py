@@ -165,7 +165,7 @@ def arguments(
 
 
 def contiguous(name: str, array: Array) -> Array:
-    """array, or a copy of it where its numbers lie apart. Raises TypeError for numpy arrays that are no plain numbers."""
+    """array, or a copy of it where its numbers lie apart. Raises TypeError for numpy arrays of other than numbers."""
     if not isinstance(array, np.ndarray):
         return array.contiguous()
     if isinstance(array, np.ma.MaskedArray):
