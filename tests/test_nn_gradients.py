@@ -15,11 +15,11 @@ from moecomm.nn import (  # noqa: E402
     Config,
     MoE,
     TransformerLM,
+    gradient_norm,
     layer_groups,
     parameter_groups,
     reduce_gradients,
 )
-from moecomm.nn.gradients import gradient_norm  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
 

@@ -46,7 +46,8 @@ class RoutedExchange:
         experts = _expert_lists(experts_per_rank, self.comm.size)
         self.num_local_experts = len(experts[self.comm.rank])
         """Experts of this rank."""
-        self._experts_text = str(experts)
+        self.experts = experts
+        """The ids of those that each rank holds."""
         held = [expert for group in experts for expert in group]
         if len(set(held)) < len(held) or min(held, default=0) < 0:
             raise ValueError(f"RoutedExchange: experts_per_rank is {experts}, expected every expert on one rank only")
@@ -156,7 +157,7 @@ class RoutedExchange:
             raise ValueError(f"routing.expert names expert {lost[0]}, which no rank holds")
 
         def must_be_the_same() -> str:
-            return f"K = {expert.shape[1]}, experts on each rank {self._experts_text}"
+            return f"K = {expert.shape[1]}, experts on each rank {self.experts}"
 
         return x, (), must_be_the_same, expert
 

@@ -165,9 +165,9 @@ def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[range, tupl
         )
     axis = "expert_lane" if isinstance(exchange, TensorParallelExchange) else "expert"
     routed, wanted = getattr(exchange, "inner", exchange), _held(topology, rank, axis, each)
-    if isinstance(routed, RoutedExchange) and routed._experts_text != str(wanted):
+    if isinstance(routed, RoutedExchange) and routed.experts != wanted:
         raise ValueError(
-            f"MoE: the exchange's ranks hold experts {routed._experts_text}, expected {wanted} as the groups have them"
+            f"MoE: the exchange's ranks hold experts {routed.experts}, expected {wanted} as the groups have them"
         )
     place = topology.coords(rank)
     first = place["expert"] * each
