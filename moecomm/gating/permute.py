@@ -15,7 +15,7 @@ from moecomm.gating.routing import Routing
 def permute(x: Array, routing: Routing, *, threads: int = 1) -> Array:
     """Copy each token's row to the places of its assignments.
 
-    x        [T, H], numpy or torch as the routing; any H; any dtype, of numpy's only numbers and bools in native byte order
+    x        [T, H], numpy or torch as the routing; any H; any dtype, but of numpy's only native numbers and bools
              (no long double)
     routing  from `route`
     threads  on the CPU
