@@ -446,6 +446,14 @@ def test_how_many_stay(tmp_path: Path) -> None:
             checkpoint.save(tmp_path, step, Stamped(0), keep=keep)
 
 
+@pytest.mark.parametrize("keep", [3, 4, 10])
+def test_none_goes_before_there_are_enough(keep: int, tmp_path: Path) -> None:
+    for step in range(1, 9):
+        checkpoint.save(tmp_path, step, Stamped(step), keep=keep)
+        wanted = {f"step-{kept:06d}" for kept in range(max(1, step + 1 - keep), step + 1)}
+        assert {path.name for path in tmp_path.glob("step-*")} == wanted
+
+
 def test_none_on_one_rank(tmp_path: Path) -> None:
     """A folder that is not shared: all ranks say so, none waits."""
 

@@ -180,7 +180,7 @@ def _finish(unfinished: Path, finished: Path, index: dict[str, Any], keep: int |
     unfinished.rename(finished)
     to_disk(finished.parent)
     older = sorted((p for p in _steps(finished.parent) if _step(p) < _step(finished)), key=_step)
-    for path in older[: len(older) + 1 - keep] if keep else ():
+    for path in older[: max(0, len(older) + 1 - keep)] if keep else ():
         shutil.rmtree(path.rename(unfinished))
 
 
