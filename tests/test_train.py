@@ -78,6 +78,25 @@ def test_interrupted(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_begun_again_after_no_checkpoint(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ended before its first checkpoint has nothing to lose."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    out = tmp_path / "out"
+    options = [*TINY, "--text", str(book), "--out", str(out), "--steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        assert main(options) == 2
+    assert (out / "log.jsonl").exists()
+    assert main(options) == 0
+    assert [record["step"] for record in records(out) if "loss" in record] == [1, 2]
+    (out / "log.jsonl").unlink()
+    assert main(options) == 2  # there is a checkpoint, whatever the log
+    assert [path.name for path in out.glob("step-*")] == ["step-000002"]
+
+
 def test_resumed_with_half_a_line(book: Path, tmp_path: Path) -> None:
     """A full disk has cut the log off: what is whole in it is kept."""
     out = tmp_path / "out"
@@ -135,6 +154,14 @@ def test_bad_input(
     assert main([*TINY, "--out", "out", *options]) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("option", "got", "least"), [("--seed", "-1", 0), ("--seed", "1.5", 0), ("--steps", "0", 1)])
+def test_no_such_number(option: str, got: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*TINY, "--out", str(tmp_path / "out"), option, got])
+    assert f"argument {option}: '{got}' is no whole number >= {least}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def torchrun(num_ranks: int, *command: str) -> subprocess.CompletedProcess[str]:

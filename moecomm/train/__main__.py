@@ -43,15 +43,20 @@ def parser() -> argparse.ArgumentParser:
     add("--balance", choices=balance, default="aux", help="how experts are kept busy alike (default: aux)")
     add("--save-every", type=positive, default=100, metavar="STEPS", help="(default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the same settings")
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     return made
+
+
+def natural(text: str, least: int = 0) -> int:
+    """A whole number >= least."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= {least}")
+    return int(text)
 
 
 def positive(text: str) -> int:
     """A whole number >= 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 1")
-    return int(text)
+    return natural(text, 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

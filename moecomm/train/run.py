@@ -74,10 +74,10 @@ def run(
     """Train what `make` makes as the options say; rank 0 writes. Collective.
 
     A signal to any rank ends the run after its step, with a checkpoint. Raises ValueError for options that do not fit
-    together, or if there is a run in options.out already that is not to be resumed, or that began with other settings.
+    together, or if options.out has a checkpoint already that is not to be resumed, or of a run with other settings.
     """
     trainer, first = make(options, comm, device), comm is None or comm.rank == 0
-    if not options.resume and any(mean_of_ranks(comm, float((options.out / "log.jsonl").exists()))):
+    if not options.resume and any(mean_of_ranks(comm, float(checkpoint.last(options.out) is not None))):
         raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost: resume it")
     made = restore(options.out, trainer.model, comm, trainer.optimizer) if options.resume else 0
     if options.resume:
