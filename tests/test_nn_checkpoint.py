@@ -25,6 +25,7 @@ from conftest import gloo_run
 torch = pytest.importorskip("torch")
 
 from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from training import train  # noqa: E402
 
 from moecomm import Comm  # noqa: E402
@@ -311,6 +312,12 @@ def damage(path: Path, how: str) -> None:
         files[1].unlink()
     elif how == "another's file":
         files[1].write_bytes(files[0].read_bytes())
+    elif how == "another save's file":
+        files[1].write_bytes((path.parent / "again" / path.name / files[1].name).read_bytes())
+    elif how == "another's name":
+        change(files[1], lambda tensors: {"weight" if key == "norm.weight" else key: tensors[key] for key in tensors})
+    elif how == "another's shape":
+        change(files[1], lambda tensors: tensors | {"norm.bias": tensors["norm.bias"][:-1].clone()})
     elif how == "no index":
         index.unlink()
     elif how == "half an index":
@@ -324,11 +331,21 @@ def damage(path: Path, how: str) -> None:
         index.write_text(json.dumps({**content, "tensors": lines}))
 
 
+def change(file: Path, to: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Other tensors in a file, whose metadata stays."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(to(load_file(file)), file, metadata)
+
+
 DAMAGES = {
     "truncated": r"rank-00001.safetensors is damaged: .*not fully covered",
     "empty": r"rank-00001.safetensors is damaged: .*header too small",
     "a file is gone": r"rank-00001.safetensors is damaged: No such file",
     "another's file": r"rank-00001.safetensors is not the file",
+    "another save's file": r"rank-00001.safetensors is not the file",
+    "another's name": r"rank-00001.safetensors is not the file",
+    "another's shape": r"rank-00001.safetensors is not the file",
     "no index": r"is no checkpoint of moecomm: it has no usable checkpoint.json",
     "half an index": r"is no checkpoint of moecomm",
     "foreign": r"is no checkpoint of moecomm",
@@ -339,11 +356,12 @@ DAMAGES = {
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    """A checkpoint of two tensor ranks."""
+    """A checkpoint of two tensor ranks. The same was saved in another folder, too."""
 
     def body(comm: Comm) -> None:
         model, optimizer = build(CONFIG, comm, tensor=2)
         checkpoint.save(tmp_path, 1, model, optimizer, comm=comm)
+        checkpoint.save(tmp_path / "again", 1, model, optimizer, comm=comm)
 
     threads.run(2, body)
     return tmp_path / "step-000001"
@@ -362,6 +380,16 @@ def test_damaged(how: str, good: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
 
     threads.run(2, body)
+
+
+def test_without_an_id(good: Path) -> None:
+    """As the first ones were written."""
+    index = good / "checkpoint.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({key: content[key] for key in content if key != "id"}))
+    for file in good.glob("*.safetensors"):
+        save_file(load_file(file), file)
+    checkpoint.load(good, *build(CONFIG))
 
 
 def test_of_another_model(good: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,15 +56,18 @@ def save(
     folder, rank = Path(folder), part_in(comm)[0]
     parts = together(comm, "checkpoint", lambda: [*_parts(held(model), optimizer)])
     tensors = _owned(comm, parts)
+    name = gather(comm, secrets.token_hex(8))[0]  # in all of its files: those of another save are none of its own
     finished, unfinished = folder / f"step-{step:06d}", folder / UNFINISHED
     with ExitStack() as stack:
         together(comm, "checkpoint", lambda: stack.enter_context(_begun(folder, finished)) if rank == 0 else None)
         file = f"rank-{rank:05d}.safetensors"
-        together(comm, "checkpoint", lambda: write(unfinished / file, {piece.key(): piece.values for piece in tensors}))
+        found = {piece.key(): piece.values for piece in tensors}
+        together(comm, "checkpoint", lambda: write(unfinished / file, found, name))
         lines = [[p.name, p.shape, str(p.values.dtype)[6:], file, p.start, tuple(p.values.shape)] for p in tensors]
         every = [line for lines in gather(comm, json.dumps(lines)) for line in json.loads(lines)]
         groups = [{k: g[k] for k in g.keys() - NOT_SAVED} for g in optimizer.param_groups] if optimizer else None
-        index = {"format": "moecomm", "version": VERSION, "values": values or {}, "groups": groups, "tensors": every}
+        index = {"format": "moecomm", "version": VERSION, "id": name, "values": values or {}, "groups": groups}
+        index["tensors"] = every
         together(comm, "checkpoint", lambda: _finish(unfinished, finished, index, keep) if rank == 0 else None)
     return finished
 

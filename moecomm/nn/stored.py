@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ KINDS = ("optimizer/", "number/")
 """What a name begins with that is no tensor of the model but a tensor, or a number, of the optimizer."""
 
 
-def write(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A file of tensors, on the disk when this returns. Raises OSError."""
+def write(file: Path, tensors: dict[str, Tensor], name: str) -> None:
+    """A file of tensors with the id of its checkpoint, on the disk when this returns. Raises OSError."""
     if not file.parent.exists():
         raise OSError(f"{file.parent} is not seen here: the folder must be on a file system that all ranks share")
     try:
-        save_file({key: values.contiguous() for key, values in tensors.items()}, file)
+        save_file({key: values.contiguous() for key, values in tensors.items()}, file, {"id": name})
     except SafetensorError as error:
         raise OSError(f"{file}: {error}") from None
     to_disk(file)
@@ -77,13 +76,18 @@ class Stored:
             one[2].append((file, start, size))
         self.of_optimizer = {name: name.split("/", 2) for name in self.tensors if name.startswith(KINDS)}
         """name -> kind, state, name of the piece that it is of."""
+        sizes: dict[str, dict[str, list[int]]] = {}
+        for name, (shape, _, parts) in self.tensors.items():
+            for file, start, size in parts:
+                sizes.setdefault(file, {})[_part(name, shape, start, size).key()] = size
         self.files = {}
-        for file, count in Counter(line[3] for line in index["tensors"]).items():
+        for file, wanted in sizes.items():
             try:
-                self.files[file] = stack.enter_context(safe_open(path / file, "pt"))
+                opened = self.files[file] = stack.enter_context(safe_open(path / file, "pt"))
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path / file} is damaged: {error}") from None
-            if len(self.files[file].keys()) != count:
+            found = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118 - it is no dict
+            if found != wanted or (opened.metadata() or {}).get("id") != index.get("id"):  # the first ones had none
                 raise ValueError(f"{path / file} is not the file that {INDEX} speaks of")
 
     def checked(self, piece: Piece) -> Piece:
@@ -100,7 +104,7 @@ class Stored:
     def fill(self, *pieces: Piece) -> None:
         """Read the numbers of pieces, from all parts that overlap with them."""
         for piece, (file, start, size) in ((p, part) for p in pieces for part in self.tensors[p.name][2]):
-            part = Piece(piece.name, piece.shape, tuple(start), torch.empty(size, device="meta"))
+            part = _part(piece.name, piece.shape, start, size)
             low = [*map(max, piece.start, part.start)]
             high = [min(a + n, b + m) for a, n, b, m in zip(piece.start, piece.values.shape, start, size, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
@@ -116,6 +120,11 @@ class Stored:
         piece = self.checked(Piece(name, shape, (0,) * len(shape), torch.empty(shape, dtype=dtype)))
         self.fill(piece)
         return piece.values
+
+
+def _part(name: str, shape: tuple[int, ...], start: list[int], size: list[int]) -> Piece:
+    """What a file has of a tensor, not read."""
+    return Piece(name, shape, tuple(start), torch.empty(size, device="meta"))
 
 
 def parameters(optimizer: Any, tensors: list[Held]) -> list[Any]:
