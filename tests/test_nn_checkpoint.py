@@ -493,6 +493,25 @@ def test_none_on_one_rank(tmp_path: Path) -> None:
     threads.run(2, body)
 
 
+def test_ranks_that_do_not_agree(good: Path) -> None:
+    """On the step, or on which of two checkpoints of one name: all say so, and neither is loaded or written."""
+    other = checkpoint.save(good.parent, 2, Stamped(2))
+    first, again = (checkpoint.save(good.parent / run, 3, Stamped(3)) for run in ("a", "b"))
+
+    def body(comm: Comm) -> None:
+        model = Stamped(0)
+        for paths in ((good, other), (first, again)):
+            with pytest.raises(ValueError, match=rf"path of rank 1 is not that of rank 0.*{paths[comm.rank].name}"):
+                checkpoint.load(paths[comm.rank], model, comm=comm)
+        assert not any(weight.any() for weight in model.weights)
+        for step, keep in ((4 + comm.rank, None), (4 - 9 * comm.rank, None), (4, comm.rank)):
+            with pytest.raises(ValueError, match=rf"step and keep of rank 1 .* this rank's is {step} and {keep}  "):
+                checkpoint.save(good.parent, step, model, comm=comm, keep=keep)
+
+    threads.run(2, body)
+    assert checkpoint.last(good.parent) == other
+
+
 def test_a_tied_weight_is_held_once() -> None:
     model = torch.nn.ModuleDict({"input": torch.nn.Embedding(5, 3), "output": torch.nn.Linear(3, 5, bias=False)})
     model["output"].weight = model["input"].weight

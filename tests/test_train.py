@@ -192,6 +192,11 @@ def test_ranks_that_do_not_fit(book: Path, tmp_path: Path) -> None:
             build(parser().parse_args([*options, "--tensor", "3"]), comm, torch.device("cpu"))
         with pytest.raises(ValueError, match=f"{comm.rank} has no checkpoint"):
             restore(tmp_path / str(comm.rank), model, comm)
+        comm.barrier()
+        if comm.rank == 1:
+            checkpoint.save(tmp_path / "1", 2, model)
+        with pytest.raises(ValueError, match="path of rank 1 is not that of rank 0; this rank's is step-00000"):
+            restore(tmp_path / str(comm.rank), TransformerLM(CONFIGS["tiny"]), comm)
 
     threads.run(2, body)
 

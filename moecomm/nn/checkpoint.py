@@ -47,10 +47,12 @@ def save(
     values     to be saved beside, such as the state of a scheduler: what JSON can say. Those of rank 0 count
     keep       how many checkpoints may stay in the folder, this one and those of the highest lower steps; None: all
 
-    Collective. On all ranks, ValueError for a step below 0, a keep below 1, what cannot be saved, a step that is there
-    already, or a folder that another job is writing to; OSError for a full disk and the like. The checkpoints that were
-    there stay.
+    Collective. On all ranks, ValueError for a step below 0, a keep below 1, ranks that differ in either, what cannot be
+    saved, a step that is there already, or a folder that another job is writing to; OSError for a full disk and the
+    like. The checkpoints that were there stay.
     """
+    if comm is not None:
+        comm.agree("checkpoint.save: step and keep", f"{step} and {keep}")
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"checkpoint.save: got step {step} and keep {keep}, expected >= 0 and >= 1 or None")
     folder, rank = Path(folder), part_in(comm)[0]
@@ -82,10 +84,12 @@ def load(
 
     Every tensor of the model must be in the checkpoint, with the same shape, and every one of the checkpoint in the
     model of some rank; dtypes are the model's. Collective. On all ranks, ValueError for a checkpoint that is truncated,
-    of another program, of a newer version or of another model, and OSError for one that is missing: all found before
-    anything is changed.
+    of another program, of a newer version, of another model or not the same on all ranks, and OSError for one that is
+    missing: all found before anything is changed.
     """
     path, index = together(comm, "checkpoint", lambda: read_index(path))
+    if comm is not None:
+        comm.agree("checkpoint.load: path", f"{path.name} with id {index.get('id')}")
     with ExitStack() as stack:
         stored = together(comm, "checkpoint", lambda: Stored(path, index, stack))
         mine = held(model)
