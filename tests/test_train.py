@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,37 @@ def test_resumed_with_other_settings(book: Path, tmp_path: Path) -> None:
 
     threads.run(2, body)
     assert records(tmp_path / "out") == before
+
+
+def test_resumed_with_another_text(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = [*TINY, "--text", str(book), "--out", str(out)]
+    assert main([*options, "--steps", "1"]) == 0
+    whole, log = book.read_text(), records(out)
+    for text, message in (
+        (whole + "!", r"resume: text bytes is 5001, expected 5000, text digest is '\w+', expected '\w+', as the run"),
+        ("Ü" + whole[:0:-1], r"resume: text digest is '\w+', expected '\w+', as the run in"),
+    ):
+        book.write_text(text)
+        assert main([*options, "--steps", "2", "--resume"]) == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert records(out) == log
+    settings = {key: log[0][key] for key in ("config", "plan")}  # as the first logs began: nothing of the text
+    (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (settings, *log[1:])))
+    assert main([*options, "--steps", "2", "--resume"]) == 0
+    assert [record["step"] for record in records(out) if "loss" in record] == [1, 2]
+
+
+def test_resumed_without_a_log(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = [*TINY, "--text", str(book), "--out", str(out)]
+    assert main([*options, "--steps", "1"]) == 0
+    (out / "log.jsonl").write_text("")
+    assert main([*options, "--steps", "2", "--resume"]) == 2
+    (out / "log.jsonl").unlink()
+    assert main([*options, "--steps", "2", "--resume"]) == 2
+    message = f"error: resume: {out / 'log.jsonl'} does not say which settings the run began with"
+    assert [line[: len(message)] for line in capsys.readouterr().err.splitlines() if "error" in line] == [message] * 2
 
 
 @pytest.mark.parametrize(

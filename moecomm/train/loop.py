@@ -81,7 +81,7 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """What a log says of this run before its first step."""
-        return {"config": asdict(self.model.config), "plan": asdict(self.plan)}
+        return {"config": asdict(self.model.config), "plan": asdict(self.plan), "text": self.text.identity()}
 
     def step(self, number: int) -> float:
         """Train on the step's batch; the mean loss of next tokens on this rank. Collective over all ranks."""

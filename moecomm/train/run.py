@@ -112,12 +112,16 @@ def restore(folder: Path, model: TransformerLM, comm: Comm | None, optimizer: An
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError unless the run in out began with these."""
+    """Raises ValueError unless the run in out began with these. A log without a text, an old one, takes any."""
 
     def flat(record: dict[str, Any]) -> dict[str, Any]:
         return {f"{part} {name}": value for part, values in record.items() for name, value in values.items()}
 
-    before, now = flat(read_log(out)[0]), flat(json.loads(json.dumps(settings)))
+    try:
+        before = flat({"text": settings["text"], **read_log(out)[0]})
+    except (OSError, ValueError, IndexError, AttributeError, TypeError):
+        raise ValueError(f"{out / 'log.jsonl'} does not say which settings the run began with") from None
+    now = flat(json.loads(json.dumps(settings)))
     other = [name for name in before | now if before.get(name) != now.get(name)]
     if other:
         got = ", ".join(f"{name} is {now.get(name)!r}, expected {before.get(name)!r}" for name in other)

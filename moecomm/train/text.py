@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +50,12 @@ class Text:
         if len(self.held_out) <= length:
             least = int((length + 2) / HELD_OUT)
             raise ValueError(f"text: got {len(text)} bytes, expected {least} or more for sequences of {length}")
+
+    def identity(self) -> dict[str, Any]:
+        """Which text this is: its bytes, and a digest of them."""
+        digest = blake2b(self.training.numpy(), digest_size=8)
+        digest.update(self.held_out.numpy())
+        return {"bytes": len(self.training) + len(self.held_out), "digest": digest.hexdigest()}
 
     def batch(self, step: int, num: int) -> Tensor:
         """[num, length + 1] int64, of a step: the same on every rank."""
