@@ -417,10 +417,7 @@ class DirectExchange:
                 )
         if expert.dtype.is_floating_point or expert.dtype == torch.bool:
             raise TypeError(f"{call}: routing.expert has dtype {expert.dtype}, expected integers{where}")
-        if (compact or self.fp8 is not None) and _wants_gradients(x, weight):
-            raise RuntimeError(
-                f"{call}: x or routing.weight asks for a gradient, which compact and fp8 rows do not have{where}"
-            )
+        self._check_gradients(call, compact, {"x": x, "routing.weight": weight})
         if expert.dtype == torch.int64:
             expert = expert.clamp(-2, self.num_experts)  # what int32 cannot hold is no expert either
         return expert.to(torch.int32).contiguous(), weight.to(torch.float32).contiguous()
@@ -438,10 +435,7 @@ class DirectExchange:
     def _check_rows(self, rows: Any, plan: DirectPlan) -> None:
         where = self.comm.where()
         self._check_plan("combine", plan)
-        if (plan.compact or self.fp8 is not None) and _wants_gradients(rows, plan.weight):
-            raise RuntimeError(
-                f"combine: rows or plan.weight asks for a gradient, which compact and fp8 rows do not have{where}"
-            )
+        self._check_gradients("combine", plan.compact, {"rows": rows, "plan.weight": plan.weight})
         if not is_torch(rows) or not rows.is_cuda or rows.dtype != self.dtype or rows.ndim != 2:
             got = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if is_torch(rows) else type(rows).__name__
             raise TypeError(f"combine: rows is {got}, expected a CUDA tensor of {self.dtype} with two axes{where}")
@@ -453,6 +447,13 @@ class DirectExchange:
             raise ValueError(f"combine: rows is {list(rows.shape)}, expected [{size}, {self.shape.hidden}]{where}")
         if rows.numel() and rows.stride(1) != 1:
             raise ValueError(f"combine: rows has strides {rows.stride()}, expected values of a row side by side{where}")
+
+    def _check_gradients(self, call: str, compact: bool, tensors: dict[str, Any]) -> None:
+        if (compact or self.fp8 is not None) and _wants_gradients(*tensors.values()):
+            raise RuntimeError(
+                f"{call}: {' or '.join(tensors)} asks for a gradient, which compact and fp8 rows do not have"
+                f"{self.comm.where()}"
+            )
 
     def _check_plan(self, call: str, plan: DirectPlan) -> None:
         if not isinstance(plan, DirectPlan):
