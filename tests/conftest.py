@@ -14,7 +14,9 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from moecomm import Comm
@@ -95,6 +97,21 @@ def mpirun(num_ranks: int, *command: str, timeout: float = 60, **env: str) -> su
     assert launcher, "mpirun is not installed: pip install 'moecomm[mpich]'"
     arguments = [launcher, "-n", str(num_ranks), sys.executable, *command]
     return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+
+
+def check_limits(name: str, use: Callable[[Any], object]) -> None:
+    """`use(limit)` takes what is a number of seconds, and refuses the rest in the words of all transports.
+
+    name  what the errors begin with
+    """
+    wanted = "expected seconds > 0, at most 1e+09, or None to wait without a limit"
+    for limit in (0, -1, -0.5, float("inf"), float("nan"), 1e10, 10**400, True, "3", [1], np.bool_(True)):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            use(limit)
+        assert str(caught.value) == f"{name}: limit is {limit!r}, {wanted}"
+        assert isinstance(caught.value, TypeError) == (type(limit) not in (int, float))
+    for limit in (50, 50.5, 1e9, np.float32(50), np.int64(50), None):
+        use(limit)
 
 
 PROGRAMS = Path(__file__).parent / "programs"

@@ -8,7 +8,7 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import LIMIT, PROGRAMS, mpi_run, mpirun
+from conftest import LIMIT, PROGRAMS, check_limits, mpi_run, mpirun
 
 from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, Nodes, testing
 from moecomm.transports.wrappers import Checked, Timed
@@ -155,6 +155,17 @@ def test_memory_beside_input_and_output() -> None:
         result = {0: 0, 1: 0, 2: 0, 3: most}[comm.rank]
         assert peak(lambda: a2a.rows(rows, counts)) <= 2 * most + result + small
         assert peak(lambda: FlatAllToAll(comm).rows(rows, counts)) <= result + small
+
+    mpi_run(4, body)
+
+
+@pytest.mark.mpi(min_size=4)
+def test_limits() -> None:
+    def body(comm: Comm) -> None:
+        from moecomm.transports.mpi import MpiComm
+
+        raw = comm._comm  # type: ignore[attr-defined]
+        check_limits("MpiComm", lambda limit: MpiComm(raw, limit=limit).all_reduce(np.ones(1)))
 
     mpi_run(4, body)
 

@@ -1,7 +1,10 @@
+from __future__ import annotations
+
 import time
 
 import numpy as np
 import pytest
+from conftest import check_limits
 
 from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, testing
 from moecomm.transports import threads
@@ -123,3 +126,7 @@ def test_after_a_mismatch_no_call_works_any_more() -> None:
 def test_bad_size(size: object) -> None:
     with pytest.raises(ValueError, match="expected a whole number >= 1"):
         threads.run(size, lambda comm: None)  # type: ignore[arg-type]
+
+
+def test_limits() -> None:
+    check_limits("run", lambda limit: threads.run(2, lambda comm: comm.all_reduce(np.ones(1)), limit=limit))

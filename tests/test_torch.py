@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, gloo_run
+from conftest import PROGRAMS, check_limits, gloo_run
 
 from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, Nodes, testing
 from moecomm.transports.wrappers import Checked, Timed
@@ -128,3 +128,16 @@ def test_what_is_no_group() -> None:
 
     with pytest.raises(TypeError, match="expected an initialised torch ProcessGroup"):
         TorchComm(None)
+
+
+def test_limits() -> None:
+    def body(comm: Comm) -> None:
+        import torch.distributed as dist
+
+        from moecomm.transports.torch import TorchComm
+
+        check_limits(
+            "TorchComm", lambda limit: TorchComm(dist.group.WORLD, limit=limit).split(0).all_reduce(np.ones(1))
+        )
+
+    gloo_run(2, body)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 SPINS = 200
 LONGEST_PAUSE = 1e-3
+LONGEST_LIMIT = 1e9
+"""Seconds, 30 years: what the clocks of Python, MPI and torch can all add to the time of day."""
 
 
 def wait(done: Callable[[], bool], limit: float) -> bool:
@@ -28,7 +32,18 @@ def wait(done: Callable[[], bool], limit: float) -> bool:
     return True
 
 
-def check_limit(limit: float | None) -> float | None:
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit is {limit!r}, expected seconds > 0, or None to wait without a limit")
-    return limit
+def check_limit(function: str, limit: float | None) -> float | None:
+    """`limit` as a number of Python's own. Raises TypeError or ValueError unless it is a time to wait for.
+
+    function  what the error begins with
+    limit     seconds, > 0 and at most LONGEST_LIMIT; None: without a limit
+    """
+    if limit is None:
+        return None
+    wanted = f"expected seconds > 0, at most {LONGEST_LIMIT:g}, or None to wait without a limit"
+    is_number = isinstance(limit, int | float | np.integer | np.floating) and not isinstance(limit, bool)
+    if not is_number:
+        raise TypeError(f"{function}: limit is {limit!r}, {wanted}")
+    if not 0 < limit <= LONGEST_LIMIT:  # nan neither
+        raise ValueError(f"{function}: limit is {limit!r}, {wanted}")
+    return int(limit) if isinstance(limit, int | np.integer) else float(limit)

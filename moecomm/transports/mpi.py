@@ -55,7 +55,7 @@ class MpiComm(Comm):
         self.rank = comm.rank
         self.size = comm.size
         self._comm = comm
-        self._limit = check_limit(limit)
+        self._limit = check_limit("MpiComm", limit)
         self._owned = False
         self._largest_count = LARGEST_COUNT
         self._row_types: dict[int, Any] = {}  # by bytes

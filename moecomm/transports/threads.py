@@ -17,6 +17,7 @@ import numpy as np
 from moecomm.arrays import Array, Counts, as_bytes, dtype_name, is_torch, row_bytes
 from moecomm.comm import Comm
 from moecomm.errors import CommError
+from moecomm.transports.limit import check_limit
 
 R = TypeVar("R")
 
@@ -35,6 +36,7 @@ def run(size: int, body: Callable[[Comm], R], *, limit: float | None = None) -> 
     """
     if not isinstance(size, int | np.integer) or size < 1:
         raise ValueError(f"run: size is {size!r}, expected a whole number >= 1")
+    limit = check_limit("run", limit)
     world = _World(size)
     group = _Group(world, tuple(range(size)))
     results: list[Any] = [None] * size

@@ -50,7 +50,7 @@ class TorchComm(Comm):
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._group_ref = weakref.ref(group)  # torch aborts at exit if a group outlives destroy_process_group
-        self._limit = check_limit(limit)
+        self._limit = check_limit("TorchComm", limit)
         self._pending: Any = None
         self._backends = dist.get_backend_config(group)  # such as cpu:gloo,cuda:nccl
         self._moves_host_memory = any(backend.startswith("cpu:") for backend in self._backends.split(","))
