@@ -24,6 +24,7 @@ from moecomm.arrays import (
     sum_dtype,
 )
 from moecomm.errors import CommError
+from moecomm.identity import Identity
 
 T = TypeVar("T", bound="tuple[Any, ...]")
 
@@ -47,7 +48,7 @@ class _Done:
         return True
 
 
-class Comm(ABC):
+class Comm(Identity, ABC):
     """A group of `size` ranks, of which this one is `rank`.
 
     Every method is collective: all ranks of the group call it, in the same order, and it returns on all of them or

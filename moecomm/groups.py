@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from moecomm.arrays import Array, as_dtype, sum_dtype
 from moecomm.comm import Comm
+from moecomm.identity import Identity
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
 
 
 @dataclass(frozen=True, eq=False)
-class Groups:
+class Groups(Identity):
     """One rank's group along every axis of a topology. Made by `build_groups`."""
 
     topology: Topology

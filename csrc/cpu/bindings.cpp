@@ -61,7 +61,7 @@ static std::vector<moecomm::Stream> streams(Counts totals, Counts num_pieces, Pi
 static void bind_node_ring(nb::module_& m) {
     using moecomm::NodeRing;
     using moecomm::Transfer;
-    nb::class_<Transfer>(m, "Transfer", "Which bytes of a rank's rows are which bytes of the streams between nodes.")
+    auto transfer = nb::class_<Transfer>(m, "Transfer", "Which bytes of a rank's rows are which bytes of the streams between nodes.")
         .def(
             "__init__",
             [](Transfer* self, Counts send_totals, Counts send_num_pieces, Pieces send_pieces, std::int64_t send_rows,
@@ -90,7 +90,7 @@ static void bind_node_ring(nb::module_& m) {
         .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>(), "num_ranks"_a,
              "num_nodes"_a, "num_slots"_a, "num_leaders"_a, "window"_a)
         .def_prop_ro("num_bytes", &NodeRing::bytes_needed);
-    nb::class_<NodeRing>(m, "NodeRing", "Rows that the ranks of a node pass on through memory that they share.")
+    auto ring = nb::class_<NodeRing>(m, "NodeRing", "Rows that the ranks of a node pass on through memory that they share.")
         .def(
             "__init__",
             [](NodeRing* self, Bytes memory, const NodeRing::Layout& layout, std::int64_t local_rank, std::int64_t node,
@@ -115,6 +115,9 @@ static void bind_node_ring(nb::module_& m) {
         .def("fail", &NodeRing::fail)
         .def_prop_ro("chunk", &NodeRing::chunk, "The chunk that the leader is to exchange.")
         .def("places", &NodeRing::places, "chunk"_a, "Where in the memory it is: (outgoing, incoming), in bytes.");
+    const nb::object identity = nb::module_::import_("moecomm.identity").attr("Identity");
+    for (const char* name : {"__copy__", "__deepcopy__", "__reduce_ex__"})
+        transfer.attr(name) = ring.attr(name) = identity.attr(name);
 }
 
 namespace moecomm::gating {

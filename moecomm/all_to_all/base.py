@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from moecomm.arrays import Array, Counts, as_rows, empty_rows
 from moecomm.comm import Comm, check_out
 from moecomm.errors import CommError
+from moecomm.identity import Identity
 from moecomm.nodes import Nodes
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Route:
     """Where an algorithm has several."""
 
 
-class AllToAll(ABC):
+class AllToAll(Identity, ABC):
     """Every rank of `comm` sends rows to every other. All algorithms give the same bytes; they differ in the hops.
 
     An algorithm writes `_even`, `_route`, `_send` and `_send_back`; `testing.check_all_to_all` says if they are right.

@@ -15,6 +15,7 @@ from moecomm.exchange.direct_kernels import Buffers, Shape, Table
 from moecomm.exchange.direct_plan import DirectPlan, Started, tensors_in
 from moecomm.exchange.symmetric import SymmetricMemory, ipc_memory
 from moecomm.gating import Routing
+from moecomm.identity import Identity
 from moecomm.together import gather, together
 from moecomm.transports import as_comm
 
@@ -29,7 +30,7 @@ PHASES = {
 }  # fmt: skip
 
 
-class DirectExchange:
+class DirectExchange(Identity):
     """Dispatch and combine by kernels that write into each other's memory, for CUDA ranks of one node.
 
     comm         1, 2, 4 or 8 ranks that share the experts: rank r holds experts r * E / p and up. Each rank's current
