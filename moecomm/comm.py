@@ -182,7 +182,7 @@ class Comm(Identity, ABC):
         self._all_to_all(rows, out, send_counts, recv_counts)
         return _Done()
 
-    def progress(self) -> None:  # noqa: B027 - for a transport that moves by itself there is nothing to do
+    def progress(self) -> None:  # for a transport that moves by itself there is nothing to do
         """Move on what others wait for. For an algorithm whose ranks wait outside of the transport. Not collective."""
 
     def waiting(self, call: str, seconds: float) -> None:
@@ -195,7 +195,7 @@ class Comm(Identity, ABC):
         self.failure = f"{call} waited {self._limit} s for the other {self.size - 1} rank(s) to come and send"
         raise CommError(f"{self.failure}{self.where()}")
 
-    def _free(self) -> None:  # noqa: B027 - a transport that has nothing to give back leaves it out
+    def _free(self) -> None:  # a transport that has nothing to give back leaves it out
         """Called once, by `free`."""
 
     # ---- checks ----------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ class AllToAll(Identity, ABC):
     @abstractmethod
     def _send_back(self, rows: Array, route: Route) -> Array: ...
 
-    def _free(self) -> None:  # noqa: B027 - an algorithm that makes no groups leaves it out
+    def _free(self) -> None:  # an algorithm that makes no groups leaves it out
         """Called once, by `free`."""
 
     def _as_one(self, step: Callable[..., T], *arguments: Any) -> T:
