@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from moecomm.nn import (  # noqa: E402
     CONFIGS,
     MoE,
     TransformerLM,
+    checkpoint,
     layer_groups,
     loss_carried,
     plot_routing,
@@ -116,3 +119,62 @@ def test_report_on_one_rank(tmp_path: Path) -> None:
 def test_a_bias_for_each_expert() -> None:
     with pytest.raises(ValueError, match=r"update_bias: carried is \(1,\), expected \(4,\)"):
         update_bias(MoE(8, 16, 4), torch.ones(1))
+
+
+CASTS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "bfloat16": lambda model: model.bfloat16(),
+    "half": lambda model: model.half(),
+    "double": lambda model: model.double(),
+    "to": lambda model: model.to("cpu", torch.bfloat16),
+    "twice": lambda model: model.half().bfloat16(),
+    "like a tensor": lambda model: model.to(torch.zeros(1, dtype=torch.float16)),
+    "type": lambda model: model.type(torch.bfloat16),
+    "a copy": lambda model: copy.deepcopy(model).bfloat16(),
+    "copied": lambda model: copy.deepcopy(model.bfloat16()),
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model.bfloat16()).module,
+    "taken over": lambda model: assigned(model.bfloat16()),
+}
+
+
+def assigned(model: torch.nn.Module) -> torch.nn.Module:
+    """With the tensors of a file that has 16 bits."""
+    made = torch.nn.Sequential(MoE(8, 16, 4))
+    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    made.load_state_dict(state, assign=True)
+    return made
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_the_bias_does_not_stall_in_16_bits(cast: str) -> None:
+    """2000 steps of 0.001 are 2, and what it was before the cast, to float32's last bit, is kept."""
+    model = torch.nn.Sequential(MoE(8, 16, 4))
+    model[0].bias[:] = 0.50048828125  # 16 bits have no such number
+    layer = CASTS[cast](model)[0]
+    assert isinstance(layer, MoE)
+    assert layer.gate.dtype != torch.float32
+    assert layer.bias.dtype == torch.float32
+    assert "bias" in dict(layer.named_buffers())
+    start = 0.5 if cast == "taken over" else 0.50048828125
+    assert layer.bias.tolist() == [start] * 4
+    for _ in range(2000):
+        update_bias(layer, torch.tensor([0, 1, 1, 1]))
+    assert layer.bias.tolist() == pytest.approx([start + 2, *[start - 2] * 3], rel=1e-4)
+    layer(torch.ones(3, 8, dtype=layer.gate.dtype))
+
+
+def test_a_bias_that_something_else_has_cast() -> None:
+    layer = MoE(8, 16, 4)
+    layer.bias = layer.bias.bfloat16()
+    for _ in range(2000):
+        update_bias(layer, torch.tensor([0, 1, 1, 1]))
+    assert layer.bias.tolist() == pytest.approx([2, -2, -2, -2], rel=1e-4)
+
+
+def test_a_checkpoint_keeps_all_bits_of_the_bias(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(MoE(8, 16, 4)).bfloat16()
+    update_bias(model[0], torch.tensor([0, 1, 1, 1]), rate=0.3001)
+    checkpoint.save(tmp_path, 1, model)
+    other = torch.nn.Sequential(MoE(8, 16, 4)).bfloat16()
+    checkpoint.load(tmp_path / "step-000001", other)
+    assert torch.equal(other[0].bias, model[0].bias)
+    assert other[0].bias[0] == torch.tensor(0.3001)

@@ -6,21 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import gloo_run
 
 torch = pytest.importorskip("torch")
 
 from moecomm import Comm, Topology, build_groups  # noqa: E402
+from moecomm.groups import Groups  # noqa: E402
 from moecomm.nn import (  # noqa: E402
     CONFIGS,
     Config,
     MoE,
     TransformerLM,
+    agree_on_overflow,
     gradient_norm,
     layer_groups,
     parameter_groups,
     reduce_gradients,
 )
 from moecomm.transports import threads  # noqa: E402
+
+torch.set_num_threads(1)  # threads that wait for a busy core take longer than they save
 
 
 def test_two_groups_have_every_parameter_once() -> None:
@@ -138,3 +143,114 @@ def test_the_norm_of_all_gradients(sizes: dict[str, int]) -> None:
         assert norm(model, groups[0]) == pytest.approx(wanted, rel=1e-6)
 
     threads.run(4, body)
+
+
+REFUSED: dict[str, Callable[[Groups, int], tuple[Groups | None, int]]] = {
+    "num_micro_batches of rank 1 is not that of rank 0": lambda groups, rank: (groups, 2 - rank),
+    "num_micro_batches is 0, expected at least 1": lambda groups, rank: (groups, 0),
+    "num_micro_batches of rank 1 is not": lambda groups, rank: (groups, 1 - rank),
+    "groups is None, expected those of the model's layers": lambda groups, rank: (None, 1),
+    r"num_micro_batches of rank 1 is not that of rank 0; this rank's is ": lambda groups, rank: (
+        groups if rank else None,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_arguments_that_differ_or_do_not_fit_change_no_gradient(message: str) -> None:
+    def body(comm: Comm) -> None:
+        groups = build_groups(comm, Topology(2, expert=2))
+        layer = MoE(8, 16, 4, groups=groups)
+        layer(torch.ones(5, 8))[0].square().sum().backward()
+        before = [None if p.grad is None else p.grad.clone() for p in layer.parameters()]
+        with pytest.raises(ValueError, match=f"reduce_gradients: {message}"):
+            reduce_gradients(layer, *REFUSED[message](groups, comm.rank))
+        for parameter, grad in zip(layer.parameters(), before, strict=True):
+            assert (parameter.grad is None) if grad is None else torch.equal(parameter.grad, grad)
+        reduce_gradients(layer, groups)
+        with pytest.raises(ValueError, match="gradient_norm: groups is None, expected those of the model's layers"):
+            gradient_norm(layer, None)
+
+    threads.run(2, body)
+
+
+def test_groups_with_other_dense_axes() -> None:
+    def body(comm: Comm) -> None:
+        layer = MoE(8, 16, 4, groups=build_groups(comm, Topology(4, expert=2, tensor=2)))
+        other = build_groups(comm, Topology(4, expert=2))
+        for function in (reduce_gradients, gradient_norm):
+            with pytest.raises(ValueError, match=f"{function.__name__}: groups has .*'data': 4, .*, expected .*: 2, "):
+                function(layer, other)
+
+    threads.run(4, body)
+    alone = MoE(8, 16, 4, groups=build_groups(threads.run(1, lambda comm: comm)[0], Topology(1)))
+    reduce_gradients(alone, None)  # one rank: there is nobody to ask
+
+
+def test_a_model_in_fsdp() -> None:
+    """It shards a bank as if all ranks had the same experts."""
+
+    def body(comm: Comm) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        groups = build_groups(comm, Topology(2, expert=2))
+        model = torch.nn.Sequential(MoE(8, 16, 4, groups=groups))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(ValueError, match="reduce_gradients: FSDPSequential is sharded by FSDP"):
+            reduce_gradients(model, groups)
+
+    gloo_run(2, body)
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(agreed: bool) -> None:
+    """Step 1: one expert's gradient, on rank 1 alone, is too large once it is scaled. Without agreement ranks part."""
+
+    def body(comm: Comm) -> tuple[list[float], list[list[bool]]]:
+        groups = build_groups(comm, Topology(2, expert=2))
+        model = torch.nn.Sequential(MoE(8, 16, 4, groups=groups), torch.nn.Linear(8, 8))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.linspace(-1, 1, 64).view(8, 8))
+            model[1].bias.zero_()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scales, moved = [], []
+        for step in range(3):
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            optimizer.zero_grad()
+            x = torch.randn(6, 8, generator=torch.Generator().manual_seed(step))
+            scaler.scale(model[1](model[0](x)[0]).square().mean()).backward()
+            reduce_gradients(model, groups)
+            if step == 1 and comm.rank == 1:
+                model[0].experts.up.grad[0, 0, 0] = torch.inf
+            if agreed:
+                agree_on_overflow(model, groups)
+            scaler.unscale_(optimizer)
+            norm = gradient_norm(model, groups)
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+            moved.append([not torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True)])
+            assert all(parameter.isfinite().all() for parameter in model.parameters()) or not agreed
+        return scales, [list(map(any, zip(*moved[::2], strict=True))), moved[1]]
+
+    (scales, moved), other = threads.run(2, body)
+    if agreed:
+        assert scales == other[0] == [2.0**11, 2.0**10, 2.0**11]
+        assert all(moved[0]) and not any(moved[1]) and not any(other[1][1])
+    else:  # what this is for
+        assert scales != other[0]
+
+
+def test_finite_gradients_stay_what_they_are() -> None:
+    model = torch.nn.Linear(3, 2)
+    model(torch.ones(4, 3)).sum().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    agree_on_overflow(model, None)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), before, strict=True))
+    model.bias.grad[1] = torch.nan
+    agree_on_overflow(model, None)
+    assert all(parameter.grad.isnan().all() for parameter in model.parameters())

@@ -3,7 +3,7 @@
 from moecomm.nn.balance import loss_carried, update_bias
 from moecomm.nn.configs import CONFIGS, Config, config_named
 from moecomm.nn.experts import Experts
-from moecomm.nn.gradients import gradient_norm, parameter_groups, reduce_gradients
+from moecomm.nn.gradients import agree_on_overflow, gradient_norm, parameter_groups, reduce_gradients
 from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
 from moecomm.nn.local import LocalExchange
 from moecomm.nn.memory import Memory, memory_estimate
@@ -27,6 +27,7 @@ __all__ = [
     "ResidualMoE",
     "RowLinear",
     "TransformerLM",
+    "agree_on_overflow",
     "config_named",
     "exchange_over",
     "gradient_norm",

@@ -39,4 +39,6 @@ def update_bias(layer: MoE, carried: Tensor, rate: float = 1e-3) -> None:
     total = carried.float()
     if layer.groups is not None:
         total = layer.groups.data.all_reduce(total)
+    if layer.bias.dtype != torch.float32:  # 16 bits would swallow steps of 0.001
+        layer.bias = layer.bias.float()
     layer.bias += rate * (total.mean() - total).sign()

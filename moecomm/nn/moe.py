@@ -103,8 +103,8 @@ class MoE(ExpertLayer):
     like             device, dtype
 
     `routing` has what the gate decided: add a little of routing.aux_loss and routing.z_loss to the loss of the model.
-    The buffer `bias` [E] is added to the scores for the selection alone; see `balance`. Tokens in float64 go through
-    gate and experts in float32.
+    The buffer `bias` [E] is added to the scores for the selection alone; see `balance`. It is float32 whatever the
+    layer is cast to. Tokens in float64 go through gate and experts in float32.
 
     x must be the same on all tensor ranks. Collective, as the exchange is. Gradients are this rank's:
     `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide, and for an exchange
@@ -145,6 +145,18 @@ class MoE(ExpertLayer):
         choices = {name: value for name, value in self.choices.items() if self.training or name != "noise"}
         routing = route(logits, self.top_k, bias=self.bias.float(), capacity=capacity, **choices)
         return self.answers(tokens, routing).to(dtype).reshape(x.shape), routing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        """The way of to(), half(), cuda() ...: the bias moves, but stays float32, which its small steps need."""
+        before = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype != torch.float32:
+            self.bias = before.to(self.bias.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.bias = self.bias.float()  # load_state_dict(assign=True) takes the dtype of the file
 
     def _capacity(self, num_tokens: int) -> int | None:
         if self.capacity_factor is None or not self.training:
