@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -130,3 +132,37 @@ def test_bad_size(size: object) -> None:
 
 def test_limits() -> None:
     check_limits("run", lambda limit: threads.run(2, lambda comm: comm.all_reduce(np.ones(1)), limit=limit))
+
+
+KERNELS = {
+    "route": "route(np.zeros((100_000, 8), np.float32), 2)",
+    "ring": "ring.begin(transfer, none, none); ring.step(10**6)",
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_python_ends_while_a_thread_is_in_a_kernel(kernel: str) -> None:
+    """A daemon thread that wants Python's lock back once Python has ended must not take the process along."""
+    program = f"""
+import threading
+import numpy as np
+from moecomm import route
+from moecomm._core import NodeRing, RingLayout, Transfer
+
+layout = RingLayout(num_ranks=2, num_nodes=1, num_slots=4, num_leaders=1, window=64)
+ring = NodeRing(np.zeros(layout.num_bytes, np.uint8), layout, local_rank=0, node=0, spin_us=0)
+none, zeros = np.zeros(0, np.uint8), np.zeros(1, np.int64)
+side = zeros, zeros, np.zeros((0, 3), np.int64), 0
+transfer = Transfer(*side, *side, 1, 64, 1)
+is_running = threading.Event()
+
+def work():
+    while True:
+        is_running.set()
+        {KERNELS[kernel]}
+
+threading.Thread(target=work, daemon=True).start()
+is_running.wait()
+"""
+    job = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (job.returncode, job.stderr) == (0, "")

@@ -11,6 +11,7 @@
 
 #include "blocks.h"
 #include "node_ring.h"
+#include "released_gil.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -30,7 +31,7 @@ static void copy_blocks(Bytes dst, ConstBytes src, Counts order, std::optional<C
                           rows ? rows->data() : nullptr,
                           order.size(),
                           row_bytes};
-    nb::gil_scoped_release release;      // ranks may be threads of one process
+    const moecomm::ReleasedGil released;   // ranks may be threads of one process
     moecomm::copy_blocks(a);
 }
 
@@ -111,7 +112,7 @@ static void bind_node_ring(nb::module_& m) {
                            reinterpret_cast<std::byte*>(dst.data()));
             },
             "transfer"_a, "src"_a.noconvert(), "dst"_a.noconvert(), "The caller keeps all three until it is finished.")
-        .def("step", &NodeRing::step, "timeout_us"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def("step", &NodeRing::step, "timeout_us"_a, nb::call_guard<moecomm::ReleasedGil>())
         .def("fail", &NodeRing::fail)
         .def_prop_ro("chunk", &NodeRing::chunk, "The chunk that the leader is to exchange.")
         .def("places", &NodeRing::places, "chunk"_a, "Where in the memory it is: (outgoing, incoming), in bytes.");
@@ -126,6 +127,7 @@ void bind(nb::module_& m);
 
 NB_MODULE(_core, m) {
     m.doc() = "The C++ kernels of moecomm.";
+    nb::set_leak_warnings(false);   // daemon threads keep what they use until Python has ended
     m.def("copy_blocks", &copy_blocks, "dst"_a.noconvert(), "src"_a.noconvert(), "order"_a.noconvert(),
           "rows"_a.noconvert().none(), "row_bytes"_a,
           "dst [bytes] = the blocks of src [bytes] in the order `order` [N]; block i has rows[i] rows (None: one).");

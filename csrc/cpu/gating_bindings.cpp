@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "gating.h"
+#include "released_gil.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -69,7 +70,7 @@ int route_arrays(AnyIn logits, Maybe<float> bias, Maybe<bool> mask, Array<std::i
                   aux_loss.data(),
                   z_loss.data(),
                   lse.data()};
-    nb::gil_scoped_release release;
+    const ReleasedGil released;
     return route(a, threads);
 }
 
@@ -92,7 +93,7 @@ void route_backward_arrays(Array<const float> grad_weight, float grad_aux, float
                           floor,
                           scale,
                           grad_logits.data()};
-    nb::gil_scoped_release release;
+    const ReleasedGil released;
     route_backward(a, threads);
 }
 
@@ -108,14 +109,14 @@ std::int64_t width(const AnyIn& rows) { return static_cast<std::int64_t>(rows.sh
 
 void permute_arrays(AnyIn x, Array<const std::int32_t> row, Array<const std::int32_t> source, AnyOut rows, int threads) {
     const Rows table = table_of(row, source);
-    nb::gil_scoped_release release;
+    const ReleasedGil released;
     permute(table, x.data(), rows.data(), width(x) * static_cast<std::int64_t>(x.itemsize()), threads);
 }
 
 void permute_fp8_arrays(AnyIn x, Array<const std::int32_t> row, Array<const std::int32_t> source,
                         Array<std::uint8_t> rows, Array<float> scales, int threads) {
     const PermuteFp8 a{table_of(row, source), x.data(), rows.data(), scales.data(), width(x), type_of(x)};
-    nb::gil_scoped_release release;
+    const ReleasedGil released;
     permute_fp8(a, threads);
 }
 
@@ -127,7 +128,7 @@ void unpermute_arrays(AnyIn rows, Array<const std::int32_t> row, Maybe<float> we
         if (table.row[i] < -1 || table.row[i] >= table.N) throw std::invalid_argument("routing.row is out of range");
     const Unpermute a{table,    rows.data(), pointer(weight), residual ? residual->data() : nullptr,
                       y.data(), width(rows), type_of(rows)};
-    nb::gil_scoped_release release;
+    const ReleasedGil released;
     unpermute(a, threads);
 }
 
@@ -136,7 +137,7 @@ void unpermute_backward_arrays(AnyIn grad_y, AnyIn rows, Array<const std::int32_
                                int threads) {
     const UnpermuteBackward a{table_of(row, source), grad_y.data(),      rows.data(), weight.data(),
                               grad_rows.data(),      grad_weight.data(), width(rows), type_of(rows)};
-    nb::gil_scoped_release release;
+    const ReleasedGil released;
     unpermute_backward(a, threads);
 }
 
