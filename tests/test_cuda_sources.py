@@ -27,6 +27,7 @@ GATES = {
     "one expert": (Gate("float", 1, 1), 5),
     "few experts": (Gate("float", 8, 8), 300),
     "sigmoid, bias, groups": (Gate("float", 256, 8, 1, 1, 8, 4, 1), 4096),
+    "groups by their best": (Gate("float", 160, 6, num_groups=8, top_groups=3, best_in_group=1), 4096),
     "masked, aligned": (Gate("bfloat16", 60, 4, mask=1, aligned=1, normalize=1), 4096),
     "gumbel": (Gate("float", 64, 2, noise=1), 4096),
     "jitter on scores": (Gate("float", 64, 2, noise=2, bias=1), 4096),

@@ -70,6 +70,7 @@ def options(rng: np.random.Generator, logits: NDArray, top_k: int) -> dict[str, 
     if groups and rng.random() < 0.4:
         chosen["num_groups"] = one_of(*groups)
         chosen["top_groups"] = chosen["num_groups"] - 1
+        chosen["best_in_group"] = one_of(1, 2)
     return chosen
 
 
@@ -112,6 +113,33 @@ def test_by_hand() -> None:
     by_probability = route(logits, 2, capacity=1, drop="probability", normalize="selected")
     assert by_probability.expert.tolist() == [[2, -1], [-1, 1], [0, -1]]
     assert by_probability.weight.tolist() == [[1, 0], [0, 1], [1, 0]]
+
+
+def test_groups_by_their_best_expert_or_their_best_two() -> None:
+    """Group 0 has the best expert, group 1 the best two. A group of one expert has no second one."""
+    scores = np.array([[40, 2, 30, 28]], np.float32)
+    by_two = route(np.log(scores), 1, num_groups=2)
+    by_one = route(np.log(scores), 1, num_groups=2, best_in_group=1)
+    assert (by_two.expert.item(), by_one.expert.item()) == (2, 0)
+    for best_in_group in (1, 2):
+        alone = route(np.log(scores), 3, num_groups=4, top_groups=3, best_in_group=best_in_group)
+        assert alone.expert.tolist() == [[0, 2, 3]]
+
+
+@pytest.mark.parametrize(("num_groups", "top_groups", "top_k"), [(8, 3, 6), (4, 1, 8), (16, 16, 3)])
+def test_groups_of_deepseek_v2(num_groups: int, top_groups: int, top_k: int) -> None:
+    """Its group_limited_greedy: of each group the largest score, then the best experts of the best groups."""
+    logits = np.random.default_rng(num_groups).normal(size=(200, 160)).astype(np.float32)
+    groups = {"num_groups": num_groups, "top_groups": top_groups, "best_in_group": 1}
+    got = route(logits, top_k, **groups)  # type: ignore[arg-type]
+    scores = np.exp(logits.astype(np.float64))
+    scores /= scores.sum(1, keepdims=True)
+    of_groups = scores.reshape(200, num_groups, -1).max(2)
+    least = np.sort(of_groups, axis=1)[:, -top_groups]
+    inside = np.where(np.repeat(of_groups >= least[:, None], 160 // num_groups, axis=1), scores, 0)
+    wanted = np.argsort(-inside, axis=1)[:, :top_k]
+    np.testing.assert_array_equal(got.expert, wanted)
+    np.testing.assert_allclose(got.weight, np.take_along_axis(scores, wanted, 1), rtol=1e-5)
 
 
 def test_padding_counts_nowhere() -> None:
@@ -202,6 +230,17 @@ def test_unusable_logits_raise(value: float, place: tuple[int, int]) -> None:
         route(logits, 2)
 
 
+def test_unusable_logits_can_be_noted() -> None:
+    logits = np.zeros((30, 8), np.float32)
+    logits[7, 3] = np.nan
+    got = route(logits, 2, capacity=5, unusable="note")
+    assert (got.expert == -1).all() and (got.weight == 0).all() and (got.source == -1).all()
+    assert (got.status, got.count.sum(), got.load.sum()) == (1, 0, 0)
+    with pytest.raises(ValueError, match="route: logits has a NaN"):
+        got.check()
+    assert route(logits, 2, mask=np.arange(30) != 7, unusable="note").check().load.sum() == 58
+
+
 def test_more_that_nothing_follows_from() -> None:
     logits = np.zeros((20, 8), np.float32)
     with pytest.raises(ValueError, match="bias has a number that is not finite"):
@@ -225,6 +264,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_groups": 3}, ValueError, "8 experts in 3 groups"),
     ({"num_groups": 8, "top_groups": 1}, ValueError, "2 chosen within 1 of them"),
     ({"top_groups": 2}, ValueError, "top_groups is 2, expected 1 .. 1"),
+    ({"best_in_group": 3}, ValueError, "best_in_group is 3, expected 1 .. 2"),
+    ({"unusable": "drop"}, ValueError, "unusable is 'drop', expected 'raise' or 'note'"),
     ({"scale": 0.0}, ValueError, "scale is 0.0"),
     ({"scale": "a"}, TypeError, "scale is 'a', expected a number"),
     ({"scale": 1e300}, ValueError, "scale is 1e\\+300, expected a number > 0 that float32 can hold"),

@@ -235,7 +235,7 @@ def test_operators_keep_torchs_rules() -> None:
     routing = route(logits.detach(), 2, capacity=4)
     table, source = routing.row, routing.source
     rows = permute(x.detach(), routing).reshape(-1, 20).requires_grad_()
-    numbers = (0, 1, 1, 0.0, 1.0, 4, 0, 0, 0.0, 0, 0, 1, 1)
+    numbers = (0, 1, 1, 2, 0.0, 1.0, 4, 0, 0, 0.0, 0, 0, 1, 1, 0)
     for op, arguments in (
         (ops.route, (logits, None, None, None, 2, *numbers)),
         (ops.route_permute, (x, logits, None, None, None, 2, *numbers)),
@@ -249,6 +249,8 @@ def test_operators_keep_torchs_rules() -> None:
 def test_unusable_logits_raise() -> None:
     with pytest.raises(ValueError, match="NaN"):
         route(torch.full((4, 4), torch.nan), 1)
+    noted = route(torch.full((4, 4), torch.nan), 1, unusable="note")
+    assert noted.status.dtype == torch.int32 and (noted.expert == -1).all()
     bad = Routing(None, None, status=torch.tensor(3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"NaN .*; bias"):
         bad.check()

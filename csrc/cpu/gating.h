@@ -25,6 +25,7 @@ struct Route {
     Type type;
     Score score;
     int num_groups, top_groups;
+    int best_in_group;           // keys of a group that are added: 1 or 2
     float floor, scale;          // see choice_weight
     std::int64_t capacity;       // -1: none
     Drop drop;

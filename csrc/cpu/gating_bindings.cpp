@@ -37,9 +37,9 @@ Type type_of(const AnyIn& array) {  // numpy has no bfloat16: its bits come as u
 int route_arrays(AnyIn logits, Maybe<float> bias, Maybe<bool> mask, Array<std::int32_t> expert, Array<float> weight,
                  Array<std::int32_t> slot, Array<std::int32_t> row, Array<std::int32_t> source,
                  Array<std::int32_t> count, Array<std::int32_t> offset, Array<std::int32_t> load, Array<float> aux_loss,
-                 Array<float> z_loss, Array<float> lse, int score, int num_groups, int top_groups, float floor,
-                 float scale, std::int64_t capacity, int drop, int noise, float noise_scale, std::uint64_t seed,
-                 std::uint64_t generator_offset, int align, int threads) {
+                 Array<float> z_loss, Array<float> lse, int score, int num_groups, int top_groups,
+                 int best_in_group, float floor, float scale, std::int64_t capacity, int drop, int noise,
+                 float noise_scale, std::uint64_t seed, std::uint64_t generator_offset, int align, int threads) {
     const Route a{logits.data(),
                   pointer(bias),
                   reinterpret_cast<const std::uint8_t*>(pointer(mask)),
@@ -50,6 +50,7 @@ int route_arrays(AnyIn logits, Maybe<float> bias, Maybe<bool> mask, Array<std::i
                   static_cast<Score>(score),
                   num_groups,
                   top_groups,
+                  best_in_group,
                   floor,
                   scale,
                   capacity,

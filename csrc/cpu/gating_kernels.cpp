@@ -210,24 +210,24 @@ void take_best(std::int32_t* index, std::int32_t* key, int n) {
     for (int l = 0; n > 32 && l < kLanes; ++l) key[index[l] * kLanes + l] = kTaken;
 }
 
-// Takes the keys of all groups out but the top_groups whose two largest values have the largest sum.
-void keep_top_groups(std::int32_t* key, const float* value, int E, int num_groups, int top_groups, float* work) {
-    const int members = E / num_groups;
+// Takes the keys of all groups out but the top_groups whose largest value, or two largest ones added, are the largest.
+void keep_top_groups(std::int32_t* key, const float* value, const Route& a, float* work) {
+    const int E = a.E, num_groups = a.num_groups, members = E / num_groups;
+    const bool adds_two = a.best_in_group == 2 && members > 1;
     auto* group_key = reinterpret_cast<std::int32_t*>(work);
     for (int g = 0; g < num_groups; ++g)
         for (int l = 0; l < kLanes; ++l) {
             const float* v = value + g * members * kLanes + l;
-            float first = v[0], second = members > 1 ? v[kLanes] : 0.0f;
-            if (members > 1 && second > first) first = v[kLanes], second = v[0];
-            for (int i = 2; i < members; ++i) {
+            float first = v[0], second = -__builtin_inff();
+            for (int i = 1; i < members; ++i) {
                 const float x = v[i * kLanes];
                 second = x > first ? first : x > second ? x : second;
                 first = x > first ? x : first;
             }
-            group_key[g * kLanes + l] = to_key(add(first, second));
+            group_key[g * kLanes + l] = to_key(adds_two ? add(first, second) : first);
         }
     alignas(64) std::int32_t index[kLanes];
-    for (int i = 0; i < top_groups; ++i) take_best(index, group_key, num_groups);
+    for (int i = 0; i < a.top_groups; ++i) take_best(index, group_key, num_groups);
     for (int e = 0; e < E; ++e)
         for (int l = 0; l < kLanes; ++l)
             key[e * kLanes + l] = group_key[e / members * kLanes + l] == kTaken ? key[e * kLanes + l] : kTaken;
@@ -334,7 +334,7 @@ void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) 
         }
     }
     for (int i = 0; i < E * kLanes; ++i) key[i] = to_key(value[i]);
-    if (a.num_groups > 1) keep_top_groups(key, value, E, a.num_groups, a.top_groups, s.work);
+    if (a.num_groups > 1) keep_top_groups(key, value, a, s.work);
 
     alignas(64) std::int32_t index[kLanes];
     for (int k = 0; k < K; ++k) {

@@ -6,6 +6,7 @@
 #define BIAS 0
 #define GROUPS 1
 #define TOP_GROUPS 1
+#define BEST_IN_GROUP 1
 #define NOISE 0
 #define EXACT 0
 #include "route_select.cuh"

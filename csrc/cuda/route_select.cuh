@@ -6,6 +6,7 @@
 // SCORE     0: softmax, 1: sigmoid
 // BIAS      1: a bias is added to the keys that select
 // GROUPS    groups of experts, of which the best TOP_GROUPS are eligible; 1: no groups
+// BEST_IN_GROUP  keys of a group that are added to its score: its largest, or its two largest
 // NOISE     0: none, 1: Gumbel, 2: jitter
 // EXACT     1: scores select or drop, so they must have the reference's bits (exp and order of sums of score.h)
 #pragma once
@@ -184,8 +185,8 @@ __device__ inline bool choose_from_sorted(const float (&key)[VALUES], int lane, 
 
 // ---- groups --------------------------------------------------------------------------------------------------------
 
-// Marks the keys outside the best TOP_GROUPS groups with NaN. A group's score: its two largest keys added. `scratch`:
-// E + GROUPS floats of this warp.
+// Marks the keys outside the best TOP_GROUPS groups with NaN. A group's score: its largest key, or its two largest keys
+// added. `scratch`: E + GROUPS floats of this warp.
 __device__ inline void keep_best_groups(float (&key)[VALUES], int lane, float* scratch) {
   static_assert(GROUPS == 1 || LANES == 32, "groups need a whole warp for a token");
   constexpr int SIZE = E / GROUPS;
@@ -210,7 +211,7 @@ __device__ inline void keep_best_groups(float (&key)[VALUES], int lane, float* s
       second = fmaxf(fmaxf(second, other_second), fminf(first, other_first));
       first = fmaxf(first, other_first);
     }
-    if (group < GROUPS && lane % PARTS == 0) score[group] = SIZE == 1 ? first : moecomm::add(first, second);
+    if (group < GROUPS && lane % PARTS == 0) score[group] = SIZE == 1 || BEST_IN_GROUP == 1 ? first : moecomm::add(first, second);
   }
   __syncwarp();
   bool out[VALUES];

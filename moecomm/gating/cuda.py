@@ -85,6 +85,7 @@ class Gate:
     bias: int = 0
     num_groups: int = 1
     top_groups: int = 1
+    best_in_group: int = 2
     normalize: int = 0
     capacity: int = 0
     drop: int = 0
@@ -158,7 +159,8 @@ def plan(gate: Gate, tokens: int, multiprocessors: int, capability: int) -> Plan
         "ELEMENT": gate.element, "E": experts, "K": top_k, "LANES": cut.lanes, "THREADS": cut.threads, "BLOCKS": 1,
         "GRID": int(cut.blocks > 1), "CLUSTER": cut.cluster, "MASK": gate.mask,
         "NORMALIZE": gate.normalize, "SCORE": gate.score, "BIAS": gate.bias, "GROUPS": gate.num_groups,
-        "TOP_GROUPS": gate.top_groups, "NOISE": gate.noise, "ALIGNED": gate.aligned, "CAPACITY": gate.capacity,
+        "TOP_GROUPS": gate.top_groups, "BEST_IN_GROUP": gate.best_in_group, "NOISE": gate.noise,
+        "ALIGNED": gate.aligned, "CAPACITY": gate.capacity,
         "EXACT": int(bool(gate.score or gate.bias or gate.num_groups > 1 or (gate.capacity and gate.drop == 2))),
         "DROP": gate.drop, "WORDS32": words, "CHUNKED": int(per_block > 32 * words), "SPILL": int(spill),
         "COUNT_BITS": count_bits, "ROWS": int(gate.row_bytes >= 0),
@@ -231,8 +233,8 @@ def route_permute(x: Any, logits: Any, *choices: Any) -> tuple[Any, ...]:
 
 
 def _route(x: Any, logits: Any, bias: Any, mask: Any, offset_tensor: Any, top_k: int, score: int, num_groups: int,
-           top_groups: int, floor: float, scale: float, capacity: int, drop: int, noise: int, noise_scale: float,
-           seed: int, offset: int, align: int) -> tuple[Any, ...]:  # fmt: skip
+           top_groups: int, best_in_group: int, floor: float, scale: float, capacity: int, drop: int, noise: int,
+           noise_scale: float, seed: int, offset: int, align: int) -> tuple[Any, ...]:  # fmt: skip
     import torch
 
     (tokens, experts), choices, limited = logits.shape, logits.shape[0] * top_k, capacity >= 0
@@ -245,8 +247,8 @@ def _route(x: Any, logits: Any, bias: Any, mask: Any, offset_tensor: Any, top_k:
     row_bytes = -1 if x is None else x.shape[1] * x.element_size()
     gate = Gate(
         ELEMENTS[str(logits.dtype)[6:]], experts, top_k, score, int(bias is not None), num_groups, top_groups,
-        int(floor > 0), int(limited), drop if limited or drop == 1 else 0, int(mask is not None), noise, int(align > 1),
-        row_bytes, gcd(16, row_bytes),
+        best_in_group if num_groups > 1 else 2, int(floor > 0), int(limited), drop if limited or drop == 1 else 0,
+        int(mask is not None), noise, int(align > 1), row_bytes, gcd(16, row_bytes),
     )  # fmt: skip
     launch = plan(gate, tokens, *_device(logits.device.index))
 

@@ -16,10 +16,11 @@ from moecomm.gating.routing import check_status
 def route(logits: NDArray, bias: Any, mask: Any, top_k: int, choices: tuple[Any, ...]) -> tuple[Any, ...]:
     """The fields of a Routing in the order of ops.py. Raises ValueError for logits or a bias that nothing follows from.
 
-    choices  score, num_groups, top_groups, floor, scale, capacity, drop, noise, its scale, seed, offset, align, threads
+    choices  score, num_groups, top_groups, best_in_group, floor, scale, capacity, drop, noise, its scale, seed, offset,
+             align, threads, unusable. With unusable 1 it does not raise: every assignment is dropped, status says why
     """
     T, E = logits.shape
-    capacity, align = choices[5], choices[11]
+    capacity, align, unusable = choices[6], choices[12], choices[14]
     ints, floats = np.int32, np.float32
     expert, slot, row = (np.empty((T, top_k), ints) for _ in range(3))
     weight, lse = np.empty((T, top_k), floats), np.empty(T, floats)
@@ -27,8 +28,15 @@ def route(logits: NDArray, bias: Any, mask: Any, top_k: int, choices: tuple[Any,
     count, offset, load = np.empty(E, ints), np.empty(E + 1, ints), np.empty(E, ints)
     aux_loss, z_loss = np.empty((), floats), np.empty((), floats)
     out = (expert, weight, slot, row, source, count, offset, load, aux_loss, z_loss, lse)
-    check_status(_core.route(logits, bias, mask, *out, *choices))
-    return (*out, np.zeros((), ints))
+    status = _core.route(logits, bias, mask, *out, *choices[:14])
+    if status and not unusable:
+        check_status(status)
+    if status:
+        for table in (expert, slot, row, source):
+            table.fill(-1)
+        for numbers in (weight, count, offset, load, aux_loss, z_loss, lse):
+            numbers.fill(0)
+    return (*out, np.asarray(status, ints))
 
 
 def num_rows(T: int, E: int, K: int, capacity: int, align: int) -> int:  # noqa: N803

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moecomm.gating import host
 
-CHOICES = """int score, int num_groups, int top_groups, float floor, float scale, int capacity, int drop, int noise,
-    float noise_scale, int seed, int offset, int align, int threads"""
+CHOICES = """int score, int num_groups, int top_groups, int best_in_group, float floor, float scale, int capacity,
+    int drop, int noise, float noise_scale, int seed, int offset, int align, int threads, int unusable"""
 """As host.route takes them."""
 ROUTE = f"Tensor logits, Tensor? bias, Tensor? mask, Tensor? step, int top_k, {CHOICES}"
 FIELDS = "Tensor, " * 11 + "Tensor"
@@ -61,9 +61,9 @@ def route(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *choices:
     if logits.is_cuda:
         from moecomm.gating import cuda
 
-        return cuda.route(logits, bias, mask, step, top_k, *choices[:-1])
+        return cuda.route(logits, bias, mask, step, top_k, *choices[:-2])
     if step is not None:
-        choices = (*choices[:10], choices[10] + int(step), *choices[11:])
+        choices = (*choices[:11], choices[11] + int(step), *choices[12:])
     arrays = host.route(_numpy(logits), _numpy(bias), _numpy(mask), top_k, choices)
     return tuple(map(torch.from_numpy, arrays))
 
@@ -71,7 +71,7 @@ def route(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *choices:
 @route.register_fake
 def _fake_route(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *choices: Any) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    capacity, align = choices[5], choices[11]
+    capacity, align = choices[6], choices[12]
 
     def ints(*shape: Any) -> Tensor:
         return logits.new_empty(shape, dtype=torch.int32)
@@ -109,7 +109,7 @@ def _(grad_weight: Tensor, grad_aux_loss: Tensor, grad_z_loss: Tensor, logits: T
 
 
 def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, mask, _, _, score, _, _, floor, scale, *_, threads = inputs
+    logits, _, mask, _, _, score, _, _, _, floor, scale, *_, threads, _ = inputs
     expert, _, _, row, _, _, _, load, _, _, lse, *_ = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(logits, expert, lse, load, mask, row)
@@ -119,7 +119,7 @@ def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _route_gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     logits, expert, lse, load, mask, _ = ctx.saved_tensors
     grad = route_backward(grads[1], grads[8], grads[9], logits, expert, lse, load, mask, *ctx.choices)
-    return grad, *(None,) * 17
+    return grad, *(None,) * 19
 
 
 route.register_autograd(_route_gradient, setup_context=_save_route)
@@ -251,9 +251,9 @@ def route_permute(x: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         from moecomm.gating import cuda
 
         if len(x) in cuda.ONE_LAUNCH:
-            return cuda.route_permute(x, logits, *rest[:-1])
+            return cuda.route_permute(x, logits, *rest[:-2])
     fields = route.kernel(logits, *rest)
-    return *fields, permute.kernel(x, fields[3], fields[4], rest[-1])
+    return *fields, permute.kernel(x, fields[3], fields[4], rest[-2])
 
 
 @route_permute.register_fake

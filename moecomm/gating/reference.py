@@ -27,6 +27,7 @@ def route(
     bias: NDArray | None = None,
     num_groups: int = 1,
     top_groups: int = 1,
+    best_in_group: int = 2,
     normalize: str = "none",
     scale: float = 1.0,
     capacity: int | None = None,
@@ -47,7 +48,7 @@ def route(
         keys = np.where(clean == -np.inf, np.finfo(np.float32).min, keys)
     chosen = np.full((T, top_k), -1, np.int32)
     for token in np.flatnonzero(mask):
-        chosen[token] = best(allowed(keys[token], num_groups, top_groups), top_k)
+        chosen[token] = best(allowed(keys[token], num_groups, top_groups, best_in_group), top_k)
     load = np.bincount(chosen[mask].ravel(), minlength=E).astype(np.int32)
 
     # Who stays, then the places in line.
@@ -89,13 +90,13 @@ def num_rows(T: int, E: int, K: int, capacity: int | None, align: int) -> int:
     return E * capacity if capacity is not None else (T * K + min(E, T * K) * (align - 1)) // align * align
 
 
-def allowed(keys: NDArray, num_groups: int, top_groups: int) -> NDArray:
-    """keys [E], -inf outside the top_groups groups whose two largest keys have the largest sum."""
+def allowed(keys: NDArray, num_groups: int, top_groups: int, best_in_group: int) -> NDArray:
+    """keys [E], -inf outside the top_groups groups whose best_in_group largest keys have the largest sum."""
     if num_groups == 1:
         return keys
     grouped = keys.reshape(num_groups, -1)
     with np.errstate(over="ignore"):  # a group without any expert to choose from: -inf
-        group_keys = np.sort(grouped, axis=1)[:, -2:].sum(1, dtype=np.float32)
+        group_keys = np.sort(grouped, axis=1)[:, -best_in_group:].sum(1, dtype=np.float32)
     outside = np.setdiff1d(np.arange(num_groups), best(group_keys, top_groups))
     kept = grouped.copy()
     kept[outside] = -np.inf

@@ -15,6 +15,7 @@ SCORES = ("softmax", "sigmoid")
 NORMALIZATIONS = ("none", "selected")
 DROPS = ("position", "choice", "probability", "random")
 NOISES = ("none", "gumbel", "jitter")
+UNUSABLE = ("raise", "note")
 FLOOR = {"softmax": 2.0**-23, "sigmoid": 1e-20}
 """The least denominator of normalize="selected": DeepSpeed's for softmax, DeepSeek's for sigmoid."""
 DTYPES = ("float32", "float16", "bfloat16")
@@ -45,6 +46,7 @@ def route(
     bias: Array | None = None,
     num_groups: int = 1,
     top_groups: int = 1,
+    best_in_group: Literal[1, 2] = 2,
     normalize: Literal["none", "selected"] = "none",
     scale: float = 1.0,
     capacity: int | None = None,
@@ -53,6 +55,7 @@ def route(
     noise: Noise | None = None,
     generator: Generator | None = None,
     align: int = 1,
+    unusable: Literal["raise", "note"] = "raise",
     threads: int = 1,
 ) -> Routing:
     """Send each token to its top_k experts. One function for every K; every option goes with every other.
@@ -62,8 +65,9 @@ def route(
     top_k       K, 1 .. min(E, 32). Ties go to the lower expert
     score       of an expert for a token: softmax over the token's logits, or sigmoid of its logit
     bias        [E] float32, added to the scores for the selection alone (DeepSeek-V3's load balancing)
-    num_groups  the experts are so many groups of neighbours; a token chooses within the top_groups of them whose two
-    top_groups  best scores (+ bias) have the largest sum. Needs num_groups to divide E, and K experts in top_groups
+    num_groups  the experts are so many groups of neighbours; a token chooses within the top_groups of them whose best
+    top_groups  scores (+ bias) have the largest sum. Needs num_groups to divide E, and K experts in top_groups
+    best_in_group  how many scores of a group are added: its 2 best (DeepSeek-V3) or the 1 best (DeepSeek-V2)
     normalize   "selected": divide a token's weights by the sum of the scores it kept, after drops
     scale       factor of all weights
     capacity    the most assignments that an expert keeps; None: all. Rows are then [E, capacity], see `expert_capacity`
@@ -73,19 +77,22 @@ def route(
     noise       randomises the selection; needs generator
     generator   the only source of randomness
     align       without a capacity, each expert's rows start at a multiple of it
+    unusable    what NaN or +inf in logits do on the CPU, "raise": a ValueError. "note": as on a GPU, they are noted in
+                the Routing's status, here with every assignment dropped. For ranks that share experts: `dispatch` of
+                such a Routing raises on all of them, where one that raised alone would be waited for
     threads     on the CPU, at most; the result does not depend on it. 1 suits one rank a core, as under MPI
     returns     a Routing of logits' kind and device, with slots in token order (drop="choice": in order of choice,
                 then token)
 
     The same logits give the same Routing on every rank and run, on CPU and GPU: integers exactly, floats to rounding.
     Differentiable in logits, through weight, aux_loss and z_loss. Not collective. Raises ValueError or TypeError for
-    arguments that do not fit; on the CPU also for NaN or +inf in logits, which a GPU reports by `Routing.check`.
+    arguments that do not fit; on the CPU also for NaN or +inf in logits, see `unusable` and `Routing.check`.
     Source: Shazeer et al. 2017 (arXiv 1701.06538); GShard (2006.16668); DeepSpeed-MoE (2201.05596), section 5.4.
     """
     given = arguments(
-        logits, top_k, score=score, bias=bias, num_groups=num_groups, top_groups=top_groups, normalize=normalize,
-        scale=scale, capacity=capacity, drop=drop, mask=mask, noise=noise, generator=generator, align=align,
-        threads=threads,
+        logits, top_k, score=score, bias=bias, num_groups=num_groups, top_groups=top_groups,
+        best_in_group=best_in_group, normalize=normalize, scale=scale, capacity=capacity, drop=drop, mask=mask,
+        noise=noise, generator=generator, align=align, unusable=unusable, threads=threads,
     )  # fmt: skip
     if isinstance(logits, np.ndarray):
         fields = host.route(given.logits, given.bias, given.mask, top_k, given.choices)
@@ -111,9 +118,9 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, *, factor: fl
 
 
 def arguments(
-    logits: Array, top_k: int, *, score: str, bias: Any, num_groups: int, top_groups: int, normalize: str, scale: float,
-    capacity: int | None, drop: str, mask: Any, noise: Noise | None, generator: Generator | None, align: int,
-    threads: int,
+    logits: Array, top_k: int, *, score: str, bias: Any, num_groups: int, top_groups: int, best_in_group: int,
+    normalize: str, scale: float, capacity: int | None, drop: str, mask: Any, noise: Noise | None,
+    generator: Generator | None, align: int, unusable: str, threads: int,
 ) -> Arguments:  # fmt: skip
     """Raises ValueError or TypeError, in the caller's words, for what `route` cannot do."""
     num_tokens, num_experts = _logits_shape(logits)
@@ -122,11 +129,13 @@ def arguments(
         ("score", score, SCORES),
         ("normalize", normalize, NORMALIZATIONS),
         ("drop", drop, DROPS),
+        ("unusable", unusable, UNUSABLE),
     ):
         if value not in known:
             raise ValueError(f"route: {name} is {value!r}, expected {' or '.join(map(repr, known))}")
     _within("num_groups", num_groups, 1, num_experts)
     _within("top_groups", top_groups, 1, num_groups)
+    _within("best_in_group", best_in_group, 1, 2)
     if num_experts % num_groups or top_k > num_experts // num_groups * top_groups:
         raise ValueError(
             f"route: {num_experts} experts in {num_groups} groups, {top_k} chosen within {top_groups} of them: "
@@ -150,9 +159,9 @@ def arguments(
     if kind not in NOISES or not 0 <= _number("noise.scale", strength) <= (1 if kind == "jitter" else MOST_NOISE):
         raise ValueError(f"route: noise is {noise}, expected Noise('gumbel', 0 .. {MOST_NOISE}) or ('jitter', 0 .. 1)")
     choices = (
-        SCORES.index(score), num_groups, top_groups, FLOOR[score] if normalize == "selected" else 0.0, float(scale),
-        -1 if capacity is None else capacity, DROPS.index(drop), NOISES.index(kind), float(strength), seed, offset,
-        align, threads,
+        SCORES.index(score), num_groups, top_groups, best_in_group, FLOOR[score] if normalize == "selected" else 0.0,
+        float(scale), -1 if capacity is None else capacity, DROPS.index(drop), NOISES.index(kind), float(strength),
+        seed, offset, align, threads, UNUSABLE.index(unusable),
     )  # fmt: skip
     return Arguments(
         contiguous("route: logits", logits),

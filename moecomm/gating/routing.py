@@ -47,7 +47,7 @@ class Routing:
     def check(self) -> Routing:
         """Return self. Raises ValueError if a logit was NaN or +inf, a whole row -inf, or a bias not finite.
 
-        On the CPU `route` has done so; on a GPU this waits for the kernel.
+        On the CPU `route` has done so, unless it was told to note it; on a GPU this waits for the kernel.
         """
         check_status(0 if self.status is None else int(self.status))
         return self
@@ -55,9 +55,14 @@ class Routing:
 
 def check_status(status: int) -> None:
     """Raise ValueError for what the bits of Routing.status say."""
-    problems = {1: "logits has a NaN or +inf, or a row of -inf alone", 2: "bias has a number that is not finite"}
     if status:
-        raise ValueError("route: " + "; ".join(text for bit, text in problems.items() if status & bit))
+        raise ValueError(f"route: {problem(status)}")
+
+
+def problem(status: int) -> str:
+    """What the bits of Routing.status say."""
+    problems = {1: "logits has a NaN or +inf, or a row of -inf alone", 2: "bias has a number that is not finite"}
+    return "; ".join(text for bit, text in problems.items() if status & bit)
 
 
 @dataclass(frozen=True)

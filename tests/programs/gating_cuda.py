@@ -89,6 +89,7 @@ def check_route() -> int:
             if groups and draw.random() < 0.4:
                 choices |= {"num_groups": int(draw.choice(groups))}
                 choices["top_groups"] = choices["num_groups"] // 2
+                choices["best_in_group"] = int(draw.choice([1, 2]))
             if choices["capacity"] is None:
                 choices["align"] = int(draw.choice([1, 8, 128]))
             else:
