@@ -20,7 +20,7 @@ from moecomm import (  # noqa: E402
     Topology,
     build_groups,
 )
-from moecomm.gating import Generator, Noise  # noqa: E402
+from moecomm.gating import Noise  # noqa: E402
 from moecomm.nn import (  # noqa: E402
     CONFIGS,
     MLP,
@@ -237,7 +237,7 @@ def test_answers_have_the_dtype_of_the_tokens(dtype: torch.dtype) -> None:
 
 
 def test_noise_is_for_training_alone() -> None:
-    choices = {"noise": Noise("gumbel", 100.0), "generator": Generator(1)}
+    choices = {"noise": Noise("gumbel", 100.0)}
     plain, noisy = MoE(8, 16, 4), MoE(8, 16, 4, choices=choices)
     x = normal(50, 8)
     assert not torch.equal(noisy(x)[1].expert, plain(x)[1].expert)

@@ -142,7 +142,8 @@ def test_resumed_with_another_text(book: Path, tmp_path: Path, capsys: pytest.Ca
         assert main([*options, "--steps", "2", "--resume"]) == 2
         assert re.search(message, capsys.readouterr().err)
         assert records(out) == log
-    settings = {key: log[0][key] for key in ("config", "plan")}  # as the first logs began: nothing of the text
+    settings = {key: log[0][key] for key in ("config", "plan")}  # as the first logs began: nothing of the text,
+    assert settings["config"].pop("normalize") == "none"  # nor of choices that came later
     (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (settings, *log[1:])))
     assert main([*options, "--steps", "2", "--resume"]) == 0
     assert [record["step"] for record in records(out) if "loss" in record] == [1, 2]

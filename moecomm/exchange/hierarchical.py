@@ -14,7 +14,15 @@ from moecomm.comm import Comm
 from moecomm.errors import CommError
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sum_back
 from moecomm.exchange.plan import Plan
-from moecomm.exchange.routed import RoutedExchange, combine_arguments, move, move_back, new_thread
+from moecomm.exchange.routed import (
+    RoutedExchange,
+    alarms,
+    combine_arguments,
+    move,
+    move_back,
+    new_thread,
+    raise_alarm,
+)
 from moecomm.gating import Routing
 
 T = TypeVar("T")
@@ -77,14 +85,23 @@ class HierarchicalExchange(RoutedExchange):
 
     def dispatch(self, x: Array, routing: Routing) -> tuple[Array, RelayPlan]:
         """Send every token to its experts. As RoutedExchange.dispatch; the counts are exchanged once in each hop."""
-        expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))[-1]
+        *_, status, expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))
         at_home, place = one_each(self._relay[self._holder[expert]], self._between.comm.size)
+        expert = expert[at_home.row]
+        if status:
+            place = np.unique(self._relay[:-1])
+            expert = alarms(self.comm, status, len(place), expert.shape[1])
         route = self._between.route(np.bincount(place, minlength=self._between.comm.size))
-        expert = self._between.send(expert[at_home.row], route)
+        expert = self._between.send(expert, route)
+        alarm, expert = expert[expert.min(axis=1, initial=0) < -1], np.maximum(expert, -1)
         relayed, place = one_each(self._receiver[self._holder[expert]], self._inside.comm.size)
+        labels = self._labels(expert, np.repeat(self._sources, route.recv_counts), relayed, place)
+        if len(alarm):  # on to every rank of this node
+            place = np.repeat(np.arange(self._inside.comm.size), len(alarm))
+            labels = np.tile(alarm, (self._inside.comm.size, 1))
         inside = self._inside.route(np.bincount(place, minlength=self._inside.comm.size))
-        source = np.repeat(self._sources, route.recv_counts)
-        labels = self._inside.send(self._labels(expert, source, relayed, place), inside)
+        labels = self._inside.send(labels, inside)
+        raise_alarm(labels, self.comm)
         away, label = by_label(labels)
         rows_per_expert = np.bincount(label // self.comm.size, minlength=self.num_local_experts)
 

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, Counts, as_rows, dtype_name, is_torch, num_axes, sum_dtype
+from moecomm.comm import Comm
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sorting, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.gating import Routing
+from moecomm.gating.routing import problem
 
 
 class RoutedExchange:
@@ -73,13 +75,18 @@ class RoutedExchange:
 
         x's row shape and dtype and K are the same on all ranks. Collective over the all-to-all's ranks. Differentiable
         in x; the backward pass is collective too: all ranks go through it or none. Raises ValueError or TypeError
-        before anything is sent if the routing does not fit x or names an expert that no rank holds.
+        before anything is sent if the routing does not fit x or names an expert that no rank holds. A routing of
+        unusable logits, as its status says, raises ValueError on all ranks, which then go on together.
         Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 1; DeepSpeed-MoE (arXiv 2201.05596), section 5.
         """
-        expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))[-1]
+        *_, status, expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))
         at_home, send_counts, labels = self._rows_to_send(expert)
+        if status:
+            send_counts = np.ones(self.comm.size, np.int64)
+            labels = alarms(self.comm, status, self.comm.size, labels.shape[1])
         route = self.all_to_all.route(send_counts)
         labels = self.all_to_all.send(labels, route)
+        raise_alarm(labels, self.comm)
         away, rows_per_expert = self._rows_for_experts(labels)
         home_weight, away_weight = routing.weight, None
         thread = new_thread(x)
@@ -134,7 +141,7 @@ class RoutedExchange:
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, tuple[()], object, Counts]:
+    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, tuple[()], object, int, Counts]:
         if num_axes(x, "x") < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (T, H)")
         as_rows(
@@ -159,7 +166,20 @@ class RoutedExchange:
         def must_be_the_same() -> str:
             return f"K = {expert.shape[1]}, experts on each rank {self.experts}"
 
-        return x, (), must_be_the_same, expert
+        status = 0 if routing.status is None else int(routing.status)  # of a GPU: expert has waited for it
+        return x, (), must_be_the_same, status, expert
+
+
+def alarms(comm: Comm, status: int, num_rows: int, width: int) -> Counts:
+    """[num_rows, width] labels below -1: what a rank with an unusable routing sends where others send expert ids."""
+    return np.full((num_rows, width), -2 - (4 * comm.rank + status))
+
+
+def raise_alarm(labels: Counts, comm: Comm) -> None:
+    """Raise ValueError if alarms came, which then every rank has got."""
+    if labels.min(initial=0) < -1:
+        rank, status = divmod(-2 - int(labels[labels < -1].max()), 4)
+        raise ValueError(f"dispatch: the gate of rank {rank} had no answer: {problem(status)}{comm.where()}")
 
 
 def move(all_to_all: AllToAll, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:

@@ -15,7 +15,10 @@ class Config:
 
     experts          of each of these layers, num_layers // 2 of them; 0: dense. (): a dense model
     residual         "none": MoE. "sum", "learned": ResidualMoE, which needs top_k 1
+    normalize        "selected": a token's weights add up to 1, as in DeepSpeed's top-2; "none": they are its scores, as
+                     in its top-1
     capacity_factor  as for MoE; None: nothing is dropped
+    eval_capacity_factor  in evaluation
     aux_loss         how much of each layer's load-balancing loss, and
     z_loss           of its z-loss, is added to the model's
     std              of the first weights
@@ -36,6 +39,8 @@ class Config:
     aux_loss: float = 0.01
     z_loss: float = 0.0
     std: float = 0.02
+    normalize: Literal["none", "selected"] = "none"
+    eval_capacity_factor: float | None = None
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -48,6 +53,8 @@ class Config:
         check_activation("Config", self.activation)
         if self.residual not in ("none", "sum", "learned"):
             raise ValueError(f"Config: residual is {self.residual!r}, expected 'none', 'sum' or 'learned'")
+        if self.normalize not in ("none", "selected"):
+            raise ValueError(f"Config: normalize is {self.normalize!r}, expected 'none' or 'selected'")
         if self.residual != "none" and self.top_k != 1:
             raise ValueError(f"Config: top_k is {self.top_k}, expected 1 with residual={self.residual!r}")
 
@@ -95,9 +102,9 @@ CONFIGS = {
     "1.3b-pr-moe-mos-21": replace(_1_3B, num_layers=21, experts=pyramid(10, 64), residual="sum"),
     "tiny": replace(_SMALL, hidden=16, heads=2, context=32),
     "small": _SMALL,
-    "small-top-2": replace(_SMALL, residual="none", top_k=2),
+    "small-top-2": replace(_SMALL, residual="none", top_k=2, normalize="selected"),
     "medium": Config(8, 512, 8, pyramid(4, 8), residual="sum", vocabulary=256, context=512),
-    "medium-top-2": Config(8, 512, 8, pyramid(4, 8), top_k=2, vocabulary=256, context=512),
+    "medium-top-2": Config(8, 512, 8, pyramid(4, 8), top_k=2, normalize="selected", vocabulary=256, context=512),
 }
 """By name. The first six are the paper's, in its order; the others read bytes."""
 

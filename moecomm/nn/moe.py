@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from moecomm.all_to_all import AllToAll, FlatAllToAll
 from moecomm.comm import Comm
 from moecomm.exchange import RoutedExchange, TensorParallelExchange
-from moecomm.gating import Routing, expert_capacity, route
+from moecomm.gating import Generator, Routing, expert_capacity, route
 from moecomm.groups import Groups
 from moecomm.nn.experts import Experts
 from moecomm.nn.linear import Activation
 from moecomm.nn.local import LocalExchange
-from moecomm.nn.seeds import draw, parameter
+from moecomm.nn.seeds import draw, number, parameter
 from moecomm.topology import Topology
 
 
@@ -94,21 +94,30 @@ class MoE(ExpertLayer):
     groups           who holds which experts: rank i of the expert group holds the i-th E / expert of them. None: this
                      rank alone holds all
     exchange         moves the tokens; None: `exchange_over(groups, num_experts)`
-    capacity_factor  while training, an expert takes at most so many times its even share of this call's tokens; None,
-                     and always in evaluation: nothing is dropped
+    capacity_factor  while training, an expert takes at most so many times its even share of this call's tokens; None:
+                     nothing is dropped
+    eval_capacity_factor  the same in evaluation. DeepSpeed-MoE's scripts have 1.0 for both
     activation       of the experts, see Experts
     key              seed and name of the layer: its first weights depend on these alone, not on the groups.
                      Layers with the same key start with the same weights: give (seed, layer)
-    choices          of `route`, such as score="sigmoid" or normalize="selected"; noise is for training alone
+    choices          of `route`, such as score="sigmoid" or normalize="selected"; noise is for training alone. Noise
+                     and drop="random" are drawn anew in each forward pass, see below
     like             device, dtype
 
     `routing` has what the gate decided: add a little of routing.aux_loss and routing.z_loss to the loss of the model.
     The buffer `bias` [E] is added to the scores for the selection alone; see `balance`. It is float32 whatever the
     layer is cast to. Tokens in float64 go through gate and experts in float32.
 
+    Where the gate is random, a forward pass in training takes one number from torch's generator of x's device, so that
+    torch.manual_seed repeats it and activation checkpointing draws again what it drew. Layers and data ranks make
+    different draws of the same number; tensor ranks have those of tensor rank 0. In evaluation drop="random" has the
+    same draw in every pass.
+
     x must be the same on all tensor ranks. Collective, as the exchange is. Gradients are this rank's:
-    `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide, and for an exchange
-    that has the experts in other places than the groups.
+    `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide, for an exchange
+    that has the experts in other places than the groups, and for a generator in choices. NaN or +inf in a gate's
+    logits raise ValueError on all ranks of the exchange; on a GPU only where the exchange asks it, which LocalExchange
+    and DirectExchange do not: `routing.check()` does.
     Source: Shazeer et al. 2017 (arXiv 1701.06538); DeepSpeed-MoE (arXiv 2201.05596), section 4.
     """
 
@@ -116,8 +125,9 @@ class MoE(ExpertLayer):
 
     def __init__(
         self, hidden: int, ffn: int, num_experts: int, top_k: int = 1, *, groups: Groups | None = None,
-        exchange: Exchange | None = None, capacity_factor: float | None = None, activation: Activation = "gelu",
-        std: float = 0.02, key: tuple[object, ...] = (0,), choices: dict[str, Any] | None = None, **like: Any,
+        exchange: Exchange | None = None, capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None, activation: Activation = "gelu", std: float = 0.02,
+        key: tuple[object, ...] = (0,), choices: dict[str, Any] | None = None, **like: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         self.exchange = exchange_over(groups, num_experts) if exchange is None else exchange
@@ -126,8 +136,11 @@ class MoE(ExpertLayer):
         if groups is None and self.exchange.num_local_experts != num_experts:
             raise ValueError("MoE: give the groups too: an exchange alone does not say which experts are here")
         self.num_experts, self.top_k, self.groups = num_experts, top_k, groups
-        self.capacity_factor = capacity_factor
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.choices = choices or {}
+        if "generator" in self.choices:
+            raise ValueError("MoE: choices has a generator, expected none: each forward pass draws from torch's")
+        self._seed = number(*key, "draws", 0 if groups is None else groups.data.rank)
         here, part = held_experts(groups, self.exchange)
         self.gate = parameter(draw((num_experts, hidden), std, *key, "gate"), like | {"dtype": torch.float32})
         self.experts = Experts(hidden, ffn, here, activation=activation, part=part, std=std, key=key, **like)
@@ -141,9 +154,9 @@ class MoE(ExpertLayer):
         mixed = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
         tokens = tokens.to(torch.float32 if dtype == torch.float64 else dtype)  # before anything travels
-        capacity = self._capacity(len(tokens))
-        choices = {name: value for name, value in self.choices.items() if self.training or name != "noise"}
-        routing = route(logits, self.top_k, bias=self.bias.float(), capacity=capacity, **choices)
+        routing = route(
+            logits, self.top_k, bias=self.bias.float(), capacity=self._capacity(len(tokens)), **self._choices(x.device)
+        )
         return self.answers(tokens, routing).to(dtype).reshape(x.shape), routing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
@@ -159,9 +172,27 @@ class MoE(ExpertLayer):
         self.bias = self.bias.float()  # load_state_dict(assign=True) takes the dtype of the file
 
     def _capacity(self, num_tokens: int) -> int | None:
-        if self.capacity_factor is None or not self.training:
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
             return None
-        return expert_capacity(num_tokens, self.num_experts, self.top_k, factor=self.capacity_factor)
+        return expert_capacity(num_tokens, self.num_experts, self.top_k, factor=factor)
+
+    def _choices(self, device: torch.device) -> dict[str, Any]:
+        """Of `route`, for one forward pass. Collective over the tensor group where the gate is random."""
+        choices = {name: value for name, value in self.choices.items() if self.training or name != "noise"}
+        if isinstance(self.exchange, RoutedExchange | TensorParallelExchange):
+            choices["unusable"] = "note"  # it tells the other ranks, which would wait
+        if choices.get("noise") is not None or choices.get("drop") == "random":
+            choices["generator"] = Generator(self._seed, self._draw(device) if self.training else 0)
+        return choices
+
+    def _draw(self, device: torch.device) -> Tensor:
+        """[1] int64 from torch's generator, on the device: no host waits for it. The same on all tensor ranks."""
+        drawn = torch.randint(2**63 - 1, (1,), device=device)
+        if self.groups is None or self.groups.tensor.size == 1:
+            return drawn
+        every: Tensor = self.groups.tensor.all_gather(drawn)
+        return every[:1]
 
 
 def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[range, tuple[int, int]]:

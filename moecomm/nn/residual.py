@@ -32,7 +32,7 @@ class ResidualMoE(nn.Module):
             raise ValueError(f"ResidualMoE: combine is {combine!r}, expected 'sum' or 'learned'")
         self.moe = MoE(hidden, ffn, num_experts, **options)
         groups = options.get("groups")
-        of_moe = ("top_k", "groups", "exchange", "capacity_factor", "choices")
+        of_moe = ("top_k", "groups", "exchange", "capacity_factor", "eval_capacity_factor", "choices")
         of_both = {name: value for name, value in options.items() if name not in of_moe}
         self.mlp = MLP(hidden, ffn, tensor=None if groups is None else groups.tensor, **of_both)
         self.coefficient: nn.Linear | None = None

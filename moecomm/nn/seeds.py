@@ -1,6 +1,6 @@
 """First weights: each is drawn from a seed and a name, so it is the same however a model is split over ranks.
 
-And `Slice`, which says how it is split.
+And the seeds of layers that draw later, and `Slice`, which says how it is split.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ def draw(shape: tuple[int, ...], std: float, *key: object) -> Tensor:
 
     key  the seed, then names or numbers that say which weight this is
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    generator = torch.Generator().manual_seed(number(*key))
     return torch.randn(shape, generator=generator, dtype=torch.float32) * std
+
+
+def number(*key: object) -> int:
+    """A number below 2**56 that depends on the key alone, and is another one for another key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
 
 
 def parameter(values: Tensor, like: dict[str, Any]) -> torch.nn.Parameter:

@@ -76,7 +76,10 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(h, **like) for _ in range(2))
         self.attention = Attention(config, layer, tensor, key, **like)
         same: dict[str, Any] = {"activation": config.activation, "std": config.std, "key": (*key, "ffn"), **like}
-        of_moe: dict[str, Any] = {"groups": groups, "exchange": exchange, "capacity_factor": config.capacity_factor}
+        of_moe: dict[str, Any] = {
+            "groups": groups, "exchange": exchange, "choices": {"normalize": config.normalize},
+            "capacity_factor": config.capacity_factor, "eval_capacity_factor": config.eval_capacity_factor,
+        }  # fmt: skip
         self.ffn: MLP | MoE | ResidualMoE
         if not experts:
             self.ffn = MLP(h, config.ffn, tensor=tensor, **same)
@@ -163,7 +166,8 @@ class TransformerLM(nn.Module):
         temperature  0: the likeliest token; otherwise drawn from the softmax of logits / temperature by `generator`,
                      which must be in the same state on all tensor ranks
 
-        Collective: all ranks of a model call it with as many steps, in evaluation mode if there is a capacity.
+        Collective: all ranks of a model call it with as many steps, in evaluation mode if there is a capacity. With an
+        eval_capacity_factor the tokens of a step share the experts' capacity, so the cache is not without effect.
         """
         cache: Cache = {}
         new = tokens

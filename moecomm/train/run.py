@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,19 @@ def restore(folder: Path, model: TransformerLM, comm: Comm | None, optimizer: An
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError unless the run in out began with these. A log without a text, an old one, takes any."""
+    """Raises ValueError unless the run in out began with these. A log without a text, an old one, takes any.
+
+    What an old log does not say of the config had its default.
+    """
 
     def flat(record: dict[str, Any]) -> dict[str, Any]:
         return {f"{part} {name}": value for part, values in record.items() for name, value in values.items()}
 
+    defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
     try:
-        before = flat({"text": settings["text"], **read_log(out)[0]})
-    except (OSError, ValueError, IndexError, AttributeError, TypeError):
+        first = read_log(out)[0]
+        before = flat({"text": settings["text"], **first, "config": defaults | first["config"]})
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
         raise ValueError(f"{out / 'log.jsonl'} does not say which settings the run began with") from None
     now = flat(json.loads(json.dumps(settings)))
     other = [name for name in before | now if before.get(name) != now.get(name)]
