@@ -2,8 +2,9 @@
 
 python bench/claims.py --text gcide.txt --seconds 600 --out bench/results/claims_h200.jsonl
 
-A row is one kind of model, a run is a row and a seed; runs that are in --out are not made again. --seconds stops the
-runs under way, which are then lost; call it again to go on. Models are trained beside each other, so the times of a run
+A row is one kind of model, a run is a row and a seed; runs that are in --out are not made again, unless the row is
+another model now: then the new record takes the place of the old one. --seconds stops the runs under way, which are
+then lost; call it again to go on. Models are trained beside each other, so the times of a run
 say what it cost here, not how fast a model is: for that, see bench/train_gpu.py.
 
 The text: any UTF-8 file. For Debian's dictionary, 40 MB of English:
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from environment import environment
-from harness import append
+from harness import replace as replace_record
 from torch import Tensor
 
 from moecomm.distill import Distiller, ModelTeacher, Schedule, student_config
@@ -68,7 +69,7 @@ def config_of(row: str, base: Config) -> Config:
         "first half": {"experts": (16,) * (n // 2) + (0,) * (n - n // 2)},
         "second half": {"experts": (0,) * (n - n // 2) + (16,) * (n // 2)},
         "residual": {"experts": (8,) * n, "residual": "sum"},
-        "top-2": {"experts": (8,) * n, "top_k": 2},
+        "top-2": {"experts": (8,) * n, "top_k": 2, "normalize": "selected"},
     }
     return replace(base, **changes[row])
 
@@ -192,9 +193,11 @@ def weights_of(run: Run) -> Path:
 
 
 def recorded(run: Run, out: Path) -> bool:
-    """Whether out has its record."""
+    """Whether out has its record, of the model that the row is now."""
     lines = out.read_text().splitlines() if out.exists() else []
-    return any(key_of(run).items() <= json.loads(line).items() for line in lines)
+    found = [record for record in map(json.loads, lines) if key_of(run).items() <= record.items()]
+    config = config_of(run.row, base_of(run.options))
+    return any(config == Config(**each["config"] | {"experts": tuple(each["config"]["experts"])}) for each in found)
 
 
 def missing(runs: list[Run], out: Path) -> list[Run]:
@@ -239,9 +242,7 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="falls to a tenth (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="runs at once on each GPU (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="stop after these (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.jsonl", help="append the records as JSON Lines"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="the records, as JSON Lines")
     options = parser.parse_args()
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     deadline, ran_on = time.time() + options.seconds, environment()
@@ -257,7 +258,7 @@ def main() -> int:
             loss, seconds, step = (record[name] for name in ("validation_loss", "seconds", "step_ms"))
             print(f"{run.row:16} seed {run.seed}  {loss:.4f}  {seconds:.1f} s, {step:.1f} ms a step", flush=True)
             if not recorded(run, options.out):
-                append(str(options.out), record | ran_on)
+                replace_record(str(options.out), record | ran_on, key_of(run))
     print(f"{left} runs left")
     return 3 if left else 0
 

@@ -308,6 +308,16 @@ def append(path: str, record: Record) -> None:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
+def replace(path: str, record: Record, same: Iterable[str]) -> None:
+    """`append`, in the place of earlier records that have this one's values under the keys `same`, or lack them too."""
+    wanted, file = [record.get(key) for key in same], Path(path)
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in lines if [json.loads(line).get(key) for key in same] != wanted]
+    unfinished = file.with_suffix(".unfinished")  # whole at any time
+    unfinished.write_text("".join(line + "\n" for line in (*kept, json.dumps(record, allow_nan=False))))
+    unfinished.rename(file)
+
+
 def can_append(path: str, comm: Comm) -> bool:
     """Whether rank 0 can write there, known to all ranks; rank 0 says why not. Collective."""
     problem = ""

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from environment import environment
-from harness import append
+from harness import replace as replace_record
 
 from moecomm import Comm
 from moecomm.nn import Config, ResidualMoE, TransformerLM, config_named, layer_groups, pyramid
@@ -35,9 +35,11 @@ BIG = Config(8, 1024, 16, pyramid(4, 8), residual="sum", vocabulary=256, context
 MEDIUM = config_named("medium")
 KINDS: dict[str, dict[str, Any]] = {
     "residual": {"residual": "sum", "top_k": 1},
-    "top-2": {"residual": "none", "top_k": 2},
+    "top-2": {"residual": "none", "top_k": 2, "normalize": "selected"},
     "top-1": {"residual": "none", "top_k": 1},
 }
+SAME = ("subject", "exchange", "kind", "precision", "seed", "steps", "model", "part", "gpu", "gpus")
+"""A record takes the place of an earlier one with the same values."""
 FEW = 24
 SOURCE = read_text([])
 Make = Callable[[Config, TrainingPlan], Trainer]
@@ -174,7 +176,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="for quality")
     parser.add_argument("--steps", type=int, default=300, help="of quality (default: %(default)s)")
     parser.add_argument("--reps", type=int, default=20, help="timed steps (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE.jsonl", help="append the records as JSON Lines")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="the records, as JSON Lines")
     options = parser.parse_args()
     with world() as (comm, device):
         first = comm is None or comm.rank == 0
@@ -184,7 +186,7 @@ def main() -> int:
             if first:
                 print({k: v for k, v in record.items() if not k.startswith("losses")}, flush=True)
                 if options.out:
-                    append(options.out, {"subject": options.subject, **record, **gpu, **ran_on})
+                    replace_record(options.out, {"subject": options.subject, **record, **gpu, **ran_on}, SAME)
     return 0
 
 

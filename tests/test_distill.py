@@ -442,6 +442,16 @@ def test_the_claims_run_and_staged_distillation_stops_where_told(tmp_path: Path)
     calls = {row: record["teacher_calls"] for row, record in found.items() if record["teacher_calls"]}
     assert calls == {"student, staged": 7, "student, full": 10, "student, linear": 10}
     assert found["student, staged"]["schedule"]["stop"] == 7
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    for record in lines:
+        if record["row"] in ("top-2", "dense"):
+            del record["config"]["normalize"]  # as in older records: "none", which top-2 was and dense is
+    out.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    job = subprocess.run([*command, "--seeds", "1", "--out", str(out)], capture_output=True, text=True)
+    assert job.stdout.splitlines()[-1] == "0 runs left" and job.stdout.count("seed 0") == 1, job.stderr
+    replaced = [json.loads(line) for line in out.read_text().splitlines()]
+    assert replaced[:-1] == [record for record in lines if record["row"] != "top-2"]
+    assert (replaced[-1]["row"], replaced[-1]["config"]["normalize"]) == ("top-2", "selected")
     stopped = subprocess.run([*command, "--seeds", "3", "--seconds", "0", "--out", str(out)], capture_output=True)
     assert stopped.returncode == 3
     assert len(out.read_text().splitlines()) == 11
