@@ -75,7 +75,7 @@ def measure(model: TransformerLM, optimizer: Any, sequences: int, length: int) -
     alive = Alive()
     activations, peaks = [], []
     with alive:
-        for tensor in model.state_dict(keep_vars=True).values():
+        for tensor in (*model.parameters(), *model.buffers()):
             alive.add(tensor)
         for step in range(4):  # what another thread of gloo still holds for a moment can only add: the least counts
             optimizer.zero_grad()
@@ -105,7 +105,7 @@ def compare(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0, fused=True)  # each step routes the tokens alike
     activations, peak, rows = measure(model, optimizer, *batch)
     even = memory_estimate(config, topologies, sequences=batch[0], length=batch[1], rank=rank)
-    assert even.weights == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert even.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     assert even.gradients == sum(parameter.grad.nbytes for parameter in model.parameters())
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     assert even.optimizer == sum(value.nbytes for value in states)
@@ -161,7 +161,7 @@ def test_weights_of_every_rank(config: Config) -> None:
             mine = groups[0].pipeline
             model = TransformerLM(config, groups=groups, stage=(mine.rank, mine.size))
             got = memory_estimate(config, [group.topology for group in groups], sequences=1, rank=comm.rank, states=1)
-            assert got.weights == sum(tensor.nbytes for tensor in model.state_dict().values())
+            assert got.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
             assert got.gradients == got.optimizer == sum(p.nbytes for p in model.parameters())
 
     threads.run(4, body)

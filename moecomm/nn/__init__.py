@@ -2,6 +2,7 @@
 
 from moecomm.nn.balance import loss_carried, update_bias
 from moecomm.nn.configs import CONFIGS, Config, config_named
+from moecomm.nn.ddp import exclude_experts
 from moecomm.nn.experts import Experts
 from moecomm.nn.gradients import agree_on_overflow, gradient_norm, parameter_groups, reduce_gradients
 from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
@@ -30,6 +31,7 @@ __all__ = [
     "agree_on_overflow",
     "config_named",
     "exchange_over",
+    "exclude_experts",
     "gradient_norm",
     "layer_groups",
     "layer_topologies",

@@ -11,13 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from moecomm.nn.linear import Activation, check_activation
+from moecomm.nn.part import Part
 from moecomm.nn.seeds import Slice, draw, parameter, part_of
 
 SLICED = {"up": 1, "gate": 1, "up_bias": 0, "down": 0}
 """The dimension of an expert's weight that is its inner width."""
 
 
-class Experts(nn.Module):
+class Experts(Part):
     """E' feed-forward networks: rows [N, hidden] -> [N, hidden], each row through its own expert.
 
     hidden, ffn  width of the rows, and inside
@@ -46,6 +47,8 @@ class Experts(nn.Module):
         self.activation = activation
         self.slices = {name: Slice(dim, part) for name, dim in SLICED.items()}
         """Of one expert's weights."""
+        self.wrapper = 0
+        """id of the DistributedDataParallel that was found to leave them alone."""
 
         def bank(name: str, shape: tuple[int, int]) -> nn.Parameter:
             whole = weights or (lambda e, name: draw(shape, std, *key, "expert", e, name))
@@ -59,6 +62,10 @@ class Experts(nn.Module):
         else:
             self.up_bias = parameter(torch.zeros(len(experts), ffn // part[1]), like)
             self.down_bias = parameter(torch.zeros(len(experts), hidden), like) if part[0] == 0 else None
+
+    def place(self) -> list[int]:
+        """As Part has it."""
+        return [*super().place(), *self.experts]
 
     def forward(self, rows: Tensor, rows_per_expert: Any) -> Tensor:
         """rows [N, hidden], rows_per_expert [E'] of them for each expert, in this order -> [N, hidden].

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moecomm.comm import Comm
 from moecomm.exchange.lanes import replicated
+from moecomm.nn.part import Part
 from moecomm.nn.seeds import Slice, draw, parameter, part_of
 
 Activation = Literal["gelu", "swiglu"]
@@ -38,7 +39,7 @@ def check_activation(function: str, activation: str) -> None:
         raise ValueError(f"{function}: activation is {activation!r}, expected 'gelu' or 'swiglu'")
 
 
-class ColumnLinear(nn.Module):
+class ColumnLinear(Part):
     """x [..., inputs], the same on all tensor ranks -> this rank's slice [..., blocks * outputs / L] of the outputs.
 
     blocks  how many matrices lie side by side, each of which is sliced: 3 for query, key and value
@@ -67,7 +68,7 @@ class ColumnLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class RowLinear(nn.Module):
+class RowLinear(Part):
     """This rank's slice x [..., inputs / L] of the inputs -> [..., outputs], the same on all tensor ranks.
 
     As ColumnLinear. Collective over tensor.

@@ -14,6 +14,7 @@ from moecomm.comm import Comm
 from moecomm.exchange import RoutedExchange, TensorParallelExchange
 from moecomm.gating import Generator, Routing, expert_capacity, route
 from moecomm.groups import Groups
+from moecomm.nn.ddp import check_wrapping
 from moecomm.nn.experts import Experts
 from moecomm.nn.linear import Activation
 from moecomm.nn.local import LocalExchange
@@ -80,6 +81,8 @@ class ExpertLayer(nn.Module):
 
     def answers(self, tokens: Tensor, routing: Routing) -> Tensor:
         """tokens [T, hidden] -> [T, hidden], of each the weighted sum of its experts' answers. Collective."""
+        if self.groups is not None:
+            check_wrapping(self.experts, self.groups)
         rows, plan = self.exchange.dispatch(tokens, routing)
         answers: Tensor = self.exchange.combine(self.experts(rows, plan.rows_per_expert), plan)
         return answers

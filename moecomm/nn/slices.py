@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moecomm.nn.experts import Experts
+from moecomm.nn.part import SUFFIX, Part
 from moecomm.nn.seeds import Slice
 
 
@@ -57,14 +58,18 @@ def held(model: nn.Module) -> list[Held]:
     """
     slices: dict[str, Slice] = {}
     experts: dict[str, tuple[int, ...]] = {}
+    places = set()  # the names of pieces say it
     for path, module in model.named_modules():
         before = f"{path}." if path else ""
         slices.update({before + name: part for name, part in getattr(module, "slices", {}).items()})
         if isinstance(module, Experts):
             experts.update({before + name: module.experts for name, _ in module.named_parameters()})
+        if isinstance(module, Part):
+            places.add(before + SUFFIX)
     once: dict[int, Held] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        once.setdefault(id(tensor), Held(name, tensor, slices.get(name), experts.get(name)))
+        if name not in places:
+            once.setdefault(id(tensor), Held(name, tensor, slices.get(name), experts.get(name)))
     return list(once.values())
 
 

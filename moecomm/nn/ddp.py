@@ -1,0 +1,59 @@
+"""MoE layers inside torch's DistributedDataParallel, which gives every rank the weights and gradients of all others."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moecomm.groups import Groups
+from moecomm.nn.experts import Experts
+
+Model = TypeVar("Model", bound=nn.Module)
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def exclude_experts(model: Model) -> Model:
+    """Tell DistributedDataParallel to leave the experts of a model alone. Changes and returns model. Not collective.
+
+        wrapped = DistributedDataParallel(exclude_experts(model), process_group=group_of_the_data_ranks)
+
+    model  the very module that is wrapped, not one inside it
+
+    The experts' gradients are summed by `reduce_gradients`, after all backward passes of a step; the others have been
+    averaged then, which averaging them again does not change.
+    """
+    banks = [(name, module) for name, module in model.named_modules(remove_duplicate=False)]
+    names = {
+        f"{name}.{weight}" if name else weight
+        for name, module in banks
+        if isinstance(module, Experts)
+        for weight, _ in module.named_parameters()
+    }
+    setattr(model, IGNORED, sorted(names.union(getattr(model, IGNORED, ()))))
+    return model
+
+
+def check_wrapping(experts: Experts, groups: Groups) -> None:
+    """ValueError in a forward pass of a DistributedDataParallel that takes the experts of other ranks for this one's.
+
+    Called by each layer in each pass: it looks once at each wrapper.
+    """
+    wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is None or experts.wrapper == id(wrapper):
+        return
+    size, data = dist.get_world_size(wrapper.process_group), groups.data.size
+    if size != data:
+        raise ValueError(
+            f"DistributedDataParallel is over {size} ranks, expected the {data} of the data group: give process_group"
+        )
+    handled = {id(p) for name, p in wrapper.module.named_parameters() if name not in wrapper.parameters_to_ignore}
+    split = groups.topology.expert * groups.topology.expert_tensor > 1
+    if split and any(id(parameter) in handled for parameter in experts.parameters()):
+        raise ValueError(
+            "DistributedDataParallel has given this rank the experts of rank 0: make the model again and wrap "
+            f"exclude_experts(model){groups.world.where()}"
+        )
+    experts.wrapper = id(wrapper)
