@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -26,14 +27,20 @@ from moecomm.arrays import (
 from moecomm.errors import CommError
 from moecomm.identity import Identity
 
-T = TypeVar("T", bound="tuple[Any, ...]")
+T = TypeVar("T")
+Arguments = TypeVar("Arguments", bound="tuple[Any, ...]")
+E = TypeVar("E", bound=BaseException)
 
 SUMMABLE = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int8", "uint8")
 """What every transport can add."""
 
 LARGEST_INT = 2**31 - 1
-LARGEST_SUM = 2**63 - 1
 """MPI takes colors and keys up to this."""
+
+LARGEST_SUM = 2**63 - 1
+
+TEXT_BYTES = 512
+"""What a rank tells the others about its call, at most."""
 
 
 class Started(Protocol):
@@ -48,6 +55,45 @@ class _Done:
         return True
 
 
+class Failing(Protocol):
+    """What `collective` needs of a Comm, or of an exchange that talks without one."""
+
+    def fail(self, why: str) -> None:
+        """Refuse every later call."""
+
+
+class collective:  # noqa: N801 - read as a word: with collective("dispatch", comm)
+    """`with collective(call, *comms):` around all steps of a collective, its checks included.
+
+    Whatever is raised inside leaves this rank between two steps: KeyboardInterrupt from a signal, MemoryError, a
+    peer's failure. Its next call would meet the call that the other ranks are still in, and bring them its rows. So
+    every Comm of the call fails, and with it all that were split from it. An error that says by `refused` that
+    nothing was sent changes nothing.
+    """
+
+    __slots__ = ("_call", "_comms")
+
+    def __init__(self, call: str, *comms: Failing) -> None:
+        self._call = call
+        self._comms = comms
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or getattr(error, "nothing_was_sent", False):
+            return
+        reason = str(error) if isinstance(error, CommError) else f"{type(error).__name__}: {error}"
+        for comm in self._comms:
+            comm.fail(f"{self._call} failed: {reason}")
+
+
+def refused(error: E) -> E:
+    """The error, which is raised before anything was sent, or on all ranks together: the Comm stays usable."""
+    error.nothing_was_sent = True  # type: ignore[attr-defined]
+    return error
+
+
 class Comm(Identity, ABC):
     """A group of `size` ranks, of which this one is `rank`.
 
@@ -57,8 +103,10 @@ class Comm(Identity, ABC):
     host memory is ready on return; one in device memory is ready for work queued after the call on the current stream.
 
     Bad arguments raise ValueError or TypeError before anything is sent, on the rank that passed them: wrap the Comm in
-    `Checked` to raise on all ranks and to compare the arguments among them. A collective that fails raises CommError,
-    and so does every later call on the same Comm.
+    `Checked` to raise on all ranks and to compare the arguments among them. The first call of each kind compares dtype
+    and row shape among the ranks in any case. A collective that does not come to its end, because it fails or because
+    anything else is raised in it (KeyboardInterrupt, MemoryError), makes this Comm and all that were split from it
+    unusable on this rank: every later call raises CommError.
 
     To write a transport, set `rank` and `size`, write the methods marked below, and call `testing.check_comm`.
     """
@@ -69,6 +117,17 @@ class Comm(Identity, ABC):
     """Why this Comm cannot be used any more, or None."""
     _limit: float | None = None
     """Seconds that a collective may take, for a transport that knows such a thing."""
+    _world_ranks: Sequence[int] | None = None
+    """[size] the rank of each rank in the Comm that was not split, or None: this one was not."""
+    _world_size: int = 0
+    _part_of: str | None = None
+    """The caller's call, while a smaller one is made for it: for errors."""
+    _children: tuple[weakref.ref[Comm], ...] = ()
+    """What was split from this Comm."""
+    _compares_rows = False
+    """Whether the transport itself compares what comes with what it expects."""
+    _compared: frozenset[str] = frozenset()
+    """The kinds of calls whose rows were compared among the ranks."""
 
     # ---- the collectives -------------------------------------------------------------------------------------------
 
@@ -90,12 +149,15 @@ class Comm(Identity, ABC):
 
         Equal blocks go through the library's own all-to-all, with its algorithms for small messages.
         """
-        rows, send, recv, out = self.checked(
-            "all_to_all", lambda: self._all_to_all_arguments(rows, send_counts, recv_counts, out)
-        )
-        if out is None:
-            out = empty_rows(rows.shape[0] if recv is None else int(recv.sum()), rows)
-        self._all_to_all(rows, out, send, recv)
+        with collective("all_to_all", self):
+            rows, send, recv, out = self._opened(
+                "all_to_all", self._all_to_all_arguments, rows, send_counts, recv_counts, out
+            )
+            if send is not None:
+                self.compare_counts(send, recv)
+            if out is None:
+                out = empty_rows(rows.shape[0] if recv is None else int(recv.sum()), rows)
+            self._all_to_all(rows, out, send, recv)
         return out
 
     def move(
@@ -120,22 +182,27 @@ class Comm(Identity, ABC):
         recv_counts  [size]  rows of each rank; None: every rank has num_rows
         returns      [sum(recv_counts), ...]
         """
-        rows, recv = self.checked("all_gather", lambda: self._all_gather_arguments(rows, recv_counts))
-        out = empty_rows(rows.shape[0] * self.size if recv is None else int(recv.sum()), rows)
-        self._all_gather(rows, out, recv)
+        with collective("all_gather", self):
+            rows, recv = self._opened("all_gather", self._all_gather_arguments, rows, recv_counts)
+            if recv is not None:
+                self.compare_gathered(recv)
+            out = empty_rows(rows.shape[0] * self.size if recv is None else int(recv.sum()), rows)
+            self._all_gather(rows, out, recv)
         return out
 
     def all_reduce(self, array: Array) -> Array:
         """Return the element-wise sum over all ranks, as a new array. 16-bit floats are summed in float32."""
-        array, _ = self.checked("all_reduce", lambda: self._all_reduce_arguments(array))
-        if dtype_name(array) not in ("float16", "bfloat16"):
-            return self._all_reduce(array)
-        return as_dtype(self._all_reduce(as_dtype(array, sum_dtype(array))), array.dtype)
+        with collective("all_reduce", self):
+            array, _ = self._opened("all_reduce", self._all_reduce_arguments, array)
+            if dtype_name(array) not in ("float16", "bfloat16"):
+                return self._all_reduce(array)
+            return as_dtype(self._all_reduce(as_dtype(array, sum_dtype(array))), array.dtype)
 
     def barrier(self) -> None:
         """Return when every rank has come."""
-        self.checked("barrier", tuple)
-        self._barrier()
+        with collective("barrier", self):
+            self.checked("barrier", _no_arguments)
+            self._barrier()
 
     def split(self, color: int, key: int | None = None) -> Comm:
         """Return the Comm of the ranks that gave the same `color`, ordered by `key`, ties by rank.
@@ -143,13 +210,23 @@ class Comm(Identity, ABC):
         color  0 .. 2**31 - 1
         key    None: this Comm's own rank order
         """
-        color, key = self.checked("split", lambda: self._split_arguments(color, key))
-        return self._split(color, key)
+        with collective("split", self):
+            color, key = self.checked("split", self._split_arguments, color, key)
+            every = np.empty((self.size, 2), np.int64)
+            self._all_gather(np.array([[color, key]], np.int64), every, None)
+            members = np.flatnonzero(every[:, 0] == color)
+            members = members[np.argsort(every[members, 1], kind="stable")]
+            part = self._split(color, key)
+            part._world_ranks = [self.world_rank(rank) for rank in members.tolist()]
+            part._world_size = self._world_size or self.size
+            self._adopt(part)
+        return part
 
     def node_key(self) -> int:
         """A number in [0, 2**63) that is the same on two ranks if and only if they share a node's memory."""
-        self.checked("node_key", tuple)
-        return self._node_key()
+        with collective("node_key", self):
+            self.checked("node_key", _no_arguments)
+            return self._node_key()
 
     def free(self) -> None:
         """Give back what `split` made. A communicator that the caller brought stays the caller's."""
@@ -192,31 +269,114 @@ class Comm(Identity, ABC):
             self._give_up(call)
 
     def _give_up(self, call: str) -> NoReturn:
-        self.failure = f"{call} waited {self._limit} s for the other {self.size - 1} rank(s) to come and send"
-        raise CommError(f"{self.failure}{self.where()}")
+        why = f"{call} waited {self._limit} s for the other {self.size - 1} rank(s) to come and send"
+        self.fail(why)
+        raise CommError(f"{why}{self.where()}")
+
+    def fail(self, why: str) -> None:
+        """Refuse every later call on this Comm and on all that were split from it. Not collective."""
+        self.failure = self.failure or why
+        for reference in self._children:
+            part = reference()
+            if part is not None:
+                part.fail(f"the Comm that it was split from cannot be used: {why}")
+
+    def _adopt(self, part: Comm) -> None:
+        alive = [reference for reference in self._children if reference() is not None]
+        self._children = (*alive, weakref.ref(part))
 
     def _free(self) -> None:  # a transport that has nothing to give back leaves it out
         """Called once, by `free`."""
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def checked(self, call: str, arguments: Callable[[], T]) -> T:
-        """`arguments()`, with the call and the rank added to what it raises. `Checked` makes this a collective.
+    def checked(
+        self,
+        call: str,
+        check: Callable[..., T],
+        *arguments: Any,
+        same: Callable[[T], str] | None = None,
+        compare: bool = False,
+    ) -> T:
+        """check(*arguments), with the call and the rank added to the ValueError or TypeError that it raises.
 
-        arguments  checks what one rank can check alone and returns a tuple; where it begins with an array and its
-                   counts (or None), those must fit those of the other ranks; a function in it returns a text that must
-                   be the same on all of them, and is called by `Checked` alone
+        check    looks at what one rank can see alone
+        same     says of its result, in a text, what must be the same on all ranks
+        compare  whether these texts are compared, which is collective. `Checked` always compares, and raises what one
+                 rank refuses on all of them
         """
         self.check_usable(call)
         try:
-            return arguments()
+            result = check(*arguments)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{call}: {error}{self.where()}") from None
+            raise refused(type(error)(f"{call}: {error}{self.where()}")) from None
+        if compare:
+            self.compare_texts(text_of_call(call, result, same))
+        return result
+
+    def _opened(self, call: str, check: Callable[..., Arguments], *arguments: Any) -> Arguments:
+        """`checked`, with the rows compared at the first call of each kind."""
+        if call in self._compared or self._compares_rows:
+            return self.checked(call, check, *arguments, same=_rows_text)
+        result = self.checked(call, check, *arguments, same=_rows_text, compare=True)
+        self._compared |= {call}
+        return result
+
+    def tell_refusal(self, error: Exception) -> None:
+        """Under `Checked`, raise what this rank refuses on the others, which are in `checked`. Collective there."""
+
+    def compare_texts(self, text: str) -> None:
+        """ValueError on all ranks, with two ranks and their texts, unless all gave the same. Collective.
+
+        text  which call, with what. A text that begins with "!" is what its rank refuses: all others raise it
+        """
+        every = self._gather_texts(text)
+        for rank, other in enumerate(every):
+            if other.startswith("!") and not text.startswith("!"):
+                raise refused(
+                    ValueError(
+                        f"{other[1:]}, found by rank {self.world_rank(rank)}; this is rank "
+                        f"{self.world_rank(self.rank)}, which gave up with it"
+                    )
+                )
+        for rank, other in enumerate(every):
+            if other != every[0] and not text.startswith("!"):
+                raise refused(
+                    ValueError(
+                        f"the ranks differ: rank {self.world_rank(0)} called {every[0]}, rank {self.world_rank(rank)} "
+                        f"called {other}{self.where()}"
+                    )
+                )
+
+    def _gather_texts(self, text: str) -> list[str]:
+        """The texts of all ranks, cut where they are long. Collective."""
+        row = np.zeros((1, TEXT_BYTES), np.uint8)
+        encoded = text.encode(errors="backslashreplace")
+        if len(encoded) > TEXT_BYTES:  # what does not fit still counts
+            encoded = encoded[: TEXT_BYTES - 16] + hashlib.blake2b(encoded, digest_size=8).hexdigest().encode()
+        row[0, : len(encoded)] = np.frombuffer(encoded, np.uint8)
+        out = np.empty((self.size, TEXT_BYTES), np.uint8)
+        self._part_of = text.partition(" ")[0]
+        try:
+            self._all_gather(row, out, None)
+        finally:
+            self._part_of = None
+        return [bytes(line).rstrip(b"\0").decode(errors="replace") for line in out]
+
+    def compare_counts(self, send_counts: Counts, recv_counts: Counts) -> None:
+        """ValueError on all ranks unless each sends what the other expects, under `Checked`. Collective."""
+
+    def compare_gathered(self, recv_counts: Counts) -> None:
+        """ValueError on all ranks unless they all have the same counts, under `Checked`. Collective."""
+
+    def digest(self, counts: Counts) -> str:
+        """A text that stands for the counts of all ranks, under `Checked`; else "". Collective."""
+        return ""
 
     def check_usable(self, call: str) -> None:
         """Raise CommError if this Comm has failed or was freed."""
         if self.failure is not None:
-            raise CommError(f"{call}: this Comm cannot be used: {self.failure}{self.where()}")
+            raise refused(CommError(f"{call}: this Comm cannot be used: {self.failure}{self.where()}"))
 
     def agree(self, name: str, text: str) -> None:
         """Raise ValueError on every rank unless all of them gave the same text. Collective.
@@ -227,11 +387,23 @@ class Comm(Identity, ABC):
         every = self.all_gather(np.array([digest], np.int64)).tolist()
         other = next((rank for rank, theirs in enumerate(every) if theirs != every[0]), None)
         if other is not None:
-            raise ValueError(f"{name} of rank {other} is not that of rank 0; this rank's is {text}{self.where()}")
+            raise refused(
+                ValueError(
+                    f"{name} of rank {self.world_rank(other)} is not that of rank {self.world_rank(0)}; this rank's "
+                    f"is {text}{self.where()}"
+                )
+            )
 
-    def where(self) -> str:
-        """Which rank this is, for the end of an error message."""
-        return f"  (rank {self.rank} of {self.size})"
+    def world_rank(self, rank: int) -> int:
+        """The rank, of the Comm that this one and its parents were split from, that is `rank` here."""
+        return rank if self._world_ranks is None else self._world_ranks[rank]
+
+    def where(self, rank: int | None = None) -> str:
+        """Which rank this is, or another one, for the end of an error message: in the Comm that was not split."""
+        rank = self.rank if rank is None else rank
+        if self._world_ranks is None:
+            return f"  (rank {rank} of {self.size})"
+        return f"  (rank {self.world_rank(rank)} of {self._world_size}, {rank} of {self.size} in its group)"
 
     def _all_to_all_arguments(self, rows: Array, send: Any, recv: Any, out: Any) -> tuple[Array, Any, Any, Any]:
         rows = as_rows(rows, "rows")
@@ -289,6 +461,28 @@ class Comm(Identity, ABC):
         if num_rows is not None and array.sum() != num_rows:
             raise ValueError(f"{name} sums to {array.sum()}, expected {num_rows}, the number of rows given")
         return array
+
+
+def text_of_call(call: str, result: T, same: Callable[[T], str] | None) -> str:
+    return call if same is None else f"{call} with {same(result)}"
+
+
+def _no_arguments() -> tuple[()]:
+    """The check of a call that has none."""
+    return ()
+
+
+def _rows_text(arguments: tuple[Any, ...]) -> str:
+    """What must be the same on every rank, of arguments that begin with rows and one kind of their counts, or None."""
+    rows, counts = arguments[:2]
+    return rows_text(rows, counts is None)
+
+
+def rows_text(rows: Array, in_equal_parts: bool) -> str:
+    """What must be the same on every rank that moves such rows."""
+    if in_equal_parts:
+        return f"{dtype_name(rows)} {tuple(rows.shape)} in equal parts"
+    return f"{dtype_name(rows)} rows of shape {tuple(rows.shape[1:])} and counts"
 
 
 def check_out(out: Array, rows: Array, num_rows: int) -> None:

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 from moecomm.arrays import Array, as_dtype, sum_dtype
-from moecomm.comm import Comm
+from moecomm.comm import Comm, collective, refused
 from moecomm.identity import Identity
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
@@ -50,19 +50,24 @@ def build_groups(comm: Comm, topology: Topology, nodes: Nodes | None = None) -> 
     Warns, on rank 0, if a tensor group spans nodes: its all-reduces and all-gathers would cross the network.
     Raises ValueError, on every rank, if the topology has another size or differs among the ranks.
     """
-    comm.agree("build_groups: topology", repr(topology))
-    if topology.world_size != comm.size:
-        raise ValueError(f"build_groups: topology has {topology.world_size} ranks, expected {comm.size}{comm.where()}")
-    nodes = Nodes.discover(comm) if nodes is None else nodes
-    spanning = [group for group in topology.groups("tensor") if len(set(nodes.node_of[group].tolist())) > 1]
-    if spanning and comm.rank == 0:
-        num_groups = comm.size // topology.tensor
-        warnings.warn(
-            f"build_groups: {len(spanning)} of {num_groups} tensor groups span nodes, {spanning[0]} is the first; put "
-            f"tensor={topology.tensor} ranks on one node",
-            stacklevel=2,
-        )
-    return Groups(topology, comm, *(comm.split(_color(topology, axis, comm.rank)) for axis in AXES))
+    with collective("build_groups", comm):
+        comm.agree("build_groups: topology", repr(topology))
+        if topology.world_size != comm.size:
+            raise refused(
+                ValueError(
+                    f"build_groups: topology has {topology.world_size} ranks, expected {comm.size}{comm.where()}"
+                )
+            )
+        nodes = Nodes.discover(comm) if nodes is None else nodes
+        spanning = [group for group in topology.groups("tensor") if len(set(nodes.node_of[group].tolist())) > 1]
+        if spanning and comm.rank == 0:
+            num_groups = comm.size // topology.tensor
+            warnings.warn(
+                f"build_groups: {len(spanning)} of {num_groups} tensor groups span nodes, {spanning[0]} is the first; "
+                f"put tensor={topology.tensor} ranks on one node",
+                stacklevel=2,
+            )
+        return Groups(topology, comm, *(comm.split(_color(topology, axis, comm.rank)) for axis in AXES))
 
 
 def _color(topology: Topology, axis: str, rank: int) -> int:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from moecomm.comm import Comm
+from moecomm.comm import Comm, refused
 from moecomm.errors import CommError
 
 T = TypeVar("T")
@@ -31,8 +31,9 @@ def together(comm: Comm | None, name: str, call: Callable[[], T]) -> T:
     for rank, text in enumerate(gather(comm, problem)):
         if text:
             kind_name, _, words = text.partition(" ")
-            where = "" if comm is None else f"  (rank {rank} of {comm.size})"
-            raise next(kind for kind in KINDS if kind.__name__ == kind_name)(f"{name}: {words}{where}") from mine
+            where = "" if comm is None else comm.where(rank)
+            kind = next(kind for kind in KINDS if kind.__name__ == kind_name)
+            raise refused(kind(f"{name}: {words}{where}")) from mine
     return result
 
 

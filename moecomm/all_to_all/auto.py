@@ -18,6 +18,7 @@ from moecomm.all_to_all.flat import FlatAllToAll
 from moecomm.all_to_all.hierarchical import HierarchicalAllToAll
 from moecomm.all_to_all.shared import SharedAllToAll, SharedRoute
 from moecomm.arrays import Array, Counts, on_host, row_bytes
+from moecomm.comm import collective, refused
 from moecomm.errors import CommError
 from moecomm.nodes import Nodes
 from moecomm.transports import as_comm
@@ -104,35 +105,44 @@ class AutoAllToAll(AllToAll):
         table: Table | None = None,
     ) -> None:
         self.comm = as_comm(comm)
-        self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
-        self.comm.agree(f"{type(self).__name__}: links", repr(links))
-        self.comm.agree(f"{type(self).__name__}: table", table.to_json() if isinstance(table, Table) else repr(table))
-        for name, value, wanted in (("links", links, cost.Links), ("table", table or Table((), {}), Table)):
-            if not isinstance(value, wanted):
-                got = type(value).__name__
-                raise ValueError(
-                    f"{type(self).__name__}: {name} is a {got}, expected {wanted.__name__}{self.comm.where()}"
-                )
-        sizes = tuple(self.nodes.sizes().tolist())
-        if table is not None and table.node_sizes != sizes:
-            raise ValueError(
-                f"{type(self).__name__}: table is of nodes of {list(table.node_sizes)} ranks, expected "
-                f"{list(sizes)}{self.comm.where()}"
+        with collective(type(self).__name__, self.comm):
+            self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
+            self.comm.agree(f"{type(self).__name__}: links", repr(links))
+            self.comm.agree(
+                f"{type(self).__name__}: table", table.to_json() if isinstance(table, Table) else repr(table)
             )
-        self.links = links
-        self.table = table or Table(sizes, {})
-        """What was measured so far."""
-        self.algorithms: dict[str, AllToAll] = {
-            "flat": FlatAllToAll(self.comm),
-            "hierarchical": HierarchicalAllToAll(self.comm, self.nodes),
-        }
-        """What there is to choose from."""
-        try:
-            self.algorithms["shared"] = SharedAllToAll(self.comm, self.nodes)
-        except CommError:
-            self.comm.check_usable(type(self).__name__)  # it is: no memory is shared
-        self._counts_by = self.algorithms.get("shared") or self.algorithms["hierarchical"]
-        self._chosen: dict[tuple[Form, int, bool], str] = {}
+            for name, value, wanted in (("links", links, cost.Links), ("table", table or Table((), {}), Table)):
+                if not isinstance(value, wanted):
+                    got = type(value).__name__
+                    raise refused(
+                        ValueError(
+                            f"{type(self).__name__}: {name} is a {got}, expected {wanted.__name__}{self.comm.where()}"
+                        )
+                    )
+            sizes = tuple(self.nodes.sizes().tolist())
+            if table is not None and table.node_sizes != sizes:
+                raise refused(
+                    ValueError(
+                        f"{type(self).__name__}: table is of nodes of {list(table.node_sizes)} ranks, expected "
+                        f"{list(sizes)}{self.comm.where()}"
+                    )
+                )
+            self.links = links
+            self.table = table or Table(sizes, {})
+            """What was measured so far."""
+            self.algorithms: dict[str, AllToAll] = {
+                "flat": FlatAllToAll(self.comm),
+                "hierarchical": HierarchicalAllToAll(self.comm, self.nodes),
+            }
+            """What there is to choose from."""
+            try:
+                self.algorithms["shared"] = SharedAllToAll(self.comm, self.nodes)
+            except CommError:
+                # No memory is shared, which all ranks know, or a rank did not come: then the Comm is unusable, and
+                # the other ranks may have found memory and taken another algorithm than this one would.
+                self.comm.check_usable(type(self).__name__)
+            self._counts_by = self.algorithms.get("shared") or self.algorithms["hierarchical"]
+            self._chosen: dict[tuple[Form, int, bool], str] = {}
 
     def choose(self, form: Form, bytes_per_pair: float) -> str:
         """The name of the algorithm that rows in host memory would take. Not collective."""
@@ -175,19 +185,17 @@ class AutoAllToAll(AllToAll):
             num_rows = int(self.comm.all_reduce(np.array([send_counts.sum()], np.int64))[0])
         return _AutoRoute(send_counts, route.recv_counts, inner=route, num_rows=num_rows)
 
+    def _check_route(self, route: Route) -> None:
+        if not isinstance(route, _AutoRoute):
+            raise TypeError(f"route is a {type(route).__name__}, expected one of {type(self).__name__}")
+
     def _send(self, rows: Array, route: Route) -> Array:
-        mine = self._own(route)
-        return self._uneven(rows, mine)._send(rows, mine.inner)
+        assert isinstance(route, _AutoRoute)
+        return self._uneven(rows, route)._send(rows, route.inner)
 
     def _send_back(self, rows: Array, route: Route) -> Array:
-        mine = self._own(route)
-        return self._uneven(rows, mine)._send_back(rows, mine.inner)
-
-    def _own(self, route: Route) -> _AutoRoute:
-        if not isinstance(route, _AutoRoute):
-            name = type(self).__name__
-            raise TypeError(f"{name}: route is a {type(route).__name__}, expected one of {name}{self.comm.where()}")
-        return route
+        assert isinstance(route, _AutoRoute)
+        return self._uneven(rows, route)._send_back(rows, route.inner)
 
     def _uneven(self, rows: Array, route: _AutoRoute) -> AllToAll:
         mean = route.num_rows * row_bytes(rows) // self.comm.size**2
@@ -215,7 +223,7 @@ class AutoAllToAll(AllToAll):
             began, elapsed, rounds = time.monotonic(), 0.0, 0
             while rounds <= LEAST_ROUNDS or elapsed < seconds / len(sizes):
                 for form, name in candidates:
-                    taken, elapsed = self._as_one(self._measure, form, size, self.algorithms[name], began)
+                    taken, elapsed = self._measure(form, size, self.algorithms[name], began)
                     if rounds > 0:  # the first only warms up
                         samples[form, size, name].append(taken)
                 rounds += 1
@@ -228,17 +236,19 @@ class AutoAllToAll(AllToAll):
 
     def _measure(self, form: Form, size: int, algorithm: AllToAll, began: float) -> tuple[float, float]:
         """The slowest rank's seconds for one call, and rank 0's seconds since it began: the same on all ranks."""
-        rows = np.zeros((self.comm.size, size), np.uint8)
-        out = np.empty_like(rows)
-        ones = np.ones(self.comm.size, np.int64)
-        self.comm.barrier()
-        start = time.perf_counter()
-        if form == "even":
-            algorithm._even(rows, out)
-        else:
-            algorithm._send(rows, self._counts_by._route(ones))
-        now = time.perf_counter()
-        every = self.comm.all_gather(np.array([[now - start, time.monotonic() - began]]))
+        with collective("AutoAllToAll.tune", self.comm):
+            self._check_not_freed()
+            rows = np.zeros((self.comm.size, size), np.uint8)
+            out = np.empty_like(rows)
+            ones = np.ones(self.comm.size, np.int64)
+            self.comm.barrier()
+            start = time.perf_counter()
+            if form == "even":
+                algorithm._even(rows, out)
+            else:
+                algorithm._send(rows, self._counts_by._route(ones))
+            now = time.perf_counter()
+            every = self.comm.all_gather(np.array([[now - start, time.monotonic() - began]]))
         return float(every[:, 0].max()), float(every[0, 1])
 
     def _free(self) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moecomm.arrays import Array, Counts, as_rows, empty_rows
-from moecomm.comm import Comm, check_out
+from moecomm.comm import Comm, check_out, collective, refused, rows_text
 from moecomm.errors import CommError
 from moecomm.identity import Identity
 from moecomm.nodes import Nodes
@@ -41,6 +41,8 @@ class Route:
     """[p] rows from each rank."""
     hops: tuple[Hop, ...] = ()
     """Where an algorithm has several."""
+    digest: str = ""
+    """Of the counts of all ranks: which route this is, where the Comm is `Checked`."""
 
 
 class AllToAll(Identity, ABC):
@@ -52,6 +54,8 @@ class AllToAll(Identity, ABC):
     comm: Comm
     """The ranks that take part."""
     _freed = False
+    _compared = False
+    """Whether dtype and row shape were compared among the ranks."""
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Even form: block i of x goes to rank i; block i of the result came from rank i.
@@ -61,12 +65,13 @@ class AllToAll(Identity, ABC):
         returns  [p, ...]  out, or a new array of x's type
 
         A non-contiguous x is copied first. Collective over comm. Raises ValueError or TypeError before anything is
-        sent if x or out does not fit.
+        sent if x or out does not fit; on all ranks, at the first call, if dtype or row shape differ among them.
         """
-        x, _, out = self.comm.checked(type(self).__name__, lambda: self._even_arguments(x, out))
-        if out is None:
-            out = empty_rows(x.shape[0], x)
-        self._as_one(self._even, x, out)
+        with collective(type(self).__name__, self.comm):
+            x, out = self._opened("", self._even_arguments, x, out, same=_blocks_text)
+            if out is None:
+                out = empty_rows(x.shape[0], x)
+            self._even(x, out)
         return out
 
     def rows(self, rows: Array, send_counts: Sequence[int] | Counts) -> tuple[Array, Counts]:
@@ -79,11 +84,10 @@ class AllToAll(Identity, ABC):
 
         Collective over comm. The counts are exchanged first. Raises like the even form.
         """
-        rows, send_counts = self.comm.checked(
-            f"{type(self).__name__}.rows", lambda: self._rows_arguments(rows, send_counts)
-        )
-        route = self._as_one(self._route, send_counts)
-        return self._as_one(self._send, rows, route), route.recv_counts
+        with collective(type(self).__name__, self.comm):
+            rows, send_counts = self._opened(".rows", self._rows_arguments, rows, send_counts, same=_uneven_text)
+            route = self._route(send_counts)
+            return self._send(rows, route), route.recv_counts
 
     def route(self, send_counts: Sequence[int] | Counts) -> Route:
         """Exchange the counts alone, for rows that are to go this way several times, or back.
@@ -92,17 +96,20 @@ class AllToAll(Identity, ABC):
 
         Collective over comm.
         """
-        send_counts, _ = self.comm.checked(
-            f"{type(self).__name__}.route", lambda: (self.comm.counts("send_counts", send_counts), ())
-        )
-        return self._as_one(self._route, send_counts.copy())  # the route outlives the call
+        with collective(type(self).__name__, self.comm):
+            self._check_not_freed()
+            counts = self.comm.checked(f"{type(self).__name__}.route", self.comm.counts, "send_counts", send_counts)
+            digest = self.comm.digest(counts)
+            route = self._route(counts.copy())  # the route outlives the call
+            return replace(route, digest=digest) if digest else route
 
     def send(self, rows: Array, route: Route) -> Array:
         """What `rows` returns, without exchanging the counts again. Collective over comm."""
-        rows, _ = self.comm.checked(
-            f"{type(self).__name__}.send", lambda: self._rows_arguments(rows, route.send_counts)
-        )
-        return self._as_one(self._send, rows, route)
+        with collective(type(self).__name__, self.comm):
+            rows, _ = self._opened(".send", self._route_arguments, rows, route, False, same=_text_along(route))
+            if not route.digest:
+                self.comm.compare_counts(route.send_counts, route.recv_counts)
+            return self._send(rows, route)
 
     def send_back(self, rows: Array, route: Route) -> Array:
         """The way back: rows ordered by the rank that they came from -> ordered as those given to `send`.
@@ -112,10 +119,11 @@ class AllToAll(Identity, ABC):
 
         Collective over comm.
         """
-        rows, _ = self.comm.checked(
-            f"{type(self).__name__}.send_back", lambda: self._rows_arguments(rows, route.recv_counts)
-        )
-        return self._as_one(self._send_back, rows, route)
+        with collective(type(self).__name__, self.comm):
+            rows, _ = self._opened(".send_back", self._route_arguments, rows, route, True, same=_text_along(route))
+            if not route.digest:
+                self.comm.compare_counts(route.recv_counts, route.send_counts)
+            return self._send_back(rows, route)
 
     def free(self) -> None:
         """Give back the groups that the constructor made. Collective. comm stays, but not for this all-to-all."""
@@ -145,27 +153,57 @@ class AllToAll(Identity, ABC):
     def _free(self) -> None:  # an algorithm that makes no groups leaves it out
         """Called once, by `free`."""
 
-    def _as_one(self, step: Callable[..., T], *arguments: Any) -> T:
-        """When a hop fails, no later call may start with another one: the ranks would meet in different hops."""
+    def _check_not_freed(self) -> None:
         if self._freed:
-            raise CommError(f"{type(self).__name__}: it was freed{self.comm.where()}")
-        try:
-            return step(*arguments)
-        except CommError as error:
-            self.comm.failure = self.comm.failure or f"{type(self).__name__} failed: {error}"
-            raise
+            raise refused(CommError(f"{type(self).__name__}: it was freed{self.comm.where()}"))
 
-    def _even_arguments(self, x: Array, out: Array | None) -> tuple[Array, None, Array | None]:
+    def _opened(self, form: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
+        """What `check` returns; at this object's first call the ranks compare what `same` says of it."""
+        self._check_not_freed()
+        call = f"{type(self).__name__}{form}"
+        result = self.comm.checked(call, check, *arguments, same=same, compare=not self._compared)
+        self._compared = True
+        return result
+
+    def _even_arguments(self, x: Array, out: Array | None) -> tuple[Array, Array | None]:
         x = as_rows(x, "x")
         if x.shape[0] != self.comm.size:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected ({self.comm.size}, ...): one block per rank")
         if out is not None:
             check_out(out, x, x.shape[0])
-        return x, None, out
+        return x, out
+
+    def _route_arguments(self, rows: Array, route: Route, is_back: bool) -> tuple[Array, Counts]:
+        if not isinstance(route, Route):
+            raise TypeError(
+                f"route is a {type(route).__name__}, expected one that {type(self).__name__}.route returned"
+            )
+        checked = self._rows_arguments(rows, route.recv_counts if is_back else route.send_counts)
+        self._check_route(route)
+        return checked
+
+    def _check_route(self, route: Route) -> None:
+        """TypeError unless the route is one that this algorithm can send along."""
+        if not isinstance(route, Route):
+            raise TypeError(
+                f"route is a {type(route).__name__}, expected one that {type(self).__name__}.route returned"
+            )
 
     def _rows_arguments(self, rows: Array, send_counts: Any) -> tuple[Array, Counts]:
         rows = as_rows(rows, "rows")
         return rows, self.comm.counts("send_counts", send_counts, rows.shape[0])
+
+
+def _blocks_text(arguments: tuple[Array, Array | None]) -> str:
+    return rows_text(arguments[0], in_equal_parts=True)
+
+
+def _uneven_text(arguments: tuple[Array, Counts]) -> str:
+    return rows_text(arguments[0], in_equal_parts=False)
+
+
+def _text_along(route: Route) -> Callable[[tuple[Array, Counts]], str]:
+    return lambda arguments: f"{_uneven_text(arguments)} of the route {route.digest or 'without a digest'}"
 
 
 def agreed_nodes(comm: Comm, nodes: Nodes | None, algorithm: str) -> Nodes:
@@ -175,5 +213,5 @@ def agreed_nodes(comm: Comm, nodes: Nodes | None, algorithm: str) -> Nodes:
         return Nodes.discover(comm)
     if not isinstance(nodes, Nodes) or nodes.world_size != comm.size:
         got = f"has {nodes.world_size} ranks" if isinstance(nodes, Nodes) else f"is a {type(nodes).__name__}"
-        raise ValueError(f"{algorithm}: nodes {got}, expected Nodes of {comm.size} ranks{comm.where()}")
+        raise refused(ValueError(f"{algorithm}: nodes {got}, expected Nodes of {comm.size} ranks{comm.where()}"))
     return nodes

@@ -9,7 +9,7 @@ import numpy as np
 
 from moecomm.all_to_all.base import AllToAll, Hop, Route, agreed_nodes
 from moecomm.arrays import Array, Counts, copy_blocks, copy_rows, empty_rows
-from moecomm.comm import Comm
+from moecomm.comm import Comm, collective
 from moecomm.nodes import Nodes
 from moecomm.transports import as_comm
 
@@ -41,18 +41,19 @@ class HierarchicalAllToAll(AllToAll):
 
     def __init__(self, comm: object, nodes: Nodes | None = None) -> None:
         self.comm = as_comm(comm)
-        self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
-        forwarding = _Forwarding(self.nodes, self.comm.rank)
-        self.local = self.comm.split(forwarding.node, key=self.comm.rank)
-        """The ranks of this node."""
-        self.cross = self.comm.split(forwarding.lane, key=self.comm.rank)
-        """The ranks that the second hop runs among: of equal local rank, where nodes are of one size."""
-        hops = [forwarding.hop_inside(self.local), forwarding.hop_between(self.cross)]
-        self._hops = [hop for hop in hops if hop.comm.size > 1]
-        self._last_order = forwarding.order_by_source()
-        self._blocks_are_equal = all(hop.blocks_are_equal() for hop in self._hops)
-        self._steps = self._even_steps()
-        self._even_route = self._find_route(np.ones(self.comm.size, np.int64), counts_are_known=True)
+        with collective(type(self).__name__, self.comm):
+            self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
+            forwarding = _Forwarding(self.nodes, self.comm.rank)
+            self.local = self.comm.split(forwarding.node, key=self.comm.rank)
+            """The ranks of this node."""
+            self.cross = self.comm.split(forwarding.lane, key=self.comm.rank)
+            """The ranks that the second hop runs among: of equal local rank, where nodes are of one size."""
+            hops = [forwarding.hop_inside(self.local), forwarding.hop_between(self.cross)]
+            self._hops = [hop for hop in hops if hop.comm.size > 1]
+            self._last_order = forwarding.order_by_source()
+            self._blocks_are_equal = all(hop.blocks_are_equal() for hop in self._hops)
+            self._steps = self._even_steps()
+            self._even_route = self._find_route(np.ones(self.comm.size, np.int64), counts_are_known=True)
 
     def _even_steps(self) -> list[Callable[[Array, Array], None]]:
         """The even form as a chain of steps (src, dst): layout transforms and exchanges."""
@@ -84,6 +85,12 @@ class HierarchicalAllToAll(AllToAll):
             sizes, to_each, from_each = hop.exchange_counts(before, counts_are_known)
             hops.append(Hop(before, to_each, from_each))
         return Route(send_counts, sizes[self._last_order], tuple(hops))
+
+    def _check_route(self, route: Route) -> None:
+        if len(route.hops) != len(self._hops):
+            raise TypeError(
+                f"route has {len(route.hops)} hops, expected {len(self._hops)}, as of this all-to-all's own"
+            )
 
     def _send(self, rows: Array, route: Route, out: Array | None = None) -> Array:
         is_sorted = _is_sorted(self._last_order)

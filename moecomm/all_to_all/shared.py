@@ -14,7 +14,7 @@ from moecomm._core import Event, NodeRing, RingLayout
 from moecomm.all_to_all.base import AllToAll, Route, agreed_nodes
 from moecomm.all_to_all.streams import NodeCounts, Streams, Way
 from moecomm.arrays import Array, Counts, as_bytes, empty_rows, is_torch, on_host, row_bytes
-from moecomm.comm import Comm, Started
+from moecomm.comm import Comm, Started, collective, refused
 from moecomm.errors import CommError
 from moecomm.nodes import Nodes
 from moecomm.shared_memory import NUM_SLOTS, chunk_bytes, shared_memory
@@ -62,27 +62,30 @@ class SharedAllToAll(AllToAll):
 
     def __init__(self, comm: object, nodes: Nodes | None = None, *, leaders: int = 1) -> None:
         self.comm = as_comm(comm)
-        self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
-        self._check_leaders(leaders)
-        self.leaders = leaders
-        self._streams = Streams(self.nodes, self.comm.rank)
-        self._node_comm = self.comm.split(self._streams.node, key=self._streams.local)
-        is_leader = self._streams.local < leaders
-        self._leader_comm = self.comm.split(
-            min(self._streams.local, leaders), key=self._streams.node if is_leader else None
-        )
-        self._ring = self._make_ring()
-        ones = np.ones((self._streams.num_local, self.comm.size), np.int64)
-        self._even_counts = NodeCounts(ones, ones.T, int(self.nodes.sizes().max()) ** 2)
-        self._way_of_counts = self._streams.way_of_counts(self._chunk_bytes)
+        with collective(type(self).__name__, self.comm):
+            self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
+            self._check_leaders(leaders)
+            self.leaders = leaders
+            self._streams = Streams(self.nodes, self.comm.rank)
+            self._node_comm = self.comm.split(self._streams.node, key=self._streams.local)
+            is_leader = self._streams.local < leaders
+            self._leader_comm = self.comm.split(
+                min(self._streams.local, leaders), key=self._streams.node if is_leader else None
+            )
+            self._ring = self._make_ring()
+            ones = np.ones((self._streams.num_local, self.comm.size), np.int64)
+            self._even_counts = NodeCounts(ones, ones.T, int(self.nodes.sizes().max()) ** 2)
+            self._way_of_counts = self._streams.way_of_counts(self._chunk_bytes)
 
     def _check_leaders(self, leaders: int) -> None:
         self.comm.agree(f"{type(self).__name__}: leaders", repr(leaders))
         smallest = int(self.nodes.sizes().min())
         if not isinstance(leaders, int) or not 1 <= leaders <= smallest:
-            raise ValueError(
-                f"{type(self).__name__}: leaders is {leaders!r}, expected 1 .. {smallest}, the ranks of the smallest "
-                f"node{self.comm.where()}"
+            raise refused(
+                ValueError(
+                    f"{type(self).__name__}: leaders is {leaders!r}, expected 1 .. {smallest}, the ranks of the "
+                    f"smallest node{self.comm.where()}"
+                )
             )
 
     def _make_ring(self) -> NodeRing:
@@ -95,13 +98,13 @@ class SharedAllToAll(AllToAll):
         if memory is None or not everywhere:
             self._node_comm.free()
             self._leader_comm.free()
-            raise CommError(f"{type(self).__name__}: the ranks of a node share no memory{self.comm.where()}")
+            raise refused(CommError(f"{type(self).__name__}: the ranks of a node share no memory{self.comm.where()}"))
         self._memory = memory
         has_core = _num_cores(self._node_comm) >= num_ranks
         self._pause = 0.0 if has_core else PAUSE
         return NodeRing(memory, layout, self._streams.local, self._streams.node, SPIN_US if has_core else 0)
 
-    def _even_arguments(self, x: Array, out: Array | None) -> tuple[Array, None, Array | None]:
+    def _even_arguments(self, x: Array, out: Array | None) -> tuple[Array, Array | None]:
         _check_on_host(x, "x")
         return super()._even_arguments(x, out)
 
@@ -121,17 +124,17 @@ class SharedAllToAll(AllToAll):
             send_counts, counts.received[:, self._streams.local].copy(), counts=counts, num_rows=num_rows
         )
 
+    def _check_route(self, route: Route) -> None:
+        if not isinstance(route, SharedRoute):
+            raise TypeError(f"route is a {type(route).__name__}, expected one of {type(self).__name__}")
+
     def _send(self, rows: Array, route: Route) -> Array:
-        return self._moved(rows, self._counts_of(route), route.recv_counts)
+        assert isinstance(route, SharedRoute)
+        return self._moved(rows, route.counts, route.recv_counts)
 
     def _send_back(self, rows: Array, route: Route) -> Array:
-        return self._moved(rows, self._counts_of(route).reversed, route.send_counts)
-
-    def _counts_of(self, route: Route) -> NodeCounts:
-        if not isinstance(route, SharedRoute):
-            name = type(self).__name__
-            raise TypeError(f"{name}: route is a {type(route).__name__}, expected one of {name}{self.comm.where()}")
-        return route.counts
+        assert isinstance(route, SharedRoute)
+        return self._moved(rows, route.counts.reversed, route.send_counts)
 
     def _moved(self, rows: Array, counts: NodeCounts, recv_counts: Counts) -> Array:
         out = empty_rows(int(recv_counts.sum()), rows)

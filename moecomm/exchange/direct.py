@@ -10,6 +10,7 @@ from math import inf
 from typing import Any
 
 from moecomm.arrays import is_torch
+from moecomm.comm import collective, refused
 from moecomm.errors import CommError
 from moecomm.exchange.direct_kernels import Buffers, Shape, Table
 from moecomm.exchange.direct_plan import DirectPlan, Started, tensors_in
@@ -268,82 +269,89 @@ class DirectExchange(Identity):
         self.failure = "it was freed"
         self._buffers.symmetric.free()
 
+    def fail(self, why: str) -> None:
+        """Refuse every later call: this rank may have launched fewer kernels than the others. Not collective."""
+        self.failure = self.failure or why
+
     # ---- the kernels: direct_autograd.py calls these too -----------------------------------------------------------
 
     def send(self, x: Any, expert: Any, weight: Any, compact: bool) -> tuple[Any, DirectPlan]:
         """One launch of dispatch. expert [T, K] int32, weight [T, K] float32, contiguous."""
         import torch
 
-        x, shape, index = x.contiguous(), self.shape, self._next_buffer(0)
-        buffer, slots = self._buffers.to[index], shape.ranks * shape.max_tokens
-        new = x.new_empty
-        place = new((slots, shape.top_k), dtype=torch.int32)
-        numbers = new(2 * shape.experts + 1 + shape.ranks, dtype=torch.int32)
-        offset, count, num_tokens = numbers.split([shape.experts + 1, shape.experts, shape.ranks])
-        plan = DirectPlan(
-            count, offset, new(self.max_rows, dtype=torch.int32), place,
-            new((slots, shape.top_k), dtype=torch.float32), num_tokens, None, torch.empty_like(expert), self, index,
-            compact,
-        )  # fmt: skip
-        wire = x.dtype if self.fp8 is None else self.fp8
-        in_place = compact and not shape.tagged
-        if in_place:
-            width = shape.pieces(shape.fp8) * 16 // wire.itemsize
-            rows = self._buffers.part(buffer.rows, (slots, width), wire)[:, : shape.hidden]
-        else:
-            rows = new((slots if compact else self.max_rows, shape.hidden), dtype=wire)
-        scales = None
-        if shape.fp8:
-            size = (rows.shape[0], shape.scales)
-            kind = torch.float32
-            scales = self._buffers.part(buffer.scales, size, kind) if in_place else new(size, dtype=kind)
-        output = "compact" if compact else "expanded"
-        kernel, cut, shared = shape.dispatch(output, _aligned(x, None if in_place else rows))
-        kernel(
-            shape.num_sms, cut.threads,
-            (self._buffers.memory, buffer, self._table(plan, self.max_rows), x, expert, weight, x.shape[0], None, rows,
-             scales, None, cut.pushers),
-            shared,
-        )  # fmt: skip
-        self._held[index] = place if in_place else None
-        return rows, replace(plan, scales=scales)
+        with collective("dispatch", self):
+            x, shape, index = x.contiguous(), self.shape, self._next_buffer(0)
+            buffer, slots = self._buffers.to[index], shape.ranks * shape.max_tokens
+            new = x.new_empty
+            place = new((slots, shape.top_k), dtype=torch.int32)
+            numbers = new(2 * shape.experts + 1 + shape.ranks, dtype=torch.int32)
+            offset, count, num_tokens = numbers.split([shape.experts + 1, shape.experts, shape.ranks])
+            plan = DirectPlan(
+                count, offset, new(self.max_rows, dtype=torch.int32), place,
+                new((slots, shape.top_k), dtype=torch.float32), num_tokens, None, torch.empty_like(expert), self, index,
+                compact,
+            )  # fmt: skip
+            wire = x.dtype if self.fp8 is None else self.fp8
+            in_place = compact and not shape.tagged
+            if in_place:
+                width = shape.pieces(shape.fp8) * 16 // wire.itemsize
+                rows = self._buffers.part(buffer.rows, (slots, width), wire)[:, : shape.hidden]
+            else:
+                rows = new((slots if compact else self.max_rows, shape.hidden), dtype=wire)
+            scales = None
+            if shape.fp8:
+                size = (rows.shape[0], shape.scales)
+                kind = torch.float32
+                scales = self._buffers.part(buffer.scales, size, kind) if in_place else new(size, dtype=kind)
+            output = "compact" if compact else "expanded"
+            kernel, cut, shared = shape.dispatch(output, _aligned(x, None if in_place else rows))
+            kernel(
+                shape.num_sms, cut.threads,
+                (self._buffers.memory, buffer, self._table(plan, self.max_rows), x, expert, weight, x.shape[0], None,
+                 rows, scales, None, cut.pushers),
+                shared,
+            )  # fmt: skip
+            self._held[index] = place if in_place else None
+            return rows, replace(plan, scales=scales)
 
     def give_back(self, rows: Any, plan: DirectPlan, weight: Any, numbers: Any = None) -> tuple[Any, Any]:
         """One launch of combine. weight None: a plain sum. numbers [slots, K] float32: come back as [T, K] too."""
         import torch
 
-        shape, tokens = self.shape, plan.expert.shape[0]
-        buffer = self._buffers.back[self._next_buffer(1)]
-        y = rows.new_empty((tokens, shape.hidden))
-        returned = None if numbers is None else rows.new_empty((tokens, shape.top_k), dtype=torch.float32)
-        kernel, cut = shape.combine(plan.compact, weight is not None, numbers is not None, _aligned(rows, y))
-        done = self._buffers.to[plan.buffer] if self._holds(plan) else None
-        credit = (None, 0) if done is None else (ctypes.c_void_p(done.counters), done.credit)
-        kernel(
-            shape.num_sms, cut.threads,
-            (self._buffers.memory, buffer, self._table(plan, len(rows)), rows, rows.stride(0), plan.expert, numbers,
-             tokens, y, returned, cut.pushers, *credit),
-        )  # fmt: skip
-        if done is not None:
-            self._held[plan.buffer] = None
-        return y, returned
+        with collective("combine", self):
+            shape, tokens = self.shape, plan.expert.shape[0]
+            buffer = self._buffers.back[self._next_buffer(1)]
+            y = rows.new_empty((tokens, shape.hidden))
+            returned = None if numbers is None else rows.new_empty((tokens, shape.top_k), dtype=torch.float32)
+            kernel, cut = shape.combine(plan.compact, weight is not None, numbers is not None, _aligned(rows, y))
+            done = self._buffers.to[plan.buffer] if self._holds(plan) else None
+            credit = (None, 0) if done is None else (ctypes.c_void_p(done.counters), done.credit)
+            kernel(
+                shape.num_sms, cut.threads,
+                (self._buffers.memory, buffer, self._table(plan, len(rows)), rows, rows.stride(0), plan.expert, numbers,
+                 tokens, y, returned, cut.pushers, *credit),
+            )  # fmt: skip
+            if done is not None:
+                self._held[plan.buffer] = None
+            return y, returned
 
     def spread(self, grad_y: Any, rows: Any, plan: DirectPlan) -> tuple[Any, Any]:
         """The backward pass of combine, one launch: the gradients of rows, and of plan.weight."""
         import torch
 
-        shape = self.shape
-        buffer = self._buffers.to[self._next_buffer(0)]
-        grad_rows = torch.empty_like(rows)
-        grad_weight = torch.empty_like(plan.weight)
-        kernel, cut, shared = shape.dispatch("spread", _aligned(grad_y, rows, grad_rows))
-        kernel(
-            shape.num_sms, cut.threads,
-            (self._buffers.memory, buffer, self._table(plan, len(rows)), grad_y, plan.expert, None, grad_y.shape[0],
-             rows, grad_rows, None, grad_weight, cut.pushers),
-            shared,
-        )  # fmt: skip
-        return grad_rows, grad_weight
+        with collective("combine", self):
+            shape = self.shape
+            buffer = self._buffers.to[self._next_buffer(0)]
+            grad_rows = torch.empty_like(rows)
+            grad_weight = torch.empty_like(plan.weight)
+            kernel, cut, shared = shape.dispatch("spread", _aligned(grad_y, rows, grad_rows))
+            kernel(
+                shape.num_sms, cut.threads,
+                (self._buffers.memory, buffer, self._table(plan, len(rows)), grad_y, plan.expert, None, grad_y.shape[0],
+                 rows, grad_rows, None, grad_weight, cut.pushers),
+                shared,
+            )  # fmt: skip
+            return grad_rows, grad_weight
 
     def _dispatch(self, call: str, x: Any, routing: Routing, compact: bool) -> tuple[Any, DirectPlan]:
         import torch
@@ -371,9 +379,11 @@ class DirectExchange(Identity):
             self._calls[kind] += 1
             if kind == 1 or self._held[index] is None:
                 return index
-        raise RuntimeError(
-            f"dispatch: all {len(self._held)} buffers hold compact rows of plans without a combine or free_rows: "
-            f"give num_buffers={len(self._held) + 1} or more{self.comm.where()}"
+        raise refused(
+            RuntimeError(
+                f"dispatch: all {len(self._held)} buffers hold compact rows of plans without a combine or free_rows: "
+                f"give num_buffers={len(self._held) + 1} or more{self.comm.where()}"
+            )
         )
 
     def _holds(self, plan: DirectPlan) -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from moecomm.all_to_all import FlatAllToAll, HierarchicalAllToAll, Route
 from moecomm.arrays import Array, Counts, sum_dtype
-from moecomm.comm import Comm
-from moecomm.errors import CommError
+from moecomm.comm import collective
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import (
@@ -22,10 +21,9 @@ from moecomm.exchange.routed import (
     move_back,
     new_thread,
     raise_alarm,
+    tokens_text,
 )
 from moecomm.gating import Routing
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +71,9 @@ class HierarchicalExchange(RoutedExchange):
             raise TypeError(f"HierarchicalExchange: all_to_all is a {name}, expected a HierarchicalAllToAll")
         super().__init__(all_to_all, experts_per_rank, send="tokens")
         nodes, rank = all_to_all.nodes, self.comm.rank
-        self._between, self._inside = _Hop(all_to_all.cross, self.comm), _Hop(all_to_all.local, self.comm)
-        self._sources = all_to_all.cross.all_gather(np.array([rank]))
+        self._between, self._inside = FlatAllToAll(all_to_all.cross), FlatAllToAll(all_to_all.local)
+        with collective("HierarchicalExchange", self.comm):
+            self._sources = all_to_all.cross.all_gather(np.array([rank]))
         """[size of cross] its ranks."""
         relays = [node[nodes.local_rank[rank] % len(node)] for node in nodes.ranks]
         places = np.searchsorted(self._sources, relays)
@@ -85,43 +84,49 @@ class HierarchicalExchange(RoutedExchange):
 
     def dispatch(self, x: Array, routing: Routing) -> tuple[Array, RelayPlan]:
         """Send every token to its experts. As RoutedExchange.dispatch; the counts are exchanged once in each hop."""
-        *_, status, expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))
-        at_home, place = one_each(self._relay[self._holder[expert]], self._between.comm.size)
-        expert = expert[at_home.row]
-        if status:
-            place = np.unique(self._relay[:-1])
-            expert = alarms(self.comm, status, len(place), expert.shape[1])
-        route = self._between.route(np.bincount(place, minlength=self._between.comm.size))
-        expert = self._between.send(expert, route)
-        alarm, expert = expert[expert.min(axis=1, initial=0) < -1], np.maximum(expert, -1)
-        relayed, place = one_each(self._receiver[self._holder[expert]], self._inside.comm.size)
-        labels = self._labels(expert, np.repeat(self._sources, route.recv_counts), relayed, place)
-        if len(alarm):  # on to every rank of this node
-            place = np.repeat(np.arange(self._inside.comm.size), len(alarm))
-            labels = np.tile(alarm, (self._inside.comm.size, 1))
-        inside = self._inside.route(np.bincount(place, minlength=self._inside.comm.size))
-        labels = self._inside.send(labels, inside)
-        raise_alarm(labels, self.comm)
-        away, label = by_label(labels)
-        rows_per_expert = np.bincount(label // self.comm.size, minlength=self.num_local_experts)
+        with collective("dispatch", self.comm):
+            status, expert = self._opened(x, routing)
+            at_home, place = one_each(self._relay[self._holder[expert]], self._between.comm.size)
+            expert = expert[at_home.row]
+            if status:
+                place = np.unique(self._relay[:-1])
+                expert = alarms(self.comm, status, len(place), expert.shape[1])
+            route = self._between.route(np.bincount(place, minlength=self._between.comm.size))
+            expert = self._between.send(expert, route)
+            alarm, expert = expert[expert.min(axis=1, initial=0) < -1], np.maximum(expert, -1)
+            relayed, place = one_each(self._receiver[self._holder[expert]], self._inside.comm.size)
+            labels = self._labels(expert, np.repeat(self._sources, route.recv_counts), relayed, place)
+            if len(alarm):  # on to every rank of this node
+                place = np.repeat(np.arange(self._inside.comm.size), len(alarm))
+                labels = np.tile(alarm, (self._inside.comm.size, 1))
+            inside = self._inside.route(np.bincount(place, minlength=self._inside.comm.size))
+            labels = self._inside.send(labels, inside)
+            raise_alarm(labels, self.comm)
+            away, label = by_label(labels)
+            rows_per_expert = np.bincount(label // self.comm.size, minlength=self.num_local_experts)
 
-        def carry(rows: Array, thread: Any) -> tuple[Array, Any]:
-            rows, thread = move(self._between, copy_out(rows, at_home), thread, route)
-            return move(self._inside, copy_out(rows, relayed), thread, inside)
+            def carry(rows: Array, thread: Any) -> tuple[Array, Any]:
+                rows, thread = move(self._between, copy_out(rows, at_home), thread, route)
+                return move(self._inside, copy_out(rows, relayed), thread, inside)
 
-        weight, thread = carry(routing.weight, new_thread(x))
-        rows, thread = carry(x, thread)
-        plan = RelayPlan(rows_per_expert, at_home, away, route, None, weight, thread, relayed=relayed, inside=inside)
-        return copy_out(rows, away), plan
+            weight, thread = carry(routing.weight, new_thread(x))
+            rows, thread = carry(x, thread)
+            plan = RelayPlan(
+                rows_per_expert, at_home, away, route, None, weight, thread, relayed=relayed, inside=inside
+            )
+            return copy_out(rows, away), plan
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum. As RoutedExchange.combine."""
-        relay_plan = self.comm.checked("combine", lambda: _combine_arguments(rows, plan))[-1]
-        partial = sum_back(rows, plan.away, plan.away_weight, sum_dtype(rows))
-        partial, thread = move_back(self._inside, partial, plan.thread, relay_plan.inside)
-        partial, thread = move_back(self._between, sum_back(partial, relay_plan.relayed), thread, plan.route)
-        y = sum_back(partial, plan.at_home, None, rows.dtype if dtype is None else dtype)
-        return y if thread is None else y + thread.sum().to(y.dtype)
+        with collective("combine", self.comm):
+            relay_plan = self.comm.checked(
+                f"{type(self).__name__}.combine", _relay_plan, rows, plan, same=lambda _: tokens_text(rows)
+            )
+            partial = sum_back(rows, plan.away, plan.away_weight, sum_dtype(rows))
+            partial, thread = move_back(self._inside, partial, plan.thread, relay_plan.inside)
+            partial, thread = move_back(self._between, sum_back(partial, relay_plan.relayed), thread, plan.route)
+            y = sum_back(partial, plan.at_home, None, rows.dtype if dtype is None else dtype)
+            return y if thread is None else y + thread.sum().to(y.dtype)
 
     def _labels(self, expert: Counts, source: Counts, relayed: Copies, place: Counts) -> Counts:
         """[N, K] for each row to send on, what it is ordered by where it comes: the receiver's expert, then the source.
@@ -133,22 +138,8 @@ class HierarchicalExchange(RoutedExchange):
         return np.where(is_there, self._local_id[expert] * self.comm.size + source[:, None], -1)
 
 
-class _Hop(FlatAllToAll):
-    """One hop. When it fails, no rank of the whole exchange may start another: they would meet in different hops."""
-
-    def __init__(self, comm: Comm, whole: Comm) -> None:
-        super().__init__(comm)
-        self._whole = whole
-
-    def _as_one(self, step: Callable[..., T], *arguments: Any) -> T:
-        try:
-            return super()._as_one(step, *arguments)
-        except CommError as error:
-            self._whole.failure = self._whole.failure or f"HierarchicalExchange failed: {error}"
-            raise
-
-
-def _combine_arguments(rows: Array, plan: Plan) -> tuple[Array, tuple[()], RelayPlan]:
+def _relay_plan(rows: Array, plan: Plan) -> RelayPlan:
     if not isinstance(plan, RelayPlan):
         raise TypeError(f"plan is a {type(plan).__name__}, expected the RelayPlan that dispatch returned")
-    return *combine_arguments(rows, plan), plan
+    combine_arguments(rows, plan)
+    return plan

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, Counts, as_rows, dtype_name, is_torch, num_axes, sum_dtype
-from moecomm.comm import Comm
+from moecomm.comm import Comm, collective, refused
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sorting, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.gating import Routing
@@ -45,6 +45,8 @@ class RoutedExchange:
         self.all_to_all = all_to_all
         self.comm = all_to_all.comm
         self.send = send
+        self._compared = False
+        """Whether the ranks compared what must be the same."""
         experts = _expert_lists(experts_per_rank, self.comm.size)
         self.num_local_experts = len(experts[self.comm.rank])
         """Experts of this rank."""
@@ -79,23 +81,24 @@ class RoutedExchange:
         unusable logits, as its status says, raises ValueError on all ranks, which then go on together.
         Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 1; DeepSpeed-MoE (arXiv 2201.05596), section 5.
         """
-        *_, status, expert = self.comm.checked("dispatch", lambda: self._dispatch_arguments(x, routing))
-        at_home, send_counts, labels = self._rows_to_send(expert)
-        if status:
-            send_counts = np.ones(self.comm.size, np.int64)
-            labels = alarms(self.comm, status, self.comm.size, labels.shape[1])
-        route = self.all_to_all.route(send_counts)
-        labels = self.all_to_all.send(labels, route)
-        raise_alarm(labels, self.comm)
-        away, rows_per_expert = self._rows_for_experts(labels)
-        home_weight, away_weight = routing.weight, None
-        thread = new_thread(x)
-        if self.send == "tokens":
-            home_weight = None
-            away_weight, thread = move(self.all_to_all, copy_out(routing.weight, at_home), thread, route)
-        rows, thread = move(self.all_to_all, copy_out(x, at_home), thread, route)
-        plan = Plan(rows_per_expert, at_home, away, route, home_weight, away_weight, thread)
-        return copy_out(rows, away), plan
+        with collective("dispatch", self.comm):
+            status, expert = self._opened(x, routing)
+            at_home, send_counts, labels = self._rows_to_send(expert)
+            if status:
+                send_counts = np.ones(self.comm.size, np.int64)
+                labels = alarms(self.comm, status, self.comm.size, labels.shape[1])
+            route = self.all_to_all.route(send_counts)
+            labels = self.all_to_all.send(labels, route)
+            raise_alarm(labels, self.comm)
+            away, rows_per_expert = self._rows_for_experts(labels)
+            home_weight, away_weight = routing.weight, None
+            thread = new_thread(x)
+            if self.send == "tokens":
+                home_weight = None
+                away_weight, thread = move(self.all_to_all, copy_out(routing.weight, at_home), thread, route)
+            rows, thread = move(self.all_to_all, copy_out(x, at_home), thread, route)
+            plan = Plan(rows_per_expert, at_home, away, route, home_weight, away_weight, thread)
+            return copy_out(rows, away), plan
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum.
@@ -107,14 +110,15 @@ class RoutedExchange:
         Collective over the all-to-all's ranks. Differentiable in rows and in the weights given to dispatch.
         Raises ValueError if rows does not fit the plan.
         """
-        self.comm.checked("combine", lambda: combine_arguments(rows, plan))
-        dtype = rows.dtype if dtype is None else dtype
-        # Where answers are summed before they travel, the sums are not rounded before they are complete.
-        travel = rows.dtype if plan.away_weight is None else sum_dtype(rows)
-        partial = sum_back(rows, plan.away, plan.away_weight, travel)
-        returned, thread = move_back(self.all_to_all, partial, plan.thread, plan.route)
-        y = sum_back(returned, plan.at_home, plan.home_weight, dtype)
-        return y if thread is None else y + thread.sum().to(dtype)
+        with collective("combine", self.comm):
+            self.comm.checked(f"{type(self).__name__}.combine", combine_arguments, rows, plan, same=tokens_text)
+            dtype = rows.dtype if dtype is None else dtype
+            # Where answers are summed before they travel, the sums are not rounded before they are complete.
+            travel = rows.dtype if plan.away_weight is None else sum_dtype(rows)
+            partial = sum_back(rows, plan.away, plan.away_weight, travel)
+            returned, thread = move_back(self.all_to_all, partial, plan.thread, plan.route)
+            y = sum_back(returned, plan.at_home, plan.home_weight, dtype)
+            return y if thread is None else y + thread.sum().to(dtype)
 
     # ---- who goes where --------------------------------------------------------------------------------------------
 
@@ -141,7 +145,22 @@ class RoutedExchange:
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, tuple[()], object, int, Counts]:
+    def _opened(self, x: Array, routing: Routing) -> tuple[int, Counts]:
+        """The status of the routing and the expert ids [T, K]. At the first dispatch the ranks compare arguments."""
+
+        def same(checked: tuple[int, Counts]) -> str:
+            return (
+                f"{tokens_text(x)}, K = {checked[1].shape[1]}, send={self.send!r}, experts on each rank {self.experts}"
+            )
+
+        first = not self._compared
+        checked = self.comm.checked(
+            f"{type(self).__name__}.dispatch", self._dispatch_arguments, x, routing, same=same, compare=first
+        )
+        self._compared = True
+        return checked
+
+    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[int, Counts]:
         if num_axes(x, "x") < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (T, H)")
         as_rows(
@@ -162,12 +181,8 @@ class RoutedExchange:
         lost = expert[(expert >= 0) & (self._holder[expert] == self.comm.size)]
         if lost.size:
             raise ValueError(f"routing.expert names expert {lost[0]}, which no rank holds")
-
-        def must_be_the_same() -> str:
-            return f"K = {expert.shape[1]}, experts on each rank {self.experts}"
-
         status = 0 if routing.status is None else int(routing.status)  # of a GPU: expert has waited for it
-        return x, (), must_be_the_same, status, expert
+        return status, expert
 
 
 def alarms(comm: Comm, status: int, num_rows: int, width: int) -> Counts:
@@ -179,7 +194,11 @@ def raise_alarm(labels: Counts, comm: Comm) -> None:
     """Raise ValueError if alarms came, which then every rank has got."""
     if labels.min(initial=0) < -1:
         rank, status = divmod(-2 - int(labels[labels < -1].max()), 4)
-        raise ValueError(f"dispatch: the gate of rank {rank} had no answer: {problem(status)}{comm.where()}")
+        raise refused(
+            ValueError(
+                f"dispatch: the gate of rank {comm.world_rank(rank)} had no answer: {problem(status)}{comm.where()}"
+            )
+        )
 
 
 def move(all_to_all: AllToAll, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
@@ -236,7 +255,12 @@ def _expert_lists(experts_per_rank: Any, size: int) -> list[list[int]]:
     return [[int(expert) for expert in group] for group in groups]
 
 
-def combine_arguments(rows: Array, plan: Plan) -> tuple[Array, tuple[()]]:
+def tokens_text(x: Array) -> str:
+    """What must be the same on every rank that dispatches or combines x."""
+    return f"{dtype_name(x)} rows of shape {tuple(x.shape[1:])}"
+
+
+def combine_arguments(rows: Array, plan: Plan) -> Array:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a {type(plan).__name__}, expected one that dispatch returned")
     weight = plan.away_weight if plan.home_weight is None else plan.home_weight
@@ -247,4 +271,4 @@ def combine_arguments(rows: Array, plan: Plan) -> tuple[Array, tuple[()]]:
         raise ValueError(f"rows has shape {tuple(rows.shape)}, expected ({wanted}, H): the rows that dispatch returned")
     if "float" not in dtype_name(rows):
         raise TypeError(f"rows has dtype {dtype_name(rows)}, expected floats, which can be weighted and summed")
-    return rows, ()
+    return rows

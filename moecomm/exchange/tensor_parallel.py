@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecomm.arrays import Array, Counts, as_dtype, sum_dtype
-from moecomm.comm import Comm
+from moecomm.comm import Comm, collective, refused, rows_text
 from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange, on_host, on_host_as_int64
 from moecomm.gating import Routing
 from moecomm.together import together
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +73,15 @@ class TensorParallelExchange:
             if not (isinstance(part, tuple) and len(part) == 2 and 0 <= part[0] < part[1]):
                 raise ValueError(f"part is {part!r}, expected (i, n), slice i of n")
 
-        together(tensor, "TensorParallelExchange", checked)
-        tensor.agree("TensorParallelExchange: output and the number of slices", f"{output}, {part[1]}")
         self.inner = inner
         self.tensor = tensor
         self.output = output
         self.num_local_experts = inner.num_local_experts
         """Experts of this rank."""
-        parts, reach = _gather_reach(inner, tensor, part)
+        with collective("TensorParallelExchange", tensor):
+            together(tensor, "TensorParallelExchange", checked)
+            tensor.agree("TensorParallelExchange: output and the number of slices", f"{output}, {part[1]}")
+            parts, reach = _gather_reach(inner, tensor, part)
         self.num_experts = reach.shape[1]
         """E, one more than the highest id that some lane reaches."""
         self._turn, self._num_replicas = _turns(parts, reach)
@@ -90,16 +94,19 @@ class TensorParallelExchange:
 
         Differentiable in x. Raises like RoutedExchange.dispatch.
         """
-        expert = self.tensor.checked("dispatch", lambda: self._dispatch_arguments(x, routing))[-1]
-        lanes = range(self.tensor.size)
-        goes_by = [
-            self._turn[lane][expert] == _assignments(expert) % self._num_replicas[lane][expert] for lane in lanes
-        ]
-        tokens = [np.flatnonzero(mine.any(axis=1)) for mine in goes_by]
-        x, weight = replicated(x, self.tensor), replicated(routing.weight, self.tensor)
-        on_my_lane = np.where(goes_by[self.tensor.rank], expert, -1)
-        rows, plan = self.inner.dispatch(x, replace(routing, expert=on_my_lane, weight=weight))
-        return rows, LanePlan(plan.rows_per_expert, plan, Share(tokens, len(expert), self.output))
+        with collective("dispatch", self.tensor, self.inner.comm):
+            expert = self._opened(
+                "dispatch", self._dispatch_arguments, x, routing, same=lambda expert: _same_text(x, routing, expert)
+            )
+            lanes = range(self.tensor.size)
+            goes_by = [
+                self._turn[lane][expert] == _assignments(expert) % self._num_replicas[lane][expert] for lane in lanes
+            ]
+            tokens = [np.flatnonzero(mine.any(axis=1)) for mine in goes_by]
+            x, weight = replicated(x, self.tensor), replicated(routing.weight, self.tensor)
+            on_my_lane = np.where(goes_by[self.tensor.rank], expert, -1)
+            rows, plan = self.inner.dispatch(x, replace(routing, expert=on_my_lane, weight=weight))
+            return rows, LanePlan(plan.rows_per_expert, plan, Share(tokens, len(expert), self.output))
 
     def combine(self, rows: Array, plan: LanePlan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum. Collective as dispatch is.
@@ -110,22 +117,39 @@ class TensorParallelExchange:
 
         Differentiable in rows and in the weights given to dispatch.
         """
-        dtype = rows.dtype if dtype is None else dtype
-        partial = self.inner.combine(rows, plan.inner, dtype if plan.share.one_lane_each() else sum_dtype(rows))
-        return as_dtype(share(partial, plan.share, self.tensor), dtype)
+        with collective("combine", self.tensor, self.inner.comm):
+            self._opened("combine", _checked_plan, plan, same=lambda _: rows_text(rows, in_equal_parts=False))
+            dtype = rows.dtype if dtype is None else dtype
+            partial = self.inner.combine(rows, plan.inner, dtype if plan.share.one_lane_each() else sum_dtype(rows))
+            return as_dtype(share(partial, plan.share, self.tensor), dtype)
 
-    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, None, object, Counts]:
+    def _opened(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
+        """What `check` returns. What the tensor ranks refuse, the lanes of all of them are told."""
+        try:
+            return self.tensor.checked(f"{type(self).__name__}.{call}", check, *arguments, same=same)
+        except (TypeError, ValueError) as error:
+            self.inner.comm.tell_refusal(error)
+            raise
+
+    def _dispatch_arguments(self, x: Array, routing: Routing) -> Counts:
         expert = on_host_as_int64(routing.expert)
         if expert.ndim != 2:
             raise ValueError(f"routing.expert has shape {expert.shape}, expected (T, K)")
         if expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
             raise ValueError(f"routing.expert has {expert.min()}..{expert.max()}, expected -1..{self.num_experts - 1}")
+        return expert
 
-        def must_be_the_same() -> str:
-            weight = on_host(routing.weight).tobytes()
-            return f"routing {hashlib.blake2b(expert.tobytes() + weight, digest_size=6).hexdigest()}"
 
-        return x, None, must_be_the_same, expert
+def _checked_plan(plan: LanePlan) -> LanePlan:
+    if not isinstance(plan, LanePlan):
+        raise TypeError(f"plan is a {type(plan).__name__}, expected the LanePlan that dispatch returned")
+    return plan
+
+
+def _same_text(x: Array, routing: Routing, expert: Counts) -> str:
+    """Of what all tensor ranks have."""
+    digest = hashlib.blake2b(expert.tobytes() + on_host(routing.weight).tobytes(), digest_size=6).hexdigest()
+    return f"{rows_text(x, in_equal_parts=True)}, routing {digest}"
 
 
 def _assignments(expert: Counts) -> Counts:
@@ -142,8 +166,10 @@ def _gather_reach(inner: RoutedExchange, tensor: Comm, part: tuple[int, int]) ->
     for number in range(int(every[:, 1].max())):
         lost = np.flatnonzero(~reach[every[:, 0] == number].any(axis=0))
         if lost.size:
-            raise ValueError(
-                f"TensorParallelExchange: no tensor rank reaches part {number} of expert {lost[0]}{tensor.where()}"
+            raise refused(
+                ValueError(
+                    f"TensorParallelExchange: no tensor rank reaches part {number} of expert {lost[0]}{tensor.where()}"
+                )
             )
     return every[:, 0], reach
 

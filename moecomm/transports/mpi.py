@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
-from moecomm.comm import Comm, Started
+from moecomm.comm import Comm, Started, refused
 from moecomm.errors import CommError
 from moecomm.transports.limit import check_limit, wait
 
@@ -41,7 +43,8 @@ class MpiComm(Comm):
     limit  seconds that a collective may take. None: the library's blocking calls. Otherwise nonblocking calls, tested
            with pauses; one that takes longer raises CommError here, the Comm is of no use any more, and the process
            ends through MPI.Abort when Python ends, because MPI cannot take back a collective. MPI has no nonblocking
-           split: there the limit covers a barrier before it.
+           split: all ranks first meet in a collective within the limit, and a split that then takes longer than the
+           limit ends the job, with a text that says so. So it is with node_key and free.
 
     Making one is not collective. Errors of the MPI library are raised as CommError.
     """
@@ -69,21 +72,49 @@ class MpiComm(Comm):
 
     def _call(self, name: str, blocking: Callable[..., None], started: Callable[..., Any], *buffers: Any) -> None:
         self._calls += 1
-        try:
-            if self._limit is None:
+        name = self._part_of or name
+        if self._limit is None:
+            with self._errors(name):
                 blocking(*buffers)
-                return
-            request = started(*buffers)
-            if wait(request.Test, self._limit):
-                return
-        except MPI.Exception as error:
-            self._failed(name, error)
-        _UNDER_WAY.add(_Request(self, request, buffers))
-        self._give_up(name)
+            return
+        # Before MPI knows the buffers: whatever is raised in here, by the handler of a signal too, MPI may still write.
+        pending = _Request(self, None, buffers)
+        _UNDER_WAY.add(pending)
+        try:
+            with self._errors(name):
+                pending.request = started(*buffers)
+                is_done = wait(pending.request.Test, self._limit)
+        except CommError:
+            raise
+        except BaseException:
+            atexit.register(MPI.COMM_WORLD.Abort, 1)
+            raise
+        if not is_done:
+            self._give_up(name)
+        _UNDER_WAY.discard(pending)
 
     def _give_up(self, call: str) -> NoReturn:
         atexit.register(MPI.COMM_WORLD.Abort, 1)  # MPI_Finalize would wait for them again
         super()._give_up(f"{call}, call {self._calls} on this Comm,")
+
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        """For what MPI has in a blocking form alone: with a limit, a call that takes longer ends the job.
+
+        All ranks have come to it just before. One that is lost in between would leave the others here for ever, and
+        nothing can call a rank back out of MPI.
+        """
+        if self._limit is None:
+            yield
+            return
+        why = f"{name} waited {self._limit} s inside MPI for the other {self.size - 1} rank(s): ending the job"
+        watchdog = threading.Timer(self._limit, _end_job, (f"moecomm: {why}{self.where()}",))
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -94,7 +125,7 @@ class MpiComm(Comm):
             self._failed(name, error)
 
     def _failed(self, name: str, error: Exception) -> NoReturn:
-        self.failure = f"{name} failed: {error}"
+        self.fail(f"{name} failed: {error}")
         raise CommError(f"{name}: {error}{self.where()}") from error
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
@@ -113,13 +144,13 @@ class MpiComm(Comm):
     def _start(self, rows: Array, out: Array, send_counts: Counts, recv_counts: Counts) -> Started:
         send, recv, row = _host_bytes(rows), _host_bytes(out), self._row_type(row_bytes(rows))
         self._calls += 1
+        started = _Request(self, None, (rows, out))
+        _UNDER_WAY.add(started)  # before MPI knows them, as in _call
         with self._errors("all_to_all"):
-            request = self._comm.Ialltoallv(
+            started.request = self._comm.Ialltoallv(
                 [send, (send_counts, _starts(send_counts)), row],
                 [recv, (recv_counts, _starts(recv_counts)), row],
             )
-        started = _Request(self, request, (rows, out))
-        _UNDER_WAY.add(started)
         return started
 
     def progress(self) -> None:
@@ -158,9 +189,7 @@ class MpiComm(Comm):
         self._call("barrier", self._comm.Barrier, self._comm.Ibarrier)
 
     def _split(self, color: int, key: int) -> Comm:
-        if self._limit is not None:
-            self._barrier()
-        with self._errors("split"):
+        with self._errors("split"), self._watched("split"):
             child = MpiComm(self._comm.Split(color, key), limit=self._limit)
         child._owned = True
         child._largest_count = self._largest_count
@@ -169,7 +198,7 @@ class MpiComm(Comm):
     def _node_key(self) -> int:
         if self._limit is not None:
             self._barrier()
-        with self._errors("node_key"):
+        with self._errors("node_key"), self._watched("node_key"):
             node = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
             first = node.bcast(self.rank)
             node.Free()
@@ -178,19 +207,19 @@ class MpiComm(Comm):
     def _free(self) -> None:
         self._free_row_types()
         if self._owned and self._comm != MPI.COMM_NULL:
-            with self._errors("free"):
+            with self._errors("free"), self._watched("free"):
                 self._comm.Free()
 
 
 class _Request:
     def __init__(self, comm: MpiComm, request: Any, buffers: tuple[Any, ...]) -> None:
         self._comm = comm
-        self._request = request
+        self.request = request
         self._buffers = buffers
 
     def done(self) -> bool:
         with self._comm._errors("all_to_all"):
-            is_done = bool(self._request.Test())
+            is_done = bool(self.request.Test())
         if is_done:
             _UNDER_WAY.discard(self)
         return is_done
@@ -198,8 +227,16 @@ class _Request:
 
 def _host_bytes(rows: Array) -> Any:
     if not on_host(rows):
-        raise TypeError(f"the MPI transport moves rows in host memory, got rows on {rows.device}")
+        raise refused(TypeError(f"the MPI transport moves rows in host memory, got rows on {rows.device}"))
     return as_bytes(rows)
+
+
+def _end_job(why: str) -> None:
+    """From the watchdog's thread."""
+    print(why, file=sys.stderr, flush=True)
+    if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        MPI.COMM_WORLD.Abort(1)
+    os._exit(1)  # mpirun ends a job one of whose processes has ended like this
 
 
 def _free_types(types: dict[int, Any]) -> None:
@@ -214,6 +251,8 @@ def _starts(counts: Counts) -> Counts:
 
 def _bytes_type(num_bytes: int, largest_count: int) -> Any:
     """A committed MPI type of num_bytes bytes, made with counts that fit."""
+    if num_bytes == 0:  # a type without bytes, where a peer has some, ends MPICH by a division by zero
+        return MPI.Datatype.Create_struct([0], [0], [MPI.BYTE]).Commit()
     if num_bytes <= largest_count:
         return MPI.BYTE.Create_contiguous(num_bytes).Commit()
     whole, rest = divmod(num_bytes, largest_count)

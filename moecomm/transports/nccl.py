@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from moecomm.arrays import Array, Counts, dtype_name, is_torch, on_host, row_bytes
-from moecomm.comm import Comm
+from moecomm.comm import Comm, refused
 from moecomm.errors import CommError
 from moecomm.transports import as_comm
 from moecomm.transports.limit import wait
@@ -103,7 +103,9 @@ class NcclComm(Comm):
         self._bootstrap._barrier()
 
     def _split(self, color: int, key: int) -> Comm:
-        child = NcclComm(self._bootstrap._split(color, key))
+        bootstrap = self._bootstrap._split(color, key)
+        self._bootstrap._adopt(bootstrap)
+        child = NcclComm(bootstrap)
         child._owned = True
         return child
 
@@ -125,7 +127,9 @@ class NcclComm(Comm):
         """start(NCCL's communicator, current stream), and what its errors and the limit need."""
         device = rows.device.index if is_torch(rows) else rows.device.id
         if self._communicator is not None and device != self._device:
-            raise TypeError(f"{call}: got an array on GPU {device}, this Comm is on GPU {self._device}{self.where()}")
+            raise refused(
+                TypeError(f"{call}: got an array on GPU {device}, this Comm is on GPU {self._device}{self.where()}")
+            )
         if self._limit is not None:
             self._bootstrap._barrier()  # NCCL would wait without a limit for a rank that it cannot reach
         with self._cupy.cuda.Device(device):
@@ -138,6 +142,10 @@ class NcclComm(Comm):
                 is_done = self._limit is None or wait(lambda: self._is_done(stream), self._limit)
             except self._nccl.NcclError as error:
                 self._failed(call, error)
+            except BaseException:  # such as KeyboardInterrupt: nothing of this call may run on when its arrays go
+                if self._communicator is not None:
+                    self._communicator.abort()
+                raise
         if not is_done:
             self._communicator.abort()
             self._give_up(call)
@@ -162,7 +170,7 @@ class NcclComm(Comm):
             error = CommError(f"no NCCL communicator could be made, has each rank a GPU of its own? {error}")
         else:
             self._communicator.abort()  # ends what it still runs on the GPU
-        self.failure = f"{call} failed: {error}"
+        self.fail(f"{call} failed: {error}")
         raise CommError(f"{call}: {error}{self.where()}") from error
 
 

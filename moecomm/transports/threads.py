@@ -161,6 +161,8 @@ class _Group:
 class ThreadComm(Comm):
     """One rank's view of a group of threads. Made by `run`."""
 
+    _compares_rows = True
+
     def __init__(self, group: _Group, rank: int, limit: float | None) -> None:
         self.rank = rank
         self.size = len(group.members)
@@ -174,10 +176,14 @@ class ThreadComm(Comm):
             result = use(offers)
             self._group.meet(self.rank, call, None, self._limit)
         except Exception as error:
-            self._group.fail(f"{call}: rank {self.rank}: {error}")
-            self.failure = str(error)
+            self._group.fail(f"{call}: rank {self.world_rank(self.rank)}: {error}")
+            self.fail(str(error))
             raise CommError(f"{error}{self.where()}") from (None if isinstance(error, CommError) else error)
         return result
+
+    def fail(self, why: str) -> None:
+        super().fail(why)
+        self._group.fail(why)
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
         if send_counts is None or recv_counts is None:
@@ -228,7 +234,7 @@ class ThreadComm(Comm):
         try:
             self._group.check_waiting(call, seconds, self._limit)
         except CommError as error:
-            self.failure = str(error)
+            self.fail(str(error))
             raise CommError(f"{error}{self.where()}") from None
 
     def _split(self, color: int, key: int) -> Comm:

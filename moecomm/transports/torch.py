@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
-from moecomm.comm import Comm
+from moecomm.comm import Comm, refused
 from moecomm.errors import CommError
 from moecomm.transports.limit import check_limit, wait
 
@@ -51,7 +51,7 @@ class TorchComm(Comm):
         self.size = dist.get_world_size(group)
         self._group_ref = weakref.ref(group)  # torch aborts at exit if a group outlives destroy_process_group
         self._limit = check_limit("TorchComm", limit)
-        self._pending: Any = None
+        self._pending: list[Any] = []
         self._backends = dist.get_backend_config(group)  # such as cpu:gloo,cuda:nccl
         self._moves_host_memory = any(backend.startswith("cpu:") for backend in self._backends.split(","))
         self._owned = False
@@ -66,20 +66,25 @@ class TorchComm(Comm):
         super().check_usable(call)
 
     def _call(self, name: str, start: Callable[[], Any], *buffers: Any) -> None:
+        name = self._part_of or name
         try:
             work = start()
-            if self._limit is None or wait(work.is_completed, self._limit):
+            is_done = self._limit is None or wait(work.is_completed, self._limit)
+            if is_done:
                 work.wait()  # for device arrays the current stream waits, not the host
                 return
         except RuntimeError as error:  # torch's own DistBackendError is one
-            self.failure = f"{name} failed: {error}"
+            self.fail(f"{name} failed: {error}")
             raise CommError(f"{name}: {error}{self.where()}") from error
-        self._pending = work, buffers  # torch may still write there
+        except BaseException:  # such as KeyboardInterrupt
+            self._leave_pending(buffers)
+            raise
+        self._leave_pending(buffers)
         self._give_up(name)
 
-    def _give_up(self, call: str) -> NoReturn:
+    def _leave_pending(self, buffers: tuple[Any, ...]) -> None:
+        self._pending.append(buffers)  # torch may still write there
         atexit.register(_leave)  # torch would wait for the others again before it lets Python end
-        super()._give_up(call)
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
         send, recv = self._movable(rows), self._movable(out)
@@ -152,7 +157,7 @@ class TorchComm(Comm):
         if is_torch(flat):
             return flat
         if not on_host(flat):
-            raise TypeError("the torch transport moves numpy arrays and torch tensors, got a cupy array")
+            raise refused(TypeError("the torch transport moves numpy arrays and torch tensors, got a cupy array"))
         return torch.from_numpy(flat if flat.flags.writeable else flat.copy()).to(
             self._device()
         )  # torch knows no other

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from moecomm.arrays import Array, Counts, dtype_name, row_bytes
-from moecomm.comm import Comm, Started
+from moecomm.arrays import Array, Counts, row_bytes
+from moecomm.comm import Comm, Started, refused, text_of_call
 from moecomm.errors import CommError
 
-TEXT_BYTES = 512
-"""What a rank tells the others about its call, at most."""
+T = TypeVar("T")
 
 
 class _Wrapper(Comm):
@@ -30,6 +29,10 @@ class _Wrapper(Comm):
         self.size = inner.size
 
     @property
+    def _compares_rows(self) -> bool:  # type: ignore[override]
+        return self.inner._compares_rows
+
+    @property
     def failure(self) -> str | None:  # type: ignore[override]
         return self.inner.failure
 
@@ -37,11 +40,55 @@ class _Wrapper(Comm):
     def failure(self, why: str | None) -> None:
         self.inner.failure = why
 
+    @property
+    def _world_ranks(self) -> Sequence[int] | None:  # type: ignore[override]
+        return self.inner._world_ranks
+
+    @_world_ranks.setter
+    def _world_ranks(self, ranks: Sequence[int] | None) -> None:
+        self.inner._world_ranks = ranks
+
+    @property
+    def _world_size(self) -> int:  # type: ignore[override]
+        return self.inner._world_size
+
+    @_world_size.setter
+    def _world_size(self, size: int) -> None:
+        self.inner._world_size = size
+
+    def fail(self, why: str) -> None:
+        self.inner.fail(why)
+
+    def _adopt(self, part: Comm) -> None:
+        self.inner._adopt(part)
+
     def check_usable(self, call: str) -> None:
         self.inner.check_usable(call)
 
-    def checked(self, call: str, arguments: Callable[[], Any]) -> Any:
-        return self.inner.checked(call, arguments)
+    def checked(
+        self,
+        call: str,
+        check: Callable[..., T],
+        *arguments: Any,
+        same: Callable[[T], str] | None = None,
+        compare: bool = False,
+    ) -> T:
+        return self.inner.checked(call, check, *arguments, same=same, compare=compare)
+
+    def tell_refusal(self, error: Exception) -> None:
+        self.inner.tell_refusal(error)
+
+    def compare_texts(self, text: str) -> None:
+        self.inner.compare_texts(text)
+
+    def compare_counts(self, send_counts: Counts, recv_counts: Counts) -> None:
+        self.inner.compare_counts(send_counts, recv_counts)
+
+    def compare_gathered(self, recv_counts: Counts) -> None:
+        self.inner.compare_gathered(recv_counts)
+
+    def digest(self, counts: Counts) -> str:
+        return self.inner.digest(counts)
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
         self.inner._all_to_all(rows, out, send_counts, recv_counts)
@@ -83,77 +130,64 @@ class Checked(_Wrapper):
     there are any. For finding mistakes, not for production.
     """
 
-    def checked(self, call: str, arguments: Callable[[], Any]) -> Any:
-        problem: Exception | None = None
-        mine = call
+    def checked(
+        self,
+        call: str,
+        check: Callable[..., T],
+        *arguments: Any,
+        same: Callable[[T], str] | None = None,
+        compare: bool = False,
+    ) -> T:
         try:
-            result = self.inner.checked(call, arguments)
-            mine = f"{call}{_describe(result)}"
+            result = self.inner.checked(call, check, *arguments, same=same)
+            text = text_of_call(call, result, same)
         except CommError:
             raise  # the Comm is of no use: nothing can be told to the others
         except Exception as error:
-            problem, mine = error, f"!{error}"
-        every = self._gather_texts(mine)
-        if problem is not None:
-            raise problem
-        for rank, text in enumerate(every):
-            if text.startswith("!"):
-                raise ValueError(f"{text[1:]}, found by rank {rank}; this is rank {self.rank}, which gave up with it")
-        for rank, text in enumerate(every):
-            if text != every[0]:
-                raise ValueError(f"the ranks differ: rank 0 called {every[0]}, rank {rank} called {text}{self.where()}")
+            self.tell_refusal(error)
+            refused(error)
+            raise
+        self.inner.compare_texts(text)
         return result
 
-    def _gather_texts(self, text: str) -> list[str]:
-        row = np.zeros((1, TEXT_BYTES), np.uint8)
-        encoded = text.encode()
-        if len(encoded) > TEXT_BYTES:  # what does not fit still counts
-            encoded = encoded[: TEXT_BYTES - 16] + hashlib.blake2b(encoded, digest_size=8).hexdigest().encode()
-        row[0, : len(encoded)] = np.frombuffer(encoded, np.uint8)
-        out = np.empty((self.size, TEXT_BYTES), np.uint8)
-        self.inner._all_gather(row, out, None)
-        return [bytes(line).rstrip(b"\0").decode(errors="replace") for line in out]
+    def tell_refusal(self, error: Exception) -> None:
+        self.inner.compare_texts(f"!{error}")
 
-    def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
-        if send_counts is not None and recv_counts is not None:
-            announced = np.empty_like(recv_counts)
-            self.inner._all_to_all(send_counts, announced, None, None)
-            wrong = np.flatnonzero(announced != recv_counts)
-            mine = np.full((1, 3), -1, np.int64)  # source rank, rows it sends, rows expected here
-            if wrong.size:
-                mine[0] = wrong[0], announced[wrong[0]], recv_counts[wrong[0]]
-            every = np.empty((self.size, 3), np.int64)
-            self.inner._all_gather(mine, every, None)
-            for rank, (source, sent, expected) in enumerate(every.tolist()):
-                if source >= 0:
-                    raise ValueError(
-                        f"all_to_all: rank {source} sends {sent} rows to rank {rank}, which expects {expected}"
-                        f"{self.where()}"
+    def compare_counts(self, send_counts: Counts, recv_counts: Counts) -> None:
+        announced = np.empty_like(recv_counts)
+        self.inner._all_to_all(send_counts, announced, None, None)
+        wrong = np.flatnonzero(announced != recv_counts)
+        mine = np.full((1, 3), -1, np.int64)  # source rank, rows it sends, rows expected here
+        if wrong.size:
+            mine[0] = wrong[0], announced[wrong[0]], recv_counts[wrong[0]]
+        every = np.empty((self.size, 3), np.int64)
+        self.inner._all_gather(mine, every, None)
+        for rank, (source, sent, expected) in enumerate(every.tolist()):
+            if source >= 0:
+                raise refused(
+                    ValueError(
+                        f"all_to_all: rank {self.world_rank(source)} sends {sent} rows to rank "
+                        f"{self.world_rank(rank)}, which expects {expected}{self.where()}"
                     )
-        self.inner._all_to_all(rows, out, send_counts, recv_counts)
+                )
 
-    def _all_gather(self, rows: Array, out: Array, recv_counts: Counts | None) -> None:
-        if recv_counts is not None:
-            every = np.empty((self.size, self.size), np.int64)
-            self.inner._all_gather(recv_counts.reshape(1, -1), every, None)
-            for rank in range(self.size):
-                if (every[rank] != every[0]).any():
-                    raise ValueError(
-                        f"all_gather: recv_counts differ: rank 0 has {every[0].tolist()}, rank {rank} has "
-                        f"{every[rank].tolist()}{self.where()}"
+    def compare_gathered(self, recv_counts: Counts) -> None:
+        every = np.empty((self.size, self.size), np.int64)
+        self.inner._all_gather(recv_counts.reshape(1, -1), every, None)
+        for rank in range(self.size):
+            if (every[rank] != every[0]).any():
+                raise refused(
+                    ValueError(
+                        f"all_gather: recv_counts differ: rank {self.world_rank(0)} has {every[0].tolist()}, rank "
+                        f"{self.world_rank(rank)} has {every[rank].tolist()}{self.where()}"
                     )
-        self.inner._all_gather(rows, out, recv_counts)
+                )
 
-
-def _describe(arguments: tuple[Any, ...]) -> str:
-    """What must be the same on every rank."""
-    if not arguments or not hasattr(arguments[0], "shape"):
-        return ""
-    rows, counts = arguments[:2]
-    more = "".join(f", {argument()}" for argument in arguments[2:] if callable(argument))
-    if counts is None:
-        return f" with {dtype_name(rows)} {tuple(rows.shape)} in equal parts{more}"
-    return f" with {dtype_name(rows)} rows of shape {tuple(rows.shape[1:])} and counts{more}"
+    def digest(self, counts: Counts) -> str:
+        every = np.empty((self.size, 16), np.uint8)
+        digest = hashlib.blake2b(counts.tobytes(), digest_size=16).digest()
+        self.inner._all_gather(np.frombuffer(digest, np.uint8).reshape(1, 16), every, None)
+        return hashlib.blake2b(every.tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass
