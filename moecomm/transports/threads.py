@@ -114,6 +114,8 @@ class _Group:
     def meet(self, rank: int, call: str, value: Any, limit: float | None) -> list[Any]:
         """What each rank brought, once all have come."""
         with self.condition:
+            if self.failure:
+                raise CommError(self.failure)
             meeting = self.meeting
             meeting.brought[rank] = call, value
             meeting.missing.discard(rank)
@@ -122,12 +124,14 @@ class _Group:
                 self.condition.notify_all()
             else:
                 self.condition.wait_for(lambda: not meeting.missing or self.failure or self._gone(meeting), limit)
-            if self.failure or meeting.missing:
+            # A meeting that is complete ends well, even if a rank that has left it has failed in the next one.
+            if meeting.missing:
                 raise CommError(self.failure or f"{call}: {self._who_is_missing(meeting, limit)}")
         calls = [brought[0] for brought in meeting.brought]
         if len(set(calls)) > 1:
             other = next(r for r, name in enumerate(calls) if name != calls[0])
-            raise CommError(f"rank 0 called {calls[0]} while rank {other} called {calls[other]}")
+            first, second = self.members[0], self.members[other]
+            raise CommError(f"rank {first} called {calls[0]} while rank {second} called {calls[other]}")
         return [brought[1] for brought in meeting.brought]
 
     def fail(self, why: str) -> None:
@@ -139,23 +143,25 @@ class _Group:
     def check_waiting(self, call: str, seconds: float, limit: float | None) -> None:
         """Raise CommError if a member has failed or gone without coming, or the limit is over."""
         why = self.failure
-        for rank, member in enumerate(self.members):
+        for member in self.members:
             said = self.world.gone.get(member, "")
             if said.startswith("failed") or (said and time.monotonic() > self.world.last_gone + LONGEST_FAREWELL):
-                why = why or f"{call}: rank {rank} {said}"
+                why = why or f"{call}: rank {member} {said}"
         if limit is not None and seconds > limit:
             why = why or f"{call}: waited {limit} s for the other ranks"
         if why:
             raise CommError(why)
 
     def _gone(self, meeting: _Meeting) -> list[int]:
-        return sorted(r for r in meeting.missing if self.members[r] in self.world.gone)
+        """World ranks."""
+        return sorted(self.members[rank] for rank in meeting.missing if self.members[rank] in self.world.gone)
 
     def _who_is_missing(self, meeting: _Meeting, limit: float | None) -> str:
         gone = self._gone(meeting)
         if gone:
-            return f"rank {gone[0]} {self.world.gone[self.members[gone[0]]]}"
-        return f"waited {limit} s for rank(s) {sorted(meeting.missing)}, which did not come"
+            return f"rank {gone[0]} {self.world.gone[gone[0]]}"
+        missing = sorted(self.members[rank] for rank in meeting.missing)
+        return f"waited {limit} s for rank(s) {missing}, which did not come"
 
 
 class ThreadComm(Comm):
@@ -210,7 +216,8 @@ class ThreadComm(Comm):
         for source, (sent, start, count) in enumerate(offers):
             if dtype_name(sent) != dtype_name(out) or sent.shape[1:] != out.shape[1:] or count != recv_counts[source]:
                 raise CommError(
-                    f"rank {source} sent {count} rows {dtype_name(sent)}{list(sent.shape[1:])}, rank {self.rank} "
+                    f"rank {self.world_rank(source)} sent {count} rows {dtype_name(sent)}{list(sent.shape[1:])}, rank "
+                    f"{self.world_rank(self.rank)} "
                     f"expected {recv_counts[source]} rows {dtype_name(out)}{list(out.shape[1:])}"
                 )
             if count:
