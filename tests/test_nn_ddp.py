@@ -1,4 +1,4 @@
-"""DistributedDataParallel around a MoE: the experts are left alone, or it is refused. Two processes with gloo."""
+"""Wrappers around a MoE. DistributedDataParallel leaves experts alone or is refused; FSDP is. Two processes of gloo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from conftest import gloo_run
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from moecomm import Comm, Topology, build_groups  # noqa: E402
@@ -96,3 +97,26 @@ def test_names_that_are_excluded_already_stay() -> None:
     assert exclude_experts(model) is model
     experts = [f"moe.experts.{name}" for name in ("down", "down_bias", "up", "up_bias")]
     assert model._ddp_params_and_buffers_to_ignore == ["layers.0.bias", *experts]
+
+
+def test_fsdp_would_mix_experts() -> None:
+    """It shards a bank as if all ranks had the same one. Where they do, it is none of the experts' business."""
+
+    def body(comm: Comm) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        groups, mesh = build_groups(comm, Topology(2, expert=2)), init_device_mesh("cpu", (2,))
+        with pytest.raises(ValueError, match="Experts: FSDP would mix the experts of its ranks"):
+            fully_shard(Model(groups), mesh=mesh)
+        for original in (False, True):
+            wrapped = FullyShardedDataParallel(Model(groups), device_id=torch.device("cpu"), use_orig_params=original)
+            with pytest.raises(ValueError, match="Experts: FSDP would mix the experts of its ranks"):
+                wrapped(TEXT[0])
+        alone = Model()
+        wanted = alone(TEXT[0])
+        model = fully_shard(Model(), mesh=mesh)
+        torch.testing.assert_close(model(TEXT[0]), wanted)
+        with pytest.raises(ValueError, match="reduce_gradients: FSDPModel is sharded by FSDP"):
+            reduce_gradients(model, groups)
+
+    gloo_run(2, body)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import gloo_run
 
 torch = pytest.importorskip("torch")
 
@@ -186,22 +185,6 @@ def test_groups_with_other_dense_axes() -> None:
     threads.run(4, body)
     alone = MoE(8, 16, 4, groups=build_groups(threads.run(1, lambda comm: comm)[0], Topology(1)))
     reduce_gradients(alone, None)  # one rank: there is nobody to ask
-
-
-def test_a_model_in_fsdp() -> None:
-    """It shards a bank as if all ranks had the same experts."""
-
-    def body(comm: Comm) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        groups = build_groups(comm, Topology(2, expert=2))
-        model = torch.nn.Sequential(MoE(8, 16, 4, groups=groups))
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        with pytest.raises(ValueError, match="reduce_gradients: FSDPSequential is sharded by FSDP"):
-            reduce_gradients(model, groups)
-
-    gloo_run(2, body)
 
 
 @pytest.mark.parametrize("agreed", [True, False])

@@ -73,16 +73,16 @@ def test_experts_of_another_rank_are_refused(way: str, tmp_path: Path) -> None:
 
 def test_a_place_survives_16_bits() -> None:
     """bfloat16 has no 257: both sides are cast."""
-    here = Experts(4, 4, range(256, 260))
+    here = Experts(4, 4, range(256, 260), num_experts=300)
     state = {name: tensor.bfloat16() for name, tensor in here.state_dict().items()}
     here.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"slice 0 of 1 of experts \[256"):
-        Experts(4, 4, range(4)).load_state_dict(state)
+        Experts(4, 4, range(4), num_experts=300).load_state_dict(state)
 
 
 def test_a_state_without_places_is_taken() -> None:
     """As of before there were any, and as tools make them that know of weights alone."""
-    here = Experts(4, 4, range(2, 4))
+    here = Experts(4, 4, range(2, 4), num_experts=4)
     weights = {name: tensor.clone() + 1 for name, tensor in here.named_parameters()}
     here.load_state_dict(weights)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in here.named_parameters())
@@ -90,7 +90,8 @@ def test_a_state_without_places_is_taken() -> None:
 
 def test_slices_of_dense_layers() -> None:
     """Those of another tensor rank are refused; a whole layer's state has weights alone."""
-    assert {*MLP(8, 16).state_dict()} == {"up.weight", "up.bias", "down.weight", "down.bias"}
+    whole = ResidualMoE(8, 16, 4)
+    assert {*whole.state_dict()} == {name for name, _ in (*whole.named_parameters(), *whole.named_buffers())}
 
     def body(comm: Comm) -> State:
         return MLP(8, 16, tensor=comm).state_dict()

@@ -1,4 +1,4 @@
-"""MoE layers inside torch's DistributedDataParallel, which gives every rank the weights and gradients of all others."""
+"""MoE layers inside torch's DistributedDataParallel, which gives all ranks the same weights and gradients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moecomm.groups import Groups
-from moecomm.nn.experts import Experts
+from moecomm.comm import Comm
+from moecomm.nn.experts import FSDP, Experts
 
 Model = TypeVar("Model", bound=nn.Module)
 IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -25,10 +25,9 @@ def exclude_experts(model: Model) -> Model:
     The experts' gradients are summed by `reduce_gradients`, after all backward passes of a step; the others have been
     averaged then, which averaging them again does not change.
     """
-    banks = [(name, module) for name, module in model.named_modules(remove_duplicate=False)]
     names = {
         f"{name}.{weight}" if name else weight
-        for name, module in banks
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, Experts)
         for weight, _ in module.named_parameters()
     }
@@ -36,24 +35,28 @@ def exclude_experts(model: Model) -> Model:
     return model
 
 
-def check_wrapping(experts: Experts, groups: Groups) -> None:
-    """ValueError in a forward pass of a DistributedDataParallel that takes the experts of other ranks for this one's.
+def check_wrapping(experts: Experts, data: Comm) -> None:
+    """ValueError in a forward pass of a wrapper that takes the experts of other ranks for this one's.
 
-    Called by each layer in each pass: it looks once at each wrapper.
+    data  the ranks that have the same dense weights
+
+    Called by each layer in each pass: it looks once at each DistributedDataParallel.
     """
+    if experts.split and "up" in vars(experts):  # a view into FullyShardedDataParallel's flat parameter
+        raise ValueError(f"Experts: {FSDP}")
     wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if wrapper is None or experts.wrapper == id(wrapper):
         return
-    size, data = dist.get_world_size(wrapper.process_group), groups.data.size
-    if size != data:
+    size = dist.get_world_size(wrapper.process_group)
+    if size != data.size:
         raise ValueError(
-            f"DistributedDataParallel is over {size} ranks, expected the {data} of the data group: give process_group"
+            f"DistributedDataParallel is over {size} ranks, expected the {data.size} of the data group: give "
+            f"process_group{data.where()}"
         )
     handled = {id(p) for name, p in wrapper.module.named_parameters() if name not in wrapper.parameters_to_ignore}
-    split = groups.topology.expert * groups.topology.expert_tensor > 1
-    if split and any(id(parameter) in handled for parameter in experts.parameters()):
+    if experts.split and any(id(parameter) in handled for parameter in experts.parameters()):
         raise ValueError(
             "DistributedDataParallel has given this rank the experts of rank 0: make the model again and wrap "
-            f"exclude_experts(model){groups.world.where()}"
+            f"exclude_experts(model){data.where()}"
         )
     experts.wrapper = id(wrapper)

@@ -14,6 +14,7 @@ from moecomm.nn.linear import Activation, check_activation
 from moecomm.nn.part import Part
 from moecomm.nn.seeds import Slice, draw, parameter, part_of
 
+FSDP = "FSDP would mix the experts of its ranks as shards of one bank: expected none where ranks share experts"
 SLICED = {"up": 1, "gate": 1, "up_bias": 0, "down": 0}
 """The dimension of an expert's weight that is its inner width."""
 
@@ -26,6 +27,7 @@ class Experts(Part):
                  on which rank holds it
     activation   "gelu": gelu(x up + b) down + b'. "swiglu": (silu(x gate) * (x up)) down, without biases
     part         (i, n): hold slice i of n of each expert's inner width; the n answers are to be added. Slice 0 adds b'
+    num_experts  of all ranks; None: those here are all
     weights      weights(e, name) gives the whole weight of expert e, such as "up" [hidden, ffn]; None: drawn
     key          seed and name of the layer, of those drawn
     like         device, dtype
@@ -36,8 +38,8 @@ class Experts(Part):
 
     def __init__(
         self, hidden: int, ffn: int, experts: Sequence[int], *, activation: Activation = "gelu",
-        part: tuple[int, int] = (0, 1), std: float = 0.02, key: tuple[object, ...] = (),
-        weights: Callable[[int, str], Tensor] | None = None, **like: Any,
+        part: tuple[int, int] = (0, 1), num_experts: int | None = None, std: float = 0.02,
+        key: tuple[object, ...] = (), weights: Callable[[int, str], Tensor] | None = None, **like: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         check_activation("Experts", activation)
@@ -47,6 +49,8 @@ class Experts(Part):
         self.activation = activation
         self.slices = {name: Slice(dim, part) for name, dim in SLICED.items()}
         """Of one expert's weights."""
+        self.split = part[1] > 1 or num_experts not in (None, len(self.experts))
+        """Whether other ranks hold other experts, or other slices."""
         self.wrapper = 0
         """id of the DistributedDataParallel that was found to leave them alone."""
 
@@ -65,7 +69,13 @@ class Experts(Part):
 
     def place(self) -> list[int]:
         """As Part has it."""
-        return [*super().place(), *self.experts]
+        return [*super().place(), *self.experts] if self.split else super().place()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Torch's fully_shard puts its shards here."""
+        if self.__dict__.get("split") and type(value).__name__ == "DTensor":
+            raise ValueError(f"Experts: {FSDP}")
+        super().__setattr__(name, value)
 
     def forward(self, rows: Tensor, rows_per_expert: Any) -> Tensor:
         """rows [N, hidden], rows_per_expert [E'] of them for each expert, in this order -> [N, hidden].

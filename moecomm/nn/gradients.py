@@ -121,7 +121,7 @@ def _problem(model: torch.nn.Module, of_layers: list[Groups], groups: Groups | N
         return f"num_micro_batches is {num_micro_batches}, expected at least 1"
     for module in model.modules():
         if {"FSDPModule", "FullyShardedDataParallel"} & {kind.__name__ for kind in type(module).__mro__}:
-            return f"{type(module).__name__} is sharded by FSDP, which mixes the experts of its ranks; expected no FSDP"
+            return f"{type(module).__name__} is sharded by FSDP, which reduces gradients itself: expected none"
     if groups is None:
         split = any(of_layer.world.size > 1 for of_layer in of_layers)
         return "groups is None, expected those of the model's layers: they are on several ranks" if split else ""

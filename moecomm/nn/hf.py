@@ -52,8 +52,9 @@ class SpreadExperts(ExpertLayer):
 
         like = {"device": theirs.down_proj.device, "dtype": theirs.down_proj.dtype}
         self.experts = Experts(
-            theirs.down_proj.shape[1], ffn, here, activation="swiglu", part=part, weights=weights, **like
-        )
+            theirs.down_proj.shape[1], ffn, here, activation="swiglu", part=part,
+            num_experts=exchange.num_experts, weights=weights, **like,
+        )  # fmt: skip
         self.experts.down.requires_grad_(theirs.down_proj.requires_grad)
         for weight in (self.experts.gate, self.experts.up):
             weight.requires_grad_(theirs.gate_up_proj.requires_grad)

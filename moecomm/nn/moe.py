@@ -82,7 +82,7 @@ class ExpertLayer(nn.Module):
     def answers(self, tokens: Tensor, routing: Routing) -> Tensor:
         """tokens [T, hidden] -> [T, hidden], of each the weighted sum of its experts' answers. Collective."""
         if self.groups is not None:
-            check_wrapping(self.experts, self.groups)
+            check_wrapping(self.experts, self.groups.data)
         rows, plan = self.exchange.dispatch(tokens, routing)
         answers: Tensor = self.exchange.combine(self.experts(rows, plan.rows_per_expert), plan)
         return answers
@@ -146,7 +146,9 @@ class MoE(ExpertLayer):
         self._seed = number(*key, "draws", 0 if groups is None else groups.data.rank)
         here, part = held_experts(groups, self.exchange)
         self.gate = parameter(draw((num_experts, hidden), std, *key, "gate"), like | {"dtype": torch.float32})
-        self.experts = Experts(hidden, ffn, here, activation=activation, part=part, std=std, key=key, **like)
+        self.experts = Experts(
+            hidden, ffn, here, activation=activation, part=part, num_experts=num_experts, std=std, key=key, **like
+        )
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32, device=like.get("device")))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:

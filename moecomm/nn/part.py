@@ -25,7 +25,7 @@ class Part(nn.Module):
     """weight -> which slice of it is here."""
 
     def place(self) -> list[int]:
-        """[i, n, ids...]: slice i of n, and the global ids of the experts where it is a bank of them."""
+        """[i, n, ids...]: slice i of n, and the global ids of the experts where it is a bank of some of them."""
         return [*next(iter(self.slices.values())).part]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
