@@ -13,16 +13,18 @@ from dataclasses import fields, replace
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moecomm import Routing, route
 from moecomm.gating import Generator, Noise, cuda, permute, permute_fp8, reference, route_permute, unpermute
+from moecomm.nn import MoE
 
 options = argparse.ArgumentParser(description=__doc__)
 options.add_argument(
     "checks",
     nargs="*",
     metavar="CHECK",
-    help="route, route_gradient, rows, fused, layer, graph, bad_logits, small; default: all",
+    help="route, route_gradient, rows, fused, layer, graph, draws, bad_logits, small; default: all",
 )
 options.add_argument("--case", type=int, help="of small: this one alone")
 options.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(4), "little"))
@@ -278,6 +280,41 @@ def check_graph() -> None:
         assert torch.equal(y, layer(logits, x)[0]), "a replayed graph and an eager call differ"
 
 
+def check_draws() -> None:
+    """Noise by a number from torch's generator: new at each replay of a graph, and drawn again under checkpointing."""
+    logits = torch.randn(300, 64, device="cuda")
+
+    def drawn() -> torch.Tensor:
+        number = torch.randint(2**63 - 1, (1,), device="cuda")
+        return route(logits, 2, noise=Noise("gumbel"), generator=Generator(3, number)).expert
+
+    for _ in range(2):
+        drawn()
+    graph, seen = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        expert = drawn()
+    for _ in range(3):
+        graph.replay()
+        seen.append(expert.tolist())
+    assert seen[0] != seen[1] != seen[2] != seen[0], "replays of a graph draw the same"
+
+    layers = [MoE(64, 128, 16, 2, key=(n,), choices={"noise": Noise("gumbel")}, device="cuda") for n in range(2)]
+    x = torch.randn(300, 64, device="cuda")
+
+    def gradient(use_reentrant: bool | None) -> torch.Tensor:
+        torch.manual_seed(options.seed)
+        y = leaf = x.clone().requires_grad_()
+        for one in layers:
+            run = lambda y, one=one: one(y)[0]  # noqa: E731
+            y = run(y) if use_reentrant is None else checkpoint(run, y, use_reentrant=use_reentrant)
+        y.square().sum().backward()
+        return leaf.grad
+
+    for use_reentrant in (False, True):
+        wrong = error(gradient(use_reentrant), gradient(None))
+        assert wrong < 1e-5, ("checkpointing", use_reentrant, wrong)
+
+
 def check_fused() -> int:
     """route_permute in one launch is route and then permute."""
     cases = 0
@@ -352,7 +389,8 @@ def check_small() -> int:
     return len(cases) if options.case is None else 1
 
 
-for name in options.checks or ("route", "route_gradient", "rows", "fused", "layer", "graph", "bad_logits", "small"):
+ALL = ("route", "route_gradient", "rows", "fused", "layer", "graph", "draws", "bad_logits", "small")
+for name in options.checks or ALL:
     cases = globals()[f"check_{name}"]()
     torch.cuda.synchronize()
     print(f"{name}: as defined" + (f", {cases} cases" if cases else ""), flush=True)
