@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.autograd.function import once_differentiable
 
 from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Counts, sum_dtype
-from moecomm.comm import Comm
+from moecomm.comm import Comm, refused
 from moecomm.exchange.copies import Copies
 from moecomm.exchange.lanes import Share, sum_over_lanes
+
+# Activation checkpointing raises this to end a pass that it computes again, at the same operation on all ranks: no call
+# has failed.
+refused(torch.utils.checkpoint._StopRecomputationError)  # type: ignore[type-var]
 
 
 class CopyOut(torch.autograd.Function):

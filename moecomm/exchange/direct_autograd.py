@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+import moecomm.exchange.autograd  # noqa: F401 - lets checkpointing end what it computes again
+
 
 class Dispatch(torch.autograd.Function):
     """x [T, H], weight [T, K] -> rows, plan.weight [slots, K]. Backward: both gradients home, in one launch.
