@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from moecomm import (  # noqa: E402
     Comm,
+    CommError,
     FlatAllToAll,
     HierarchicalAllToAll,
     Nodes,
@@ -251,6 +252,28 @@ def test_a_layer_with_unusable_logits_on_gloo(tensor: int) -> None:
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_a_layer_with_unusable_logits_on_mpi(tensor: int) -> None:
     mpi_run(2 * tensor, lambda comm: check_layer(comm, tensor))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_experts_that_fail_on_one_rank(tensor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot go on with the next batch, which the others would take for this one's answers; they end too."""
+    ended = []
+
+    def body(comm: Comm) -> None:
+        layer = MoE(8, 16, 4, groups=build_groups(comm, Topology(comm.size, tensor=tensor, expert=comm.size)))
+        if comm.rank == 1:
+            monkeypatch.setattr(layer.experts, "forward", lambda *rows: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                layer(normal())
+            monkeypatch.undo()
+        with pytest.raises(CommError, match=r"MoE failed: ZeroDivisionError|rank 1") as caught:
+            layer(normal())
+        ended.append(comm.rank)
+        raise caught.value
+
+    with pytest.raises(CommError):
+        threads.run(2 * tensor, body)
+    assert 1 in ended
 
 
 def test_alone_a_layer_raises_as_route_does() -> None:

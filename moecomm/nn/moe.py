@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from moecomm.all_to_all import AllToAll, FlatAllToAll
-from moecomm.comm import Comm
+from moecomm.comm import Comm, Failing, collective
 from moecomm.exchange import RoutedExchange, TensorParallelExchange
 from moecomm.gating import Generator, Routing, expert_capacity, route
 from moecomm.groups import Groups
@@ -84,8 +84,19 @@ class ExpertLayer(nn.Module):
         if self.groups is not None:
             check_wrapping(self.experts, self.groups.data)
         rows, plan = self.exchange.dispatch(tokens, routing)
-        answers: Tensor = self.exchange.combine(self.experts(rows, plan.rows_per_expert), plan)
+        with collective(type(self).__name__, *_talking(self.exchange)):  # the other ranks go on to combine
+            rows = self.experts(rows, plan.rows_per_expert)
+        answers: Tensor = self.exchange.combine(rows, plan)
         return answers
+
+
+def _talking(exchange: Any) -> list[Failing]:
+    """What an exchange talks through, which fails where this rank does not come to its next call."""
+    if isinstance(exchange, TensorParallelExchange):
+        return [exchange.tensor, exchange.inner.comm]
+    if isinstance(exchange, RoutedExchange):
+        return [exchange.comm]
+    return [exchange] if hasattr(exchange, "fail") else []
 
 
 class MoE(ExpertLayer):
