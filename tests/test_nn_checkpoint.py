@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import gloo_run
 
 torch = pytest.importorskip("torch")
 
+from indexes import first_version, write_index  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from training import train  # noqa: E402
@@ -325,10 +328,14 @@ def damage(path: Path, how: str) -> None:
     elif how == "foreign":
         index.write_text('{"metadata": {}, "weight_map": {}}')
     elif how == "newer":
-        index.write_text(json.dumps({**content, "version": 2}))
+        index.write_text(json.dumps({**content, "version": 3}))
+    elif how == "other checksums":
+        index.write_text(json.dumps({**content, "hash": "md5"}))
+    elif how == "another index":
+        index.write_text(index.read_text().replace('"lr": 0.005', '"lr": 0.006'))
     elif how == "a part is gone":
         lines = [line for line in content["tensors"] if not (line[0] == "blocks.0.ffn.up.weight" and line[4][0] > 0)]
-        index.write_text(json.dumps({**content, "tensors": lines}))
+        write_index(path, {**content, "tensors": lines})
 
 
 def change(file: Path, to: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -339,8 +346,8 @@ def change(file: Path, to: Callable[[dict[str, torch.Tensor]], dict[str, torch.T
 
 
 DAMAGES = {
-    "truncated": r"rank-00001.safetensors is damaged: .*not fully covered",
-    "empty": r"rank-00001.safetensors is damaged: .*header too small",
+    "truncated": r"rank-00001.safetensors is damaged: its numbers do not end where the file ends",
+    "empty": r"rank-00001.safetensors is damaged: it ends within its header",
     "a file is gone": r"rank-00001.safetensors is damaged: No such file",
     "another's file": r"rank-00001.safetensors is not the file",
     "another save's file": r"rank-00001.safetensors is not the file",
@@ -349,8 +356,10 @@ DAMAGES = {
     "no index": r"is no checkpoint of moecomm: it has no usable checkpoint.json",
     "half an index": r"is no checkpoint of moecomm",
     "foreign": r"is no checkpoint of moecomm",
-    "newer": r"was written by a newer moecomm: version 2, this one reads up to 1",
-    "a part is gone": r"rank-0000\d.safetensors is not the file",
+    "newer": r"was written by a newer moecomm: version 3, this one reads up to 2",
+    "other checksums": r"its checksums are md5, this version knows xxh3_128",
+    "another index": r"checkpoint.json is damaged: its checksum is not that of what it says",
+    "a part is gone": r"checkpoint.json is damaged: the parts of blocks.0.ffn.up.weight are not each of its numbers",
 }
 
 
@@ -382,14 +391,25 @@ def test_damaged(how: str, good: Path) -> None:
     threads.run(2, body)
 
 
-def test_without_an_id(good: Path) -> None:
-    """As the first ones were written."""
-    index = good / "checkpoint.json"
-    content = json.loads(index.read_text())
-    index.write_text(json.dumps({key: content[key] for key in content if key != "id"}))
+def test_without_checksums(good: Path) -> None:
+    """As the first ones were written, which had no ids either."""
+
+    def loaded(index: dict[str, Any]) -> dict[str, torch.Tensor]:
+        (good / "checkpoint.json").write_text(json.dumps(index))
+        model, optimizer = build(CONFIG)
+        with pytest.warns(UserWarning, match="step-000001 has no checksums"):
+            checkpoint.load(good, model, optimizer)
+        return model.state_dict()
+
+    model, optimizer = build(CONFIG)
+    checkpoint.load(good, model, optimizer)
+    index = first_version(good)
+    of_each = [loaded(index)]
     for file in good.glob("*.safetensors"):
         save_file(load_file(file), file)
-    checkpoint.load(good, *build(CONFIG))
+    of_each.append(loaded({key: index[key] for key in index if key != "id"}))
+    for state in of_each:
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
 
 
 def test_of_another_model(good: Path) -> None:
@@ -439,12 +459,13 @@ def test_two_jobs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     checkpoint.save(tmp_path, 1, Stamped(1))
     whole_write = checkpoint.write
 
-    def write(*arguments: Any) -> None:
+    def write(*arguments: Any) -> Any:
         if not refused:
             refused.append(True)
-            with pytest.raises(ValueError, match="another job is writing a checkpoint to"):
+            holder = rf"another job is writing a checkpoint to .*: process {os.getpid()} on host .* since 20"
+            with pytest.raises(ValueError, match=holder):
                 checkpoint.save(tmp_path, 3, Stamped(3))
-        whole_write(*arguments)
+        return whole_write(*arguments)
 
     refused: list[bool] = []
     monkeypatch.setattr(checkpoint, "write", write)
@@ -480,6 +501,147 @@ def test_none_goes_before_there_are_enough(keep: int, tmp_path: Path) -> None:
         checkpoint.save(tmp_path, step, Stamped(step), keep=keep)
         wanted = {f"step-{kept:06d}" for kept in range(max(1, step + 1 - keep), step + 1)}
         assert {path.name for path in tmp_path.glob("step-*")} == wanted
+
+
+def test_an_old_step_that_was_moved_to_another_disk(tmp_path: Path) -> None:
+    """A link to a checkpoint is loaded and counted as one; keep removes the link and not what it points to."""
+    run, archive = tmp_path / "run", tmp_path / "archive"
+    checkpoint.save(run, 1, Stamped(1))
+    (run / "step-000001").rename(archive)
+    (run / "step-000001").symlink_to(archive)
+    model = Stamped(0)
+    checkpoint.load(checkpoint.last(run), model)
+    assert (model.weights[0] == 1).all()
+    for step in (2, 3):
+        checkpoint.save(run, step, Stamped(step), keep=1)
+        assert checkpoint.last(run) == run / f"step-{step:06d}"
+    assert sorted(path.name for path in run.iterdir()) == ["lock", "step-000003"]
+    checkpoint.load(archive, Stamped(0))
+
+
+def test_strays_that_are_named_like_a_step(tmp_path: Path) -> None:
+    """A file and a link to nothing are no checkpoints: they are not counted, not loaded and stay as they are."""
+    (tmp_path / "step-000001").write_text("a note")
+    (tmp_path / "step-000009").symlink_to("nothing")
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, step, Stamped(step), keep=2)
+    assert checkpoint.last(tmp_path) == tmp_path / "step-000004"
+    kept = ["lock", "step-000001", "step-000003", "step-000004", "step-000009"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    for step in (1, 9):
+        with pytest.raises(ValueError, match=f"step-00000{step} is there already"):
+            checkpoint.save(tmp_path, step, Stamped(step))
+    assert (tmp_path / "step-000001").read_text() == "a note"
+
+
+def test_an_old_step_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save is complete and says so, and later ones are not in its way."""
+
+    def refused(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(f"{path} is another's")
+
+    checkpoint.save(tmp_path, 1, Stamped(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", refused)
+        with pytest.warns(
+            UserWarning, match=r"step-000001-not-removed is an old checkpoint that cannot be removed: .*"
+        ):
+            checkpoint.save(tmp_path, 2, Stamped(2), keep=1)
+    checkpoint.save(tmp_path, 3, Stamped(3), keep=1)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001-not-removed", "step-000003"]
+
+
+def test_what_has_the_name_of_the_unfinished(tmp_path: Path) -> None:
+    """A folder or a link that a job has left goes; a file, which none leaves, is to be removed by its owner."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "note").touch()
+    unfinished = tmp_path / "unfinished"
+    for target in ("notes", "nothing"):
+        unfinished.symlink_to(target)
+        checkpoint.save(tmp_path, len(target), Stamped(1))
+        assert not os.path.lexists(unfinished)
+    assert (tmp_path / "notes" / "note").exists()
+    unfinished.write_text("a note")
+    with pytest.raises(ValueError, match="unfinished is a file, expected nothing: remove it"):
+        checkpoint.save(tmp_path, 1, Stamped(1))
+    assert unfinished.read_text() == "a note"
+
+
+@pytest.mark.parametrize("kind", ["a symbolic link", "a FIFO", "a directory", "a socket"])
+def test_no_file_in_place_of_the_lock(kind: str, tmp_path: Path) -> None:
+    """All ranks say so; what a link points to is not touched."""
+    (tmp_path / "thesis").write_text("years of work")
+    lock = tmp_path / "lock"
+    if kind == "a FIFO":
+        os.mkfifo(lock)
+    elif kind == "a directory":
+        lock.mkdir()
+    elif kind == "a socket":
+        os.mknod(lock, stat.S_IFSOCK | 0o600)
+    else:
+        lock.symlink_to("thesis")
+
+    def body(comm: Comm) -> None:
+        with pytest.raises(OSError, match=rf"is {kind}, expected a regular file: .*lock'  \(rank 0 of 2\)"):
+            checkpoint.save(tmp_path, 1, Stamped(1), comm=comm)
+
+    threads.run(2, body)
+    assert (tmp_path / "thesis").read_text() == "years of work"
+    assert checkpoint.last(tmp_path) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_settings_and_values_that_are_tensors(dtype: torch.dtype, tmp_path: Path) -> None:
+    """They come back as tensors of their dtype, inside tuples too; a number where the optimizer now has a tensor."""
+    rate, beta = torch.tensor(3, dtype=dtype), torch.tensor([0.1, 0.7])
+    model = Stamped(1)
+    settings = {"lr": rate, "pair": (beta, 0.25), "number": 0.1}
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), **settings}])
+    values = {"base": [rate], "nested": {"beta": beta}, "count": np.int64(3), "share": np.float32(0.5)}
+    checkpoint.save(tmp_path, 1, model, optimizer, values=values)
+    other = torch.optim.SGD(model.parameters(), 0.1)
+    other.param_groups[0].update(pair=(torch.tensor([0.0], dtype=torch.float64), 0), number=torch.tensor(0.5))
+    found = checkpoint.load(tmp_path / "step-000001", model, other)
+    assert found["count"] == 3 and type(found["count"]) is int and found["share"] == 0.5
+    assert found["base"][0].dtype == dtype and torch.equal(found["base"][0], rate)
+    assert torch.equal(found["nested"]["beta"], beta)
+    group = other.param_groups[0]
+    assert group["lr"].dtype == dtype and torch.equal(group["lr"], rate)
+    assert group["pair"][0].dtype == torch.float64 and torch.equal(group["pair"][0], beta.double())
+    assert group["pair"][1] == 0.25
+    assert torch.equal(group["number"], torch.tensor(0.1))
+    with pytest.raises(ValueError, match="a set is nothing that JSON can say"):
+        checkpoint.save(tmp_path, 2, model, values={"seen": {1}})
+    assert checkpoint.last(tmp_path) == tmp_path / "step-000001"
+
+
+def test_every_dtype(tmp_path: Path) -> None:
+    """Bit for bit, as safetensors reads them, and as a load into a model of the same dtypes has them."""
+    bits = torch.randint(256, (3, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    names = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 int64 int32 int16 int8 uint64 uint32 "
+    names += "uint16 uint8"
+
+    def model(values: torch.Tensor) -> torch.nn.Module:
+        holder = torch.nn.Module()
+        for name in names.split():
+            holder.register_buffer(f"of_{name}", values.view(getattr(torch, name)))
+        holder.register_buffer("of_bool", values > 99)
+        holder.register_buffer("columns", values.T)  # not contiguous
+        holder.register_buffer("one", values[0, 0])
+        holder.register_buffer("none", values[:0])
+        return holder
+
+    checkpoint.save(tmp_path, 1, model(bits))
+    loaded = model(torch.zeros_like(bits))
+    checkpoint.load(tmp_path / "step-000001", loaded)
+    read = load_file(tmp_path / "step-000001" / "rank-00000.safetensors")
+    for name, wanted in model(bits).state_dict().items():
+        for got in (read[name], loaded.state_dict()[name]):
+            assert got.dtype == wanted.dtype and got.shape == wanted.shape
+            assert torch.equal(got.contiguous().reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
+    with pytest.raises(ValueError, match=r"weight is torch.complex128, expected one of torch.float64, "):
+        checkpoint.save(tmp_path, 2, torch.nn.Linear(1, 1, dtype=torch.complex128))
 
 
 def test_none_on_one_rank(tmp_path: Path) -> None:

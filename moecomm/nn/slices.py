@@ -11,6 +11,13 @@ from moecomm.nn.part import SUFFIX, Part
 from moecomm.nn.seeds import Slice
 
 
+def key(name: str, shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...]) -> str:
+    """The name of a piece in a file: blocks.0.ffn.up.weight, or blocks.0.ffn.up.weight[0:32,0:16] for a part of it."""
+    if shape == size:
+        return name
+    return f"{name}[{','.join(f'{begin}:{begin + length}' for begin, length in zip(start, size, strict=True))}]"
+
+
 class Piece(NamedTuple):
     """A box out of a whole tensor."""
 
@@ -24,11 +31,8 @@ class Piece(NamedTuple):
     """A view of what this rank has of it."""
 
     def key(self) -> str:
-        """Its name in a file: blocks.0.ffn.up.weight, or blocks.0.ffn.up.weight[0:32,0:16] for a part of it."""
-        if self.shape == tuple(self.values.shape):
-            return self.name
-        ends = zip(self.start, self.values.shape, strict=True)
-        return f"{self.name}[{','.join(f'{start}:{start + size}' for start, size in ends)}]"
+        """Its name in a file."""
+        return key(self.name, self.shape, self.start, tuple(self.values.shape))
 
 
 class Held(NamedTuple):
