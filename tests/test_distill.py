@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from moecomm.distill.__main__ import main  # noqa: E402
 from moecomm.nn import CONFIGS, TransformerLM, layer_groups  # noqa: E402
 from moecomm.train.__main__ import main as train  # noqa: E402
 from moecomm.train.loop import Trainer, TrainingPlan  # noqa: E402
-from moecomm.train.run import mean_of_ranks  # noqa: E402
+from moecomm.train.run import alone, mean_of_ranks  # noqa: E402
 from moecomm.train.text import Text  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
@@ -292,6 +293,42 @@ def test_cached_answers(tmp_path: Path) -> None:
         CachedTeacher(teacher, tmp_path, 257)
 
 
+def test_cached_answers_that_are_damaged(tmp_path: Path) -> None:
+    """On one of two ranks: all ask the teacher again, and what was damaged is right again."""
+    tokens = text().batch(0, 3)[:, :-1]
+    model = TransformerLM(TINY, seed=9)
+    wanted = ModelTeacher(model)(tokens)
+
+    def body(comm: Comm) -> None:
+        teacher = Counted(model)
+        folder = tmp_path / str(comm.rank)
+        cached = CachedTeacher(teacher, folder, TINY.vocabulary, comm)
+        cached(tokens)
+        (file,) = folder.iterdir()
+        content = file.read_bytes()
+        half = len(content) // 2
+        damaged = (content[:half] + b"\xff" + content[half + 1 :], content[:half], b"", None)
+        for number, other in enumerate(damaged, 2):
+            if comm.rank == 1:
+                file.unlink()
+                os.mkfifo(file) if other is None else file.write_bytes(other)
+            assert torch.equal(cached(tokens), wanted)
+            assert teacher.calls == number
+        assert torch.equal(cached(tokens), wanted)
+        assert teacher.calls == number
+
+    with pytest.warns(UserWarning, match="is damaged, the teacher is asked again"):
+        threads.run(2, body)
+
+
+def test_two_runs_in_one_folder(taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of moecomm.train and one of moecomm.distill."""
+    with alone(tmp_path, resume=False):
+        assert main(options(taught, tmp_path)) == 2
+    assert f"another run is using {tmp_path}: process {os.getpid()} on host" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"run.lock"}
+
+
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a book and a trained teacher."""
@@ -363,7 +400,8 @@ def test_a_run(taught: Path, tmp_path: Path) -> None:
     assert found[0]["config"]["num_layers"] == 2
     assert found[0]["distillation"] == {"kind": "full", "alpha": 1.0, "stop": None, "temperature": 1.0}
     assert [r["step"] for r in found if "loss" in r] == list(range(1, 11))
-    assert {path.name for path in out.iterdir()} == {"lock", "log.jsonl", "loss.png", "routing.png", "step-000010"}
+    written = {"lock", "run.lock", "log.jsonl", "loss.png", "routing.png", "step-000010"}
+    assert {path.name for path in out.iterdir()} == written
     assert len(list((tmp_path / "cache").glob("*/*.npz"))) == 20  # a file for each micro-batch
     student = ["--teacher", str(out), "--layers", "2", "--schedule", "linear", "--stop", "10", "--cache-top", "9"]
     student += ["--cache", str(tmp_path / "cache")]

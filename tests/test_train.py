@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from moecomm import Comm  # noqa: E402
 from moecomm.nn import CONFIGS, TransformerLM, checkpoint  # noqa: E402
 from moecomm.train.__main__ import main, parser  # noqa: E402
 from moecomm.train.loop import Trainer, TrainingPlan, balanced  # noqa: E402
-from moecomm.train.run import build, restore, run  # noqa: E402
+from moecomm.train.run import Log, alone, build, restore, run  # noqa: E402
 from moecomm.train.text import Text, read_text  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
@@ -145,8 +149,134 @@ def test_resumed_with_another_text(book: Path, tmp_path: Path, capsys: pytest.Ca
     settings = {key: log[0][key] for key in ("config", "plan")}  # as the first logs began: nothing of the text,
     assert settings["config"].pop("normalize") == "none"  # nor of choices that came later
     (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (settings, *log[1:])))
+    without_settings(checkpoint.last(out))
     assert main([*options, "--steps", "2", "--resume"]) == 0
     assert [record["step"] for record in records(out) if "loss" in record] == [1, 2]
+
+
+def without_settings(path: Path) -> None:
+    """A checkpoint as the first runs saved it."""
+    model = TransformerLM(CONFIGS["tiny"])
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.load(path, model, optimizer)
+    shutil.rmtree(path)
+    checkpoint.save(path.parent, 1, model, optimizer)
+
+
+def test_resumed_with_another_seed(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint says so, too, should the log be that of another run."""
+    options = [*TINY, "--text", str(book), "--steps", "1", "--out"]
+    for seed in ("3", "4"):
+        assert main([*options, str(tmp_path / seed), "--seed", seed]) == 0
+    assert main([*options, str(tmp_path / "3"), "--seed", "4", "--resume"]) == 2
+    assert "resume: plan seed is 4, expected 3, as the run in" in capsys.readouterr().err
+    shutil.copy(tmp_path / "4" / "log.jsonl", tmp_path / "3" / "log.jsonl")
+    assert main([*options, str(tmp_path / "3"), "--seed", "4", "--resume"]) == 2
+    assert "resume: plan seed is 4, expected 3, as the run of its checkpoint in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_in_one_folder(resume: bool, book: Path, tmp_path: Path) -> None:
+    """All ranks of the second say who has it, and write nothing. A killed holder is none."""
+    out = tmp_path / "out"
+    options = [*TINY, "--text", str(book), "--out", str(out), "--steps", "2"]
+    if resume:
+        assert main([*options[:-1], "1"]) == 0
+        options.append("--resume")
+    program = "import sys, time; from moecomm.train.run import alone; from pathlib import Path\n"
+    program += f"with alone(Path(sys.argv[1]), {resume}): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, str(out)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        host = re.escape(socket.gethostname())
+
+        def body(comm: Comm) -> None:
+            message = (
+                rf"another run is using {out}: process {holder.pid} on host {host} since 20\d\d-\S+ \S+  \(rank 0 "
+            )
+            with pytest.raises(ValueError, match=message):
+                run(parser().parse_args(options), comm, torch.device("cpu"))
+
+        threads.run(2, body)
+        assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+        holder.kill()
+    assert main(options) == 0
+    assert [record["step"] for record in records(out) if "loss" in record] == [1, 2]
+
+
+def test_a_run_holds_its_folder_to_its_end(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through its steps, checkpoints and pictures, and no longer."""
+    out = tmp_path / "out"
+    options = [*TINY, "--text", str(book), "--out", str(out), "--steps", "2", "--save-every", "1"]
+    refused = []
+
+    def asks(of: Any, name: str) -> None:
+        whole = getattr(of, name)
+
+        def call(*arguments: Any, **options_of_call: Any) -> Any:
+            with pytest.raises(ValueError, match="another run is using"), alone(out, resume=False):
+                pass
+            refused.append(name)
+            return whole(*arguments, **options_of_call)
+
+        monkeypatch.setattr(of, name, call)
+
+    asks(Trainer, "step")
+    asks(checkpoint, "save")
+    asks(Log, "end")
+    assert main(options) == 0
+    assert refused == ["step", "save", "step", "save", "end"]
+    with alone(out, resume=True):
+        pass
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a directory": Path.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_no_file_in_place_of_one(kind: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text, a run's lock and the log that is to be resumed: an error at once; pictures and logs are replaced."""
+    out, odd = tmp_path / "out", tmp_path / "odd"
+    NO_FILES[kind](odd)
+    options = [*TINY, "--steps", "1", "--out", str(out)]
+    assert main([*options, "--text", str(odd)]) == 2
+    assert f"text: {odd}: is {kind}, expected a regular file" in capsys.readouterr().err
+    out.mkdir()
+    options += ["--text", str(book)]
+    NO_FILES[kind](out / "run.lock")
+    assert main(options) == 2
+    assert "expected a regular file: " in capsys.readouterr().err
+    (out / "run.lock").rmdir() if kind == "a directory" else (out / "run.lock").unlink()
+    if kind != "a directory":
+        for name in ("log.jsonl", "unfinished-log.jsonl", "unfinished-loss.png", "routing.png"):
+            NO_FILES[kind](out / name)
+    assert main(options) == 0
+    (out / "log.jsonl").unlink()
+    NO_FILES[kind](out / "log.jsonl")
+    assert main([*options, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"is {kind}, expected a regular file" in error and "does not say which settings the run began with" in error
+
+
+def test_texts_that_differ(book: Path, tmp_path: Path) -> None:
+    """A file that is another one on another host."""
+
+    def body(comm: Comm) -> None:
+        mine = tmp_path / str(comm.rank)
+        mine.write_text(book.read_text() + str(comm.rank))
+        options = parser().parse_args([*TINY, "--text", str(mine), "--out", str(tmp_path / "out")])
+        with pytest.raises(ValueError, match="train: text of rank 1 is not that of rank 0"):
+            build(options, comm, torch.device("cpu"))
+        if comm.rank:
+            mine.unlink()
+        with pytest.raises(ValueError, match=r"1: No such file or directory  \(rank 1 of 2\)"):
+            build(options, comm, torch.device("cpu"))
+
+    threads.run(2, body)
 
 
 def test_resumed_without_a_log(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

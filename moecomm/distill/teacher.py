@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from moecomm.comm import Comm
 from moecomm.nn import TransformerLM
+from moecomm.nn.files import regular
+from moecomm.together import together
 
 
 class Teacher(Protocol):
@@ -42,6 +45,10 @@ class ModelTeacher:
             return self.model(tokens).logits
 
 
+ANSWERS = ("values", "places", "rest")
+"""What is kept of each token: the largest logits, which ones they are, and one for each of the others."""
+
+
 class CachedTeacher:
     """teacher, asked once for each batch: its answers are kept as files, for other students and later runs.
 
@@ -50,7 +57,8 @@ class CachedTeacher:
             probabilities (at temperature 1)
     world   of a teacher that is split over ranks: they take an answer from the files if all of them have it
 
-    Collective as the teacher is, and over world. Raises ValueError for a top beyond the vocabulary.
+    A file that is damaged gives a warning, and the teacher is asked again. Collective as the teacher is, and over
+    world. Raises ValueError for a top beyond the vocabulary, and OSError if an answer cannot be written.
     """
 
     def __init__(self, teacher: Teacher, folder: Path, top: int, world: Comm | None = None) -> None:
@@ -64,21 +72,35 @@ class CachedTeacher:
         """Collective, see the class."""
         name = hashlib.blake2b(tokens.cpu().numpy().tobytes(), digest_size=12, key=repr(tuple(tokens.shape)).encode())
         path = self.folder / f"{name.hexdigest()}-{self.top}.npz"
-        missing = np.array([float(not path.exists())])
+        answers = _read(path)
+        missing = np.array([float(answers is None)])
         if (missing if self.world is None else self.world.all_reduce(missing))[0]:
-            self._write(path, self.teacher(tokens).float())
-        with np.load(path) as file:
-            values, places, rest = (
-                torch.from_numpy(file[key]).to(tokens.device) for key in ("values", "places", "rest")
-            )
+            logits = self.teacher(tokens).float()
+            answers = together(self.world, "CachedTeacher", lambda: self._write(path, logits))
+        assert answers is not None
+        values, places, rest = (torch.from_numpy(array).to(tokens.device) for array in answers)
         whole = rest[..., None].expand(*rest.shape, self.vocabulary)
         return whole.scatter(-1, places.long(), values)
 
-    def _write(self, path: Path, logits: Tensor) -> None:
+    def _write(self, path: Path, logits: Tensor) -> list[np.ndarray]:
+        """Keep the answers, and return what was kept."""
         values, places = logits.topk(self.top)
         others = logits.scatter(-1, places, -torch.inf).logsumexp(-1) - np.log(max(1, self.vocabulary - self.top))
+        answers = [array.cpu().numpy() for array in (values, places.int(), others)]
         unfinished = path.with_suffix(f".{uuid4().hex}")  # renamed when whole: other ranks may write the same
-        with unfinished.open("wb") as file:
-            arrays = {"values": values, "places": places.int(), "rest": others}
-            np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()})
+        with unfinished.open("xb") as file:
+            np.savez(file, **dict(zip(ANSWERS, answers, strict=True)))
         unfinished.rename(path)
+        return answers
+
+
+def _read(path: Path) -> list[np.ndarray] | None:
+    """The answers kept in a file, None if there is none. A file that is damaged or none of ours is one no longer."""
+    try:
+        with open(path, "rb", opener=regular) as file, np.load(file) as arrays:
+            return [arrays[key] for key in ANSWERS]
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # zipfile raises what it meets, errors of its own and of zlib among them
+        warnings.warn(f"{path} is damaged, the teacher is asked again: {error}", stacklevel=3)
+        return None

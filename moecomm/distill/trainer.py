@@ -17,6 +17,8 @@ from moecomm.distill.schedule import Schedule
 from moecomm.distill.student import start_from, student_config
 from moecomm.distill.teacher import CachedTeacher, ModelTeacher, Teacher
 from moecomm.nn import Config, Output, TransformerLM, config_named
+from moecomm.nn.files import regular
+from moecomm.together import together
 from moecomm.train.loop import Trainer, TrainingPlan
 from moecomm.train.run import build as build_alone
 from moecomm.train.run import read_log, restore, split_model
@@ -77,7 +79,7 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
         raise ValueError(f"cache-top is {options.cache_top}, expected none without a cache")
     if options.layers and options.config:
         raise ValueError(f"layers is {options.layers}, expected none with config {options.config!r}, which has its own")
-    taught = config_of_run(options.teacher)
+    taught = together(comm, "distill", lambda: config_of_run(options.teacher))
     if options.config is None:
         config = student_config(taught, options.layers or taught.num_layers * 7 // 8)
     else:
@@ -90,12 +92,19 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
         raise ValueError(f"teacher: {error}") from None
     teacher: Teacher = ModelTeacher(model)
     if options.cache:
-        run = blake2b((options.teacher / "log.jsonl").read_bytes(), digest_size=6).hexdigest()  # no two are the same
-        teacher = CachedTeacher(teacher, options.cache / run, options.cache_top or taught.vocabulary, comm)
+        top, of_model = options.cache_top or taught.vocabulary, teacher
+        folder = together(comm, "distill", lambda: options.cache / digest_of_run(options.teacher))
+        teacher = together(comm, "distill", lambda: CachedTeacher(of_model, folder, top, comm))
     alone = build_alone(options, comm, device, config)
     if options.start == "teacher":
         start_from(alone.model, model)
     return Distiller(alone.model, alone.text, alone.plan, teacher, schedule, options.temperature)
+
+
+def digest_of_run(folder: Path) -> str:
+    """Of its log: no two runs have the same."""
+    with open(folder / "log.jsonl", "rb", opener=regular) as log:
+        return blake2b(log.read(), digest_size=6).hexdigest()
 
 
 def config_of_run(folder: Path) -> Config:
@@ -106,5 +115,5 @@ def config_of_run(folder: Path) -> Config:
         return Config(**{**found, "experts": tuple(found["experts"])})
     except OSError as error:
         raise ValueError(f"teacher: {file}: {error.strerror}: no run of moecomm.train") from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"teacher: {file} does not begin with the config of a model") from None

@@ -7,7 +7,7 @@ import signal
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from moecomm.comm import Comm
 from moecomm.nn import Config, LayerReport, TransformerLM, checkpoint, config_named, layer_groups, plot_routing
+from moecomm.nn.files import locked, regular, replacing
 from moecomm.together import together
 from moecomm.train.loop import Trainer, TrainingPlan, balanced
 from moecomm.train.text import Text, read_text
@@ -50,7 +51,9 @@ def build(options: Namespace, comm: Comm | None, device: torch.device, config: C
     config  None: the one that the options name
     """
     config = balanced(config or config_named(options.config), options.balance)
-    text = Text(read_text(options.text), config.context, options.seed)
+    text = together(comm, "train", lambda: Text(read_text(options.text), config.context, options.seed))
+    if comm is not None:
+        comm.agree("train: text", f"{text.identity()}")
     model = split_model(config, options, comm, device)
     of_run = {name: getattr(options, name) for name in ("batch", "micro_batch", "learning_rate", "balance", "seed")}
     return Trainer(model, text, TrainingPlan(precision="bfloat16" if device.type == "cuda" else "float32", **of_run))
@@ -74,63 +77,87 @@ def run(
     """Train what `make` makes as the options say; rank 0 writes. Collective.
 
     A signal to any rank ends the run after its step, with a checkpoint. Raises ValueError for options that do not fit
-    together, or if options.out has a checkpoint already that is not to be resumed, or of a run with other settings.
+    together, if another run is using options.out, or if options.out has a checkpoint already that is not to be resumed,
+    or of a run with other settings.
     """
     trainer, first = make(options, comm, device), comm is None or comm.rank == 0
-    if not options.resume and any(mean_of_ranks(comm, float(checkpoint.last(options.out) is not None))):
-        raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost: resume it")
-    made = restore(options.out, trainer.model, comm, trainer.optimizer) if options.resume else 0
-    if options.resume:
-        together(comm, "resume", lambda: check_settings(options.out, trainer.settings()) if first else None)
-    log = Log(options.out, options.steps, trainer.settings(), first, made)
-    with stop_signals() as came:
-        for step in range(made + 1, options.steps + 1):
-            start = time.perf_counter()
-            loss = trainer.step(step - 1)
-            loss, stopped = mean_of_ranks(comm, loss, float(bool(came)))
-            tokens = trainer.plan.batch * trainer.text.length
-            log.step({"step": step, "loss": loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
-            if stopped or step % options.save_every == 0 or step == options.steps:
-                path = checkpoint.save(options.out, step, trainer.model, trainer.optimizer, comm=comm, keep=1)
-                (validation,) = mean_of_ranks(comm, trainer.validate())
-                log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
-            if stopped:
-                break
-    log.end()
+    with ExitStack() as stack:
+        together(comm, "run", lambda: stack.enter_context(alone(options.out, options.resume)) if first else None)
+        if not options.resume and any(mean_of_ranks(comm, float(checkpoint.last(options.out) is not None))):
+            raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost: resume it")
+        settings = trainer.settings()
+        made = 0
+        if options.resume:
+            made, values = restore(options.out, trainer.model, comm, trainer.optimizer)
+            together(comm, "resume", lambda: check_settings(options.out, settings, values) if first else None)
+        log = together(comm, "log", lambda: Log(options.out, options.steps, settings, first, made))
+        with stop_signals() as came:
+            for step in range(made + 1, options.steps + 1):
+                start = time.perf_counter()
+                loss = trainer.step(step - 1)
+                loss, stopped = mean_of_ranks(comm, loss, float(bool(came)))
+                tokens = trainer.plan.batch * trainer.text.length
+                log.step({"step": step, "loss": loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
+                if stopped or step % options.save_every == 0 or step == options.steps:
+                    values = {"settings": settings}
+                    path = checkpoint.save(
+                        options.out, step, trainer.model, trainer.optimizer, comm=comm, values=values, keep=1
+                    )
+                    (validation,) = mean_of_ranks(comm, trainer.validate())
+                    log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
+                if stopped:
+                    break
+        log.end()
 
 
-def restore(folder: Path, model: TransformerLM, comm: Comm | None, optimizer: Any = None) -> int:
-    """Fill model and optimizer from the last checkpoint of a run, whatever its split; how many steps it had made.
+@contextmanager
+def alone(out: Path, resume: bool) -> Iterator[None]:
+    """A block in which no other run uses out. Raises ValueError that names the run that does, by out/run.lock."""
+    if resume and checkpoint.last(out) is None:
+        raise ValueError(f"{out} has no checkpoint")
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / "run.lock", f"another run is using {out}"):
+        yield
 
-    Collective. Raises ValueError if there is no checkpoint, or one of another model.
+
+def restore(folder: Path, model: TransformerLM, comm: Comm | None, optimizer: Any = None) -> tuple[int, dict[str, Any]]:
+    """Fill model and optimizer from the last checkpoint of a run, whatever its split.
+
+    Returns how many steps it had made and the values saved. Collective. Raises ValueError if there is no checkpoint, or
+    one of another model.
     """
     path = checkpoint.last(folder)
     if any(mean_of_ranks(comm, float(path is None))) or path is None:  # on one rank or more
         raise ValueError(f"{folder} has no checkpoint")
-    checkpoint.load(path, model, optimizer, comm=comm)
-    return int(path.name.removeprefix("step-"))
+    values = checkpoint.load(path, model, optimizer, comm=comm)
+    return int(path.name.removeprefix("step-")), values
 
 
-def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError unless the run in out began with these. A log without a text, an old one, takes any.
+def check_settings(out: Path, settings: dict[str, Any], values: dict[str, Any]) -> None:
+    """Raises ValueError unless the run in out began with these, by its log and by the values of its checkpoint.
 
-    What an old log does not say of the config had its default.
+    A log without a text, and a checkpoint without settings, are old ones and take any. What an old one does not say of
+    the config had its default.
     """
+    defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
 
     def flat(record: dict[str, Any]) -> dict[str, Any]:
-        return {f"{part} {name}": value for part, values in record.items() for name, value in values.items()}
+        parts = {"text": settings["text"], **record, "config": defaults | record["config"]}
+        named = {f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
+        return dict(json.loads(json.dumps(named)))  # as a log has them
 
-    defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
+    now = flat(settings)
     try:
-        first = read_log(out)[0]
-        before = flat({"text": settings["text"], **first, "config": defaults | first["config"]})
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        raise ValueError(f"{out / 'log.jsonl'} does not say which settings the run began with") from None
-    now = flat(json.loads(json.dumps(settings)))
-    other = [name for name in before | now if before.get(name) != now.get(name)]
-    if other:
-        got = ", ".join(f"{name} is {now.get(name)!r}, expected {before.get(name)!r}" for name in other)
-        raise ValueError(f"{got}, as the run in {out} began")
+        began = flat(read_log(out)[0])
+        saved = flat(values["settings"]) if "settings" in values else now
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        reason = f" ({error})" if isinstance(error, OSError) else ""
+        raise ValueError(f"{out / 'log.jsonl'} does not say which settings the run began with{reason}") from None
+    for before, source in ((began, f"the run in {out} began"), (saved, f"the run of its checkpoint in {out} began")):
+        other = [name for name in before | now if before.get(name) != now.get(name)]
+        if other:
+            got = ", ".join(f"{name} is {now.get(name)!r}, expected {before.get(name)!r}" for name in other)
+            raise ValueError(f"{got}, as {source}")
 
 
 def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
@@ -173,9 +200,8 @@ class Log:
             kept = [record for record in read_log(out)[1:] if record["step"] <= made] if made else []
             self.steps = [record for record in kept if "loss" in record]
             self.checkpoints = [record for record in kept if "validation_loss" in record]
-            unfinished = out / "log.unfinished"  # renamed when whole: the earlier log stays until then
-            unfinished.write_text("".join(json.dumps(record) + "\n" for record in (settings, *kept)))
-            unfinished.replace(out / "log.jsonl")
+            with replacing(out / "log.jsonl") as unfinished:
+                unfinished.write_text("".join(json.dumps(record) + "\n" for record in (settings, *kept)))
 
     def step(self, record: dict[str, Any]) -> None:
         """A step, for the file and the bar."""
@@ -199,18 +225,21 @@ class Log:
         self.bar.close()
         if self.first:
             if self.reports:
-                plot_routing(self.reports, self.out / "routing.png")
-            plot_losses({"training": self.steps, "validation": self.checkpoints}, self.out / "loss.png")
+                with replacing(self.out / "routing.png") as picture:
+                    plot_routing(self.reports, picture)
+            with replacing(self.out / "loss.png") as picture:
+                plot_losses({"training": self.steps, "validation": self.checkpoints}, picture)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.first:
-            with (self.out / "log.jsonl").open("a") as file:
+            with open(self.out / "log.jsonl", "a", opener=regular) as file:
                 file.write(json.dumps(record) + "\n")
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
     """The records of a run: its settings first. A line that a full disk has cut off is none."""
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().split("\n")[:-1]]
+    with open(out / "log.jsonl", opener=regular) as file:
+        return [json.loads(line) for line in file.read().split("\n")[:-1]]
 
 
 def plot_losses(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.nn.files import regular
+
 HELD_OUT = 0.05
 """Share of the text, its end, that is never trained on."""
 
@@ -19,13 +21,14 @@ HELD_OUT = 0.05
 def read_text(files: Sequence[str | Path]) -> Tensor:
     """The bytes of the files, one behind the other, uint8; no files: the Python standard library's own sources.
 
-    Raises ValueError for a file that cannot be read, is not UTF-8, or if there is no text at all.
+    Raises ValueError for a file that cannot be read, is no regular file or not UTF-8, or if there is no text at all.
     """
     paths = [Path(file) for file in files] or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     parts = []
     for path in paths:
         try:
-            parts.append(path.read_text("utf-8").encode())
+            with open(path, encoding="utf-8", opener=regular) as file:
+                parts.append(file.read().encode())
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"text: {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
