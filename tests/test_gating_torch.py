@@ -127,6 +127,15 @@ def test_gradient_of_large_and_of_impossible_logits() -> None:
     torch.testing.assert_close(logits.grad[0].double(), wanted, rtol=1e-6, atol=1e-9)
 
 
+def test_gradient_of_a_sigmoid_near_one() -> None:
+    """s * (1 - s), where 1 - s in float32 would have three digits left."""
+    logits = torch.tensor([[9.0, 8.0, -9.0, -torch.inf]], requires_grad=True)
+    route(logits, 1, score="sigmoid").weight.sum().backward()
+    wide = logits.detach().double()[0]
+    wanted = torch.tensor([1.0, 0, 0, 0]) * torch.sigmoid(wide) * torch.sigmoid(-wide)
+    torch.testing.assert_close(logits.grad[0].double(), wanted, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gradient_has_the_dtype_of_the_logits(dtype: Any) -> None:
     logits = tensors(1, (40, 8), dtype=dtype)[0]

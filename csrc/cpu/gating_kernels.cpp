@@ -419,7 +419,8 @@ void route_backward(const RouteBackward& a, std::int64_t first, std::int64_t las
                     const bool above = total[l] > 1e-20f;
                     const float sum = above ? total[l] : 1e-20f;
                     const float through_sum = above ? share_dot[l] / sum : 0.0f;
-                    s.x[i] = (grad[i] + (g - through_sum) / sum) * score[i] * (1.0f - score[i]) + from_lse;
+                    const float rest = sigmoid(-s.x[i]);  // 1 - score, which would lose digits where the score is near 1
+                    s.x[i] = (grad[i] + (g - through_sum) / sum) * score[i] * rest + from_lse;
                 }
             }
         }
