@@ -146,9 +146,9 @@ def unpermute(rows: NDArray, routing: Routing, residual: NDArray | None = None) 
     wide = np.float64 if rows.dtype == np.float64 else np.float32
     T, K = routing.row.shape
     y = np.zeros((T, rows.shape[1]), wide) if residual is None else residual.astype(wide)
-    for t, k in np.ndindex(T, K):
-        if routing.row[t, k] >= 0:
-            y[t] += wide(routing.weight[t, k]) * rows[routing.row[t, k]].astype(wide)
+    for k in range(K):
+        kept = np.flatnonzero(routing.row[:, k] >= 0)
+        y[kept] += routing.weight[kept, k, None].astype(wide) * rows[routing.row[kept, k]].astype(wide)
     return y.astype(rows.dtype)
 
 
