@@ -26,11 +26,14 @@ test-mpi: $(VENV)/.test
 	$(ACTIVATE) mpirun -n 4 python -m pytest -m mpi --only-mpi
 	$(ACTIVATE) mpirun -n 8 python -m pytest -m mpi --only-mpi
 
-# For a machine with GPUs, in an environment that has torch with CUDA and moecomm installed.
+# For a machine with GPUs, in an environment that has torch with CUDA and moecomm installed. A failure that depends on
+# the random numbers of a run shows with some of so many seeds.
+SEEDS ?= 20
 test-gpu:
-	torchrun --nproc-per-node gpu tests/programs/nccl.py
-	torchrun --nproc-per-node gpu tests/programs/direct.py
-	$(PYTHON) tests/programs/gating_cuda.py
+	$(PYTHON) tests/programs/gating_cuda.py --seeds $(SEEDS)
+	$(PYTHON) tests/programs/direct.py --threads 1 --seeds $(SEEDS)
+	torchrun --nproc-per-node gpu tests/programs/direct.py --seeds $(SEEDS)
+	torchrun --nproc-per-node gpu tests/programs/nccl.py --seeds $(SEEDS)
 
 lint: $(VENV)/.test
 	$(ACTIVATE) ruff check . && ruff format --check . && mypy && lint-imports

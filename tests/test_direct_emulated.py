@@ -10,6 +10,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,8 +20,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import PROGRAMS
 
-from moecomm import CommError
+from moecomm import CommError, Routing
 from moecomm.exchange.direct import DirectExchange
 from moecomm.exchange.direct_kernels import Buffer, Buffers, Cut, Memory, Shape
 from moecomm.exchange.direct_plan import DirectPlan
@@ -29,6 +31,9 @@ from moecomm.gating.kernel import Kernel, _argument, read_source
 torch = pytest.importorskip("torch")
 if shutil.which("g++") is None:
     pytest.skip("there is no g++", allow_module_level=True)
+sys.path.insert(0, str(PROGRAMS))
+
+import direct  # noqa: E402
 
 FOLDER = Path(__file__).parent / "emulation"
 COMPILER = ("g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off")
@@ -440,6 +445,35 @@ def test_all_calls(gpus: Gpus, name: str, max_rows: int | None) -> None:
         for wanted, result in zip(all_wanted, results, strict=True):
             check(result, wanted, rank)
         assert untouched(exchange, num_buffers)
+
+
+@pytest.mark.parametrize("name", ["1 rank, tags", "2 ranks, slices", "4 ranks, slices", "8 ranks, flags"])
+def test_sums_of_any_numbers(gpus: Gpus, name: str) -> None:
+    """Answers and gradients are as near as tests/programs/direct.py asks of a GPU."""
+    shape = CASES[name]
+    made, kept = exchanges(shape), []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for exchange, (x, expert, weight, _) in zip(made, inputs(shape, seed), strict=True):
+            x, grad_y = torch.randn((2, *x.shape), generator=generator).to(x.dtype)
+            rows, plan = exchange.send(x, expert, weight, False)
+            answers = torch.zeros_like(rows)
+            gpus.host(exchange.comm.rank, lambda rows=rows, answers=answers: answers.copy_(direct.answer(rows)))
+            y, _ = exchange.give_back(answers, plan, plan.weight)
+            grad_answers, grad_weight = exchange.spread(grad_y, answers, plan)
+            grad_rows = torch.zeros_like(rows)
+
+            def back(rows: Any = rows, grad_answers: Any = grad_answers, grad_rows: Any = grad_rows) -> None:
+                grad_rows.copy_(grad_answers * (rows.abs() <= 1))
+
+            gpus.host(exchange.comm.rank, back)
+            grads = exchange.give_back(grad_rows, plan, None, grad_weight)
+            known = (expert >= 0) & (expert < exchange.num_experts)
+            kept.append((y, grads, x, Routing(torch.where(known, expert, -1), weight), grad_y, (rows, answers, plan)))
+    gpus.run(0)
+    for y, grads, x, routing, grad_y, _ in kept:
+        direct.near_answer("combine", y, x, routing, shape.ranks)
+        direct.near_gradients(grads, x, routing, grad_y, shape.ranks)
 
 
 @pytest.mark.parametrize("name", ["2 ranks, tags, slices", "4 ranks, chunks of 4", "4 ranks, slices", "8 ranks, tags"])
