@@ -88,6 +88,26 @@ class collective:  # noqa: N801 - read as a word: with collective("dispatch", co
             comm.fail(f"{self._call} failed: {reason}")
 
 
+class Sharers:
+    """The Comms of this rank over one communicator of a library: what makes one of them unusable does so for all."""
+
+    def __init__(self) -> None:
+        self._failure: str | None = None
+        self._comms: weakref.WeakSet[Comm] = weakref.WeakSet()
+
+    def add(self, comm: Comm) -> None:
+        """A Comm that was made over it now: it has failed if an earlier one has."""
+        self._comms.add(comm)
+        comm.failure = self._failure
+
+    def fail(self, why: str) -> None:
+        """Called by the one that fails."""
+        self._failure = self._failure or why
+        for comm in self._comms:
+            if comm.failure is None:
+                comm.fail(why)
+
+
 def refused(error: E) -> E:
     """The error, which is raised before anything was sent, or on all ranks together: the Comm stays usable."""
     error.nothing_was_sent = True  # type: ignore[attr-defined]
@@ -290,35 +310,31 @@ class Comm(Identity, ABC):
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def checked(
-        self,
-        call: str,
-        check: Callable[..., T],
-        *arguments: Any,
-        same: Callable[[T], str] | None = None,
-        compare: bool = False,
-    ) -> T:
+    def checked(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str] | None = None) -> T:
         """check(*arguments), with the call and the rank added to the ValueError or TypeError that it raises.
 
-        check    looks at what one rank can see alone
-        same     says of its result, in a text, what must be the same on all ranks
-        compare  whether these texts are compared, which is collective. `Checked` always compares, and raises what one
-                 rank refuses on all of them
+        check  looks at what one rank can see alone
+        same   says of its result, in a text, what must be the same on all ranks
+
+        `Checked` makes this a collective: the texts are compared, and what one rank refuses is raised on all of them.
         """
         self.check_usable(call)
         try:
-            result = check(*arguments)
+            return check(*arguments)
         except (TypeError, ValueError) as error:
             raise refused(type(error)(f"{call}: {error}{self.where()}")) from None
-        if compare:
-            self.compare_texts(text_of_call(call, result, same))
+
+    def compared(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
+        """`checked`, and the texts are compared in any case: for the first call of an object. Collective."""
+        result = self.checked(call, check, *arguments)
+        self.compare_texts(text_of_call(call, result, same))
         return result
 
     def _opened(self, call: str, check: Callable[..., Arguments], *arguments: Any) -> Arguments:
-        """`checked`, with the rows compared at the first call of each kind."""
+        """The arguments, whose rows the ranks compare at the first call of each kind."""
         if call in self._compared or self._compares_rows:
             return self.checked(call, check, *arguments, same=_rows_text)
-        result = self.checked(call, check, *arguments, same=_rows_text, compare=True)
+        result = self.compared(call, check, *arguments, same=_rows_text)
         self._compared |= {call}
         return result
 

@@ -161,7 +161,8 @@ class AllToAll(Identity, ABC):
         """What `check` returns; at this object's first call the ranks compare what `same` says of it."""
         self._check_not_freed()
         call = f"{type(self).__name__}{form}"
-        result = self.comm.checked(call, check, *arguments, same=same, compare=not self._compared)
+        door = self.comm.checked if self._compared else self.comm.compared
+        result = door(call, check, *arguments, same=same)
         self._compared = True
         return result
 

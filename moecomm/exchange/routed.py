@@ -153,10 +153,8 @@ class RoutedExchange:
                 f"{tokens_text(x)}, K = {checked[1].shape[1]}, send={self.send!r}, experts on each rank {self.experts}"
             )
 
-        first = not self._compared
-        checked = self.comm.checked(
-            f"{type(self).__name__}.dispatch", self._dispatch_arguments, x, routing, same=same, compare=first
-        )
+        door = self.comm.checked if self._compared else self.comm.compared
+        checked = door(f"{type(self).__name__}.dispatch", self._dispatch_arguments, x, routing, same=same)
         self._compared = True
         return checked
 

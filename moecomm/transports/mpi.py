@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
-from moecomm.comm import Comm, Started, refused
+from moecomm.comm import Comm, Sharers, Started, refused
 from moecomm.errors import CommError
 from moecomm.transports.limit import check_limit, wait
 
@@ -32,6 +32,9 @@ LARGEST_COUNT = 2**31 - 1
 
 _UNDER_WAY: set[_Request] = set()
 """MPI may still write to their buffers, whoever has lost interest: the caller, a call after its limit, the Comm."""
+SHARERS = MPI.Comm.Create_keyval()
+"""Where a communicator keeps which MpiComms there are over it."""
+
 MOST_ROW_TYPES = 32
 """Row types kept for the next call; making one takes about a microsecond."""
 
@@ -64,6 +67,16 @@ class MpiComm(Comm):
         self._row_types: dict[int, Any] = {}  # by bytes
         weakref.finalize(self, _free_types, self._row_types).atexit = False  # MPI is gone by then
         self._calls = 0
+        sharers: Any = comm.Get_attr(SHARERS)
+        if sharers is None:
+            sharers = Sharers()
+            comm.Set_attr(SHARERS, sharers)
+        self._sharers: Sharers = sharers
+        self._sharers.add(self)
+
+    def fail(self, why: str) -> None:
+        super().fail(why)
+        self._sharers.fail(why)
 
     def check_usable(self, call: str) -> None:
         if self.failure is None and self._comm == MPI.COMM_NULL:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
-from moecomm.comm import Comm, refused
+from moecomm.comm import Comm, Sharers, refused
 from moecomm.errors import CommError
 from moecomm.transports.limit import check_limit, wait
 
@@ -28,6 +28,10 @@ try:
     import torch.distributed.distributed_c10d as c10d
 except ImportError as error:
     raise ImportError(f"moecomm's torch transport needs torch ({error}): pip install 'moecomm[torch]'") from error
+
+
+SHARERS: weakref.WeakKeyDictionary[Any, Sharers] = weakref.WeakKeyDictionary()
+"""Which TorchComms there are over a group."""
 
 
 class TorchComm(Comm):
@@ -55,6 +59,12 @@ class TorchComm(Comm):
         self._backends = dist.get_backend_config(group)  # such as cpu:gloo,cuda:nccl
         self._moves_host_memory = any(backend.startswith("cpu:") for backend in self._backends.split(","))
         self._owned = False
+        self._sharers = SHARERS.setdefault(group, Sharers())
+        self._sharers.add(self)
+
+    def fail(self, why: str) -> None:
+        super().fail(why)
+        self._sharers.fail(why)
 
     @property
     def _group(self) -> Any:

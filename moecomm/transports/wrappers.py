@@ -65,15 +65,11 @@ class _Wrapper(Comm):
     def check_usable(self, call: str) -> None:
         self.inner.check_usable(call)
 
-    def checked(
-        self,
-        call: str,
-        check: Callable[..., T],
-        *arguments: Any,
-        same: Callable[[T], str] | None = None,
-        compare: bool = False,
-    ) -> T:
-        return self.inner.checked(call, check, *arguments, same=same, compare=compare)
+    def checked(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str] | None = None) -> T:
+        return self.inner.checked(call, check, *arguments, same=same)
+
+    def compared(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
+        return self.inner.compared(call, check, *arguments, same=same)
 
     def tell_refusal(self, error: Exception) -> None:
         self.inner.tell_refusal(error)
@@ -130,14 +126,10 @@ class Checked(_Wrapper):
     there are any. For finding mistakes, not for production.
     """
 
-    def checked(
-        self,
-        call: str,
-        check: Callable[..., T],
-        *arguments: Any,
-        same: Callable[[T], str] | None = None,
-        compare: bool = False,
-    ) -> T:
+    def compared(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
+        return self.checked(call, check, *arguments, same=same)
+
+    def checked(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str] | None = None) -> T:
         try:
             result = self.inner.checked(call, check, *arguments, same=same)
             text = text_of_call(call, result, same)
