@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.arrays import Array, Counts, as_dtype, sum_dtype
+from moecomm.arrays import Array, Counts, as_dtype, num_axes, sum_dtype
 from moecomm.comm import Comm, collective, refused, rows_text
 from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
@@ -132,6 +132,7 @@ class TensorParallelExchange:
             raise
 
     def _dispatch_arguments(self, x: Array, routing: Routing) -> Counts:
+        num_axes(x, "x")
         expert = on_host_as_int64(routing.expert)
         if expert.ndim != 2:
             raise ValueError(f"routing.expert has shape {expert.shape}, expected (T, K)")
