@@ -50,6 +50,10 @@ class Started(Protocol):
         """Whether it is finished, on this rank. To be asked until it is: a transport may work in here alone."""
 
 
+Missing = Callable[[], Sequence[int]]
+"""Returns the ranks of a Comm that have not come to a call, as far as that can be seen from here."""
+
+
 class _Done:
     def done(self) -> bool:
         return True
@@ -282,8 +286,11 @@ class Comm(Identity, ABC):
     def progress(self) -> None:  # for a transport that moves by itself there is nothing to do
         """Move on what others wait for. For an algorithm whose ranks wait outside of the transport. Not collective."""
 
-    def waiting(self, call: str, seconds: float) -> None:
-        """Raise CommError if `call` need not be waited for: a rank has failed, or the Comm's limit is over."""
+    def waiting(self, call: str, seconds: float, missing: Missing = list) -> None:
+        """Raise CommError if `call` need not be waited for: the Comm has failed, its limit is over, or a rank is gone.
+
+        missing  a rank that has ended counts as gone if it had not begun the call
+        """
         self.check_usable(call)
         if self._limit is not None and seconds > self._limit:
             self._give_up(call)

@@ -617,7 +617,6 @@ def test_a_rank_that_returns_instead() -> None:
 
 def test_a_rank_that_gets_nothing_stays_until_all_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 64)  # each rank has a core of its own
-    monkeypatch.setattr(threads, "LONGEST_FAREWELL", 0.05)
 
     def body(comm: Comm) -> int:
         a2a = SharedAllToAll(comm, Nodes.of_size(3, 3))
@@ -627,6 +626,60 @@ def test_a_rank_that_gets_nothing_stays_until_all_have_come(monkeypatch: pytest.
         return len(a2a.send(np.zeros((2, 1)), route))
 
     assert threads.run(3, body) == [3, 0, 3]
+
+
+def wait_for_the_end_of(*ranks: int) -> None:
+    names = {f"rank {rank}" for rank in ranks}
+    while any(thread.name in names for thread in threading.enumerate()):
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("late", [2, 3], ids=["leader", "other"])
+def test_ranks_that_have_returned_after_the_call_are_not_gone(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the machine is loaded: a node still works on a call that the other node's ranks ended long ago."""
+    monkeypatch.setattr(shared, "PATIENCE_US", 1000)
+    looked = []
+
+    def waiting(comm: Comm, call: str, seconds: float, missing: Any) -> None:
+        real_waiting(comm, call, seconds, missing)
+        looked.append(comm.rank)
+
+    real_waiting = threads.ThreadComm.waiting
+    monkeypatch.setattr(threads.ThreadComm, "waiting", waiting)
+
+    def body(comm: Comm) -> list[int]:
+        a2a = SharedAllToAll(comm, Nodes.of_size(2, 4), leaders=2 if late == 3 else 1)
+        real_start = a2a._start
+
+        def start(way: Any, chunk: int) -> Any:
+            started = real_start(way, chunk)
+            if comm.rank == late:
+                wait_for_the_end_of(0, 1)
+                looked.clear()
+                while len(looked) < 5:  # of the other rank of this node, which waits for this one
+                    time.sleep(0.001)
+            return started
+
+        a2a._start = start  # type: ignore[method-assign]
+        return a2a(np.full((4, 3), comm.rank))[:, 0].tolist()
+
+    assert threads.run(4, body) == [[0, 1, 2, 3]] * 4
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 3, 6])
+def test_all_ranks_hear_of_one_that_has_returned(ranks_per_node: int) -> None:
+    """Those of other nodes too, though nobody else ends before all have heard."""
+    all_have_heard = threading.Barrier(5)
+
+    def body(comm: Comm) -> None:
+        a2a = SharedAllToAll(comm, Nodes.of_size(ranks_per_node, 6))
+        if comm.rank == 4:
+            return
+        with pytest.raises(CommError, match=r"rank 4 has returned|another rank of this node has failed"):
+            a2a(np.zeros((6, 3)))
+        all_have_heard.wait()
+
+    threads.run(6, body)
 
 
 @pytest.mark.parametrize("limit", ["2", "none"])
@@ -690,6 +743,19 @@ def test_a_ring_that_has_failed_stays_so() -> None:
     for _ in range(2):
         ring.begin(whole, src, dst)
         assert ring.step(0) == Event.failed
+
+
+def test_a_ring_knows_who_has_not_begun() -> None:
+    layout = RingLayout(num_ranks=3, num_nodes=1, num_slots=4, num_leaders=1, window=64)
+    memory, nothing = np.zeros(layout.num_bytes, np.uint8), np.zeros(0, np.uint8)
+    rings = [NodeRing(memory, layout, local_rank=rank, node=0, spin_us=0) for rank in range(3)]
+    none = Transfer(*(numbers(0), numbers(0), np.zeros((0, 3), np.int64), 0) * 2, 1, 64, 0)
+    begun = [0, 0, 0]
+    for rank in (0, 0, 2, 1, 1, 2, 2, 1, 0):
+        rings[rank].begin(none, nothing, nothing)
+        begun[rank] += 1
+        for ring, count in zip(rings, begun, strict=True):
+            assert ring.missing() == [other for other in range(3) if begun[other] < count]
 
 
 def test_a_transfer_that_cannot_be_is_refused() -> None:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from conftest import check_limits
 
-from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, testing
+from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, Nodes, SharedAllToAll, testing
 from moecomm.transports import threads
 
 
@@ -132,6 +137,157 @@ def test_bad_size(size: object) -> None:
 
 def test_limits() -> None:
     check_limits("run", lambda limit: threads.run(2, lambda comm: comm.all_reduce(np.ones(1)), limit=limit))
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+
+def interrupt() -> None:
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def ranks_alive() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("rank")]
+
+
+def barriers(comm: Comm) -> None:
+    comm.barrier()
+
+
+def barriers_of_pairs(comm: Comm) -> None:
+    comm.barrier()
+    pair = comm.split(comm.rank // 2)
+    while True:
+        pair.barrier()
+
+
+def shared_memory(comm: Comm) -> None:
+    a2a = SharedAllToAll(comm, Nodes.of_size(2, comm.size))
+    while True:
+        a2a(np.zeros((comm.size, 1000)))
+
+
+def shared_memory_of_one_node(comm: Comm) -> None:
+    a2a = SharedAllToAll(comm, Nodes.of_size(comm.size, comm.size))
+    if comm.rank:  # rank 0 does not come
+        a2a(np.zeros((comm.size, 1000)))
+    while True:
+        comm.check_usable("nothing")
+
+
+def alone(comm: Comm) -> None:
+    only = comm.split(comm.rank)
+    while True:
+        only.all_reduce(np.ones(1))
+
+
+@pytest.mark.parametrize("work", [barriers, barriers_of_pairs, shared_memory, shared_memory_of_one_node, alone])
+@pytest.mark.parametrize("catches", [False, True])
+def test_an_interrupt_ends_the_ranks_first(work: Callable[[Comm], None], catches: bool) -> None:
+    said = []
+
+    def body(comm: Comm) -> None:
+        comm.barrier()
+        if comm.rank == 0:
+            interrupt()
+        try:
+            while True:
+                work(comm)
+        except CommError as error:
+            said.append(str(error))
+            if not catches:
+                raise
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(4, body)
+    assert not ranks_alive()
+    assert len(said) == 4
+    assert all("run was interrupted by KeyboardInterrupt" in text for text in said), said
+
+
+class TimeIsUp(BaseException):
+    pass
+
+
+def test_what_another_signal_raises_is_raised() -> None:
+    def raise_it(*arguments: object) -> None:
+        raise TimeIsUp("a test's time-out")
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    try:
+        with pytest.raises(TimeIsUp, match="a test's time-out"):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            threads.run(3, lambda comm: [comm.barrier() for _ in range(10**9)])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not ranks_alive()
+
+
+@pytest.mark.parametrize("patience", [0.2, 1e6])
+def test_a_rank_that_comes_to_no_collective_is_left_and_named(patience: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while, or at the second interrupt."""
+    monkeypatch.setattr(threads, "LONGEST_FAREWELL", patience)
+    may_go_on, said = threading.Event(), []
+
+    def body(comm: Comm) -> None:
+        comm.barrier()
+        try:
+            if comm.rank == 1:
+                interrupt()
+                may_go_on.wait()
+            comm.barrier()
+        except CommError as error:
+            said.append(str(error))
+            if comm.rank == 0 and patience > 1:
+                interrupt()
+
+    with pytest.raises(KeyboardInterrupt), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        threads.run(3, body)
+    assert "rank 1" in ranks_alive()
+    texts = " ".join(str(warning.message) for warning in warned)
+    after = r"came to no collective for 0.2 s after KeyboardInterrupt, and go on as daemon threads"
+    assert re.fullmatch(rf"run: rank\(s\) \[.*1.*\] {after}" if patience < 1 else "", texts)
+    may_go_on.set()
+    while ranks_alive():
+        time.sleep(0.001)
+    assert len(said) == 3, "its next collective ends it"
+
+
+def test_threads_that_cannot_be_started_end_those_that_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "rank 3":
+            raise RuntimeError("can't start new thread")
+        real_start(thread)
+
+    real_start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threads.run(5, lambda comm: comm.barrier())
+    assert not ranks_alive()
+
+
+def test_an_interrupted_program_ends_as_programs_do() -> None:
+    program = """
+import os, signal
+import numpy as np
+from moecomm import Nodes, SharedAllToAll
+from moecomm.transports import threads
+
+def body(comm):
+    a2a = SharedAllToAll(comm, Nodes.of_size(2, 4))
+    for i in range(10**9):
+        a2a(np.zeros((4, 1000)))
+        if i == comm.rank == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+threads.run(4, body)
+"""
+    job = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert job.returncode == -signal.SIGINT
+    assert job.stderr.splitlines()[-1] == "KeyboardInterrupt"
+    assert "terminate called" not in job.stderr
 
 
 KERNELS = {

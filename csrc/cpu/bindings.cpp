@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <stdexcept>
@@ -113,6 +114,7 @@ static void bind_node_ring(nb::module_& m) {
             },
             "transfer"_a, "src"_a.noconvert(), "dst"_a.noconvert(), "The caller keeps all three until it is finished.")
         .def("step", &NodeRing::step, "timeout_us"_a, nb::call_guard<moecomm::ReleasedGil>())
+        .def("missing", &NodeRing::missing, "The ranks of the node that have not begun this transfer.")
         .def("fail", &NodeRing::fail)
         .def_prop_ro("chunk", &NodeRing::chunk, "The chunk that the leader is to exchange.")
         .def("places", &NodeRing::places, "chunk"_a, "Where in the memory it is: (outgoing, incoming), in bytes.");

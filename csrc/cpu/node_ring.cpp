@@ -54,10 +54,14 @@ std::int64_t clipped(std::int64_t bytes, std::int64_t from, std::int64_t window)
 
 }  // namespace
 
-// memory: one line that says "failed", the counters of each slot, the slots
+// memory: one line that says "failed", the counters of each slot, what each rank has begun, the slots
+std::int64_t NodeRing::num_lines(const Layout& layout) {
+    return 1 + layout.num_slots * num_counters + layout.num_ranks;
+}
+
 std::int64_t NodeRing::bytes_needed(const Layout& layout) {
     const std::int64_t slot_bytes = (2 * layout.num_nodes - 1) * layout.window;
-    return line_bytes * (1 + layout.num_slots * num_counters) + layout.num_slots * slot_bytes;
+    return line_bytes * num_lines(layout) + layout.num_slots * slot_bytes;
 }
 
 NodeRing::NodeRing(std::byte* memory, const Layout& layout, std::int64_t local_rank, std::int64_t node,
@@ -69,10 +73,14 @@ std::uint32_t* NodeRing::counter(std::int64_t chunk, Counter which) const {
     return reinterpret_cast<std::uint32_t*>(memory_ + line * line_bytes);
 }
 
+std::uint32_t* NodeRing::begun(std::int64_t rank) const {
+    const std::int64_t line = 1 + layout_.num_slots * num_counters + rank;
+    return reinterpret_cast<std::uint32_t*>(memory_ + line * line_bytes);
+}
+
 std::byte* NodeRing::slot(std::int64_t chunk) const {
     const std::int64_t slot_bytes = (2 * layout_.num_nodes - 1) * layout_.window;
-    const std::int64_t start = line_bytes * (1 + layout_.num_slots * num_counters);
-    return memory_ + start + (first_ + chunk) % layout_.num_slots * slot_bytes;
+    return memory_ + line_bytes * num_lines(layout_) + (first_ + chunk) % layout_.num_slots * slot_bytes;
 }
 
 std::uint32_t NodeRing::use(std::int64_t chunk) const {
@@ -90,6 +98,14 @@ void NodeRing::begin(const Transfer* transfer, const std::byte* src, std::byte* 
     src_ = src;
     dst_ = dst;
     turn_ = phase_ = 0;
+    __atomic_store_n(begun(local_rank_), ++num_begun_, __ATOMIC_RELEASE);
+}
+
+std::vector<std::int64_t> NodeRing::missing() const {
+    std::vector<std::int64_t> ranks;
+    for (std::int64_t rank = 0; rank < layout_.num_ranks; ++rank)
+        if (!is_past(load(begun(rank)), num_begun_)) ranks.push_back(rank);
+    return ranks;
 }
 
 void NodeRing::fail() {

@@ -64,6 +64,9 @@ public:
     // incoming of chunk() is complete before the next step. Up to num_slots exchanges are under way.
     Event step(std::int64_t timeout_us);
 
+    // The ranks of the node that have not begun the transfer that this one has begun last.
+    std::vector<std::int64_t> missing() const;
+
     // Make step() return `failed` on every rank of the node, now and ever after.
     void fail();
 
@@ -74,8 +77,10 @@ public:
 
 private:
     enum Counter { written, exchanged, taken, num_counters };
+    static std::int64_t num_lines(const Layout&);   // before the slots
     std::uint32_t* failed() const { return reinterpret_cast<std::uint32_t*>(memory_); }
     std::uint32_t* counter(std::int64_t chunk, Counter) const;
+    std::uint32_t* begun(std::int64_t rank) const;   // how many transfers it has begun
     std::byte* slot(std::int64_t chunk) const;
     std::byte* outgoing(std::int64_t chunk) const { return slot(chunk); }
     std::byte* incoming(std::int64_t chunk) const { return slot(chunk) + layout_.num_nodes * layout_.window; }
@@ -94,6 +99,7 @@ private:
     const Transfer* transfer_ = nullptr;
     const std::byte* src_ = nullptr;
     std::byte* dst_ = nullptr;
+    std::uint32_t num_begun_ = 0;  // by this rank
     std::int64_t first_ = 0;       // number of chunks of all transfers before this one
     std::int64_t after_ = 0;       // the same for the next one
     std::int64_t turn_ = 0;        // chunk that is written in this turn; the one before it is read

@@ -163,13 +163,19 @@ class SharedAllToAll(AllToAll):
                         self._leader_comm.waiting(call, time.monotonic() - began)
                         time.sleep(self._pause)
                 elif event == Event.failed:
+                    self.comm.waiting(call, 0.0)  # says why, where the transport knows
                     raise CommError(f"{call}: another rank of this node has failed in it{self.comm.where()}")
                 else:
-                    self.comm.waiting(call, time.monotonic() - began)
+                    self.comm.waiting(call, time.monotonic() - began, self._missing)
                     self.comm.progress()
         except BaseException:
             ring.fail()  # the node's other ranks wait for this one
             raise
+
+    def _missing(self) -> list[int]:
+        """The ranks of this node that have not begun this transfer."""
+        node = self.nodes.ranks[self._streams.node]
+        return [node[local] for local in self._ring.missing()]
 
     def _start(self, way: Way, chunk: int) -> Started:
         to_node, from_node = way.counts(chunk)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moecomm.arrays import Array, Counts, row_bytes
-from moecomm.comm import Comm, Started, refused, text_of_call
+from moecomm.comm import Comm, Missing, Started, refused, text_of_call
 from moecomm.errors import CommError
 
 T = TypeVar("T")
@@ -104,8 +104,8 @@ class _Wrapper(Comm):
     def progress(self) -> None:
         self.inner.progress()
 
-    def waiting(self, call: str, seconds: float) -> None:
-        self.inner.waiting(call, seconds)
+    def waiting(self, call: str, seconds: float, missing: Missing = list) -> None:
+        self.inner.waiting(call, seconds, missing)
 
     def _split(self, color: int, key: int) -> Comm:
         return type(self)(self.inner._split(color, key))
