@@ -39,6 +39,8 @@ LARGEST_INT = 2**31 - 1
 
 LARGEST_SUM = 2**63 - 1
 
+SPLIT_FROM_A_FAILED_COMM = "the Comm that it was split from cannot be used"
+
 TEXT_BYTES = 512
 """What a rank tells the others about its call, at most."""
 
@@ -306,7 +308,7 @@ class Comm(Identity, ABC):
         for reference in self._children:
             part = reference()
             if part is not None:
-                part.fail(f"the Comm that it was split from cannot be used: {why}")
+                part.fail(f"{SPLIT_FROM_A_FAILED_COMM}: {why}")
 
     def _adopt(self, part: Comm) -> None:
         alive = [reference for reference in self._children if reference() is not None]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moecomm.arrays import Array, Counts, as_bytes, dtype_name, is_torch, row_bytes
-from moecomm.comm import Comm, Missing
+from moecomm.comm import SPLIT_FROM_A_FAILED_COMM, Comm, Missing
 from moecomm.errors import CommError
 from moecomm.transports.limit import check_limit
 
@@ -166,8 +166,10 @@ class _Group:
 
     def failure(self) -> str | None:
         """Why nobody may wait here any more: this group has failed, or one that it was split from."""
-        inherited = self.world.failure if self.parent is None else self.parent.failure()
-        return self._failure or inherited
+        if self._failure is not None or self.parent is None:
+            return self._failure or self.world.failure
+        inherited = self.parent.failure()
+        return inherited and f"{SPLIT_FROM_A_FAILED_COMM}: {inherited}"
 
     def fail(self, why: str) -> None:
         """End this meeting and all later ones of the group, and of those that were split from it."""
