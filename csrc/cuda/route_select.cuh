@@ -301,8 +301,12 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
     known = KEYS_ARE_LOGITS && !NOISE;
   }
 #pragma unroll
-  for (int s = 0; s < PER_LANE; ++s)
+  for (int s = 0; s < PER_LANE; ++s) {
     if (!known) best[s] = s * LANES + lane < K ? to_float(row[token.expert[s]]) : -INFINITE;
+    // A masked token counts as zeros in x. Its row may hold anything: what lies there must not meet the zeros, or
+    // infinity times 0 would reach `mean`.
+    if (MASK && live == 0.0f) best[s] = 0.0f;
+  }
   if constexpr (!EXACT && !NOISE) {
     largest = __shfl_sync(ALL, best[0], 0, LANES);
 #pragma unroll

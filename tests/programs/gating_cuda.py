@@ -95,6 +95,12 @@ def random_logits(T: int, E: int) -> torch.Tensor:
     return logits
 
 
+def spoil(logits: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Most of the time, put into the rows of masked tokens what no gate could use: nothing may come of it."""
+    if mask is not None and draw.random() < 0.7:
+        logits[~mask] = torch.from_numpy(draw.choice([-np.inf, np.inf, np.nan, 300.0, -300.0], logits.shape[1])).float()
+
+
 # ---- checks, each of one case --------------------------------------------------------------------------------------
 
 
@@ -119,6 +125,7 @@ def check_route(T: int, E: int, K: int, drop: str) -> None:
         choices["capacity"] = int(choices["capacity"])
     choices["mask"] = torch.from_numpy(draw.random(T) < 0.8) if draw.random() < 0.5 else None
     choices["bias"] = torch.from_numpy(draw.normal(size=E).astype(np.float32)) if draw.random() < 0.4 else None
+    spoil(logits, choices["mask"])
     logits = logits.to(DTYPES[draw.integers(3)])
     there = {name: on_device(choice) for name, choice in choices.items()}
     got = route(on_device(logits), K, **there).check()
@@ -134,7 +141,9 @@ def check_route_gradient(shape: tuple[int, int, int], score: str, normalize: str
     T, E, K = shape
     choices = {"score": score, "normalize": normalize, "scale": 1.5, "capacity": max(T * K // E, 1)}
     mask = torch.from_numpy(draw.random(T) < 0.8) if draw.random() < 0.5 else None
-    logits, direction = random_logits(T, E).to(DTYPES[draw.integers(3)]), torch.randn(T, K)
+    logits = random_logits(T, E)
+    spoil(logits, mask)
+    logits, direction = logits.to(DTYPES[draw.integers(3)]), torch.randn(T, K)
     leaf = on_device(logits.clone()).requires_grad_()
     routing = route(leaf, K, mask=on_device(mask), **choices)
     loss = (routing.weight * on_device(direction)).sum() + 2 * routing.aux_loss + 0.1 * routing.z_loss
