@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -86,8 +88,9 @@ def test_split_in_reverse_order() -> None:
     def body(comm: Comm) -> None:
         try:
             backwards = comm.split(0, key=-comm.rank)
-        except TypeError as error:  # torch < 2.12 orders a new group by rank only
-            assert "sort_ranks" in str(error)
+        except ValueError as error:
+            assert "which torch >= 2.12 can do, and this is" in str(error)
+            assert comm.all_reduce(np.ones(1)).tolist() == [3]
         else:
             assert backwards.rank == comm.size - 1 - comm.rank
             assert backwards.all_gather(np.array([comm.rank])).tolist() == [2, 1, 0]
@@ -98,7 +101,7 @@ def test_split_in_reverse_order() -> None:
 def test_a_rank_that_never_comes_ends_the_others(tmp_path: Path) -> None:
     program = [sys.executable, str(PROGRAMS / "late_torch_rank.py")]
     ranks = [
-        subprocess.Popen([*program, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*program, str(rank), str(tmp_path / "store"), "all_to_all"], stdout=PIPE, text=True)
         for rank in (0, 1)
     ]
     try:
@@ -108,6 +111,74 @@ def test_a_rank_that_never_comes_ends_the_others(tmp_path: Path) -> None:
     finally:
         ranks[1].kill()
         ranks[1].communicate()
+
+
+def test_a_rank_that_connects_to_its_new_group_too_late(tmp_path: Path) -> None:
+    program = [sys.executable, str(PROGRAMS / "late_torch_rank.py")]
+    ranks = [
+        subprocess.Popen([*program, str(rank), str(tmp_path / "store"), "split"], stdout=PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for rank, process in enumerate(ranks):
+        first, second = process.communicate(timeout=60)[0].splitlines()
+        assert re.fullmatch(rf"split: the new group could not be made: .*\(rank {rank} of 2\)", first)
+        assert "then: barrier: this Comm cannot be used: split" in second
+
+
+def test_groups_that_are_freed_at_once() -> None:
+    """Nobody may have to connect to a rank that has freed the group already."""
+
+    def body(comm: Comm) -> None:
+        for round in range(40):
+            comm.split(round % 3 * comm.rank).free()
+        part = comm.split(comm.rank % 2)
+        for _ in range(10):
+            part.split(0).free()
+        assert comm.all_reduce(np.ones(1)).tolist() == [4]
+
+    gloo_run(4, body)
+
+
+def test_groups_made_by_several_threads() -> None:
+    """Each thread's have their own names, and torch gets back what it names its own by."""
+
+    def body(comm: Comm) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        import torch.distributed.distributed_c10d as c10d
+
+        torch_name = c10d._hash_ranks_to_str
+
+        def work(part: Comm) -> None:
+            for round in range(10):
+                pair = part.split((comm.rank + round) // 2 % 2)
+                assert pair.all_reduce(np.ones(1)).tolist() == [2]
+                pair.free()
+
+        parts = [comm.split(0) for _ in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(work, parts))
+        assert c10d._hash_ranks_to_str is torch_name
+
+    gloo_run(4, body)
+
+
+@pytest.mark.parametrize("change", ["renamed", "unused"])
+def test_a_torch_that_names_groups_in_another_way(change: str) -> None:
+    def body(comm: Comm) -> None:
+        import torch.distributed.distributed_c10d as c10d
+
+        if change == "renamed":
+            del c10d._hash_ranks_to_str
+        else:
+            c10d._process_group_name = lambda ranks, use_hashed_name: "a name"
+        with pytest.raises(
+            CommError,
+            match=rf"split: the new group could not be made: RuntimeError: torch {re.escape(torch.__version__)} names groups",
+        ):
+            comm.split(0)
+
+    gloo_run(2, body)
 
 
 def test_a_rank_that_dies_raises_commerror_on_the_others() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import inspect
 import os
 import secrets
 import socket
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,18 +136,62 @@ class TorchComm(Comm):
         self._all_reduce(np.zeros(1, np.int32))
 
     def _split(self, color: int, key: int) -> Comm:
-        wishes = np.empty((self.size, 3), np.int64)
-        self._all_gather(np.array([[color, key, secrets.randbits(62)]], np.int64), wishes, None)
-        members = sorted((r for r in range(self.size) if wishes[r, 0] == color), key=lambda r: (wishes[r, 1], r))
-        ranks = [dist.get_global_rank(self._group, r) for r in members]
-        options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # came in torch 2.12
-        if self._limit is not None:
-            options["timeout"] = timedelta(seconds=self._limit)
-        with _members_alone(f"moecomm_{wishes[members[0], 2]:x}"):
-            group = dist.new_group(ranks, backend=self._backends, use_local_synchronization=True, **options)
+        self._part_of = "split"
+        try:
+            wishes = np.empty((self.size, 3), np.int64)
+            self._all_gather(np.array([[color, key, secrets.randbits(62)]], np.int64), wishes, None)
+            first, ranks, options = self._wanted_group(wishes, color)
+            group, problem = None, ""
+            try:
+                group = _new_group(f"moecomm_{wishes[first, 2]:x}", ranks, backend=self._backends, **options)
+            except Exception as error:  # of torch: DistStoreError, DistBackendError, plain RuntimeError
+                problem = f"the new group could not be made: {type(error).__name__}: {error}"
+            self._all_connected(problem)
+        finally:
+            self._part_of = None
         child = TorchComm(group, limit=self._limit)
         child._owned = True
         return child
+
+    def _wanted_group(self, wishes: Counts, color: int) -> tuple[int, list[int], dict[str, Any]]:
+        """Of the ranks with this color: the first one, all of them as ranks of the world, and how to make their group.
+
+        wishes  [size, 3]  each rank's color and key. ValueError on all ranks if this version of torch cannot do it
+        """
+        members: dict[int, list[int]] = {}
+        for rank in np.lexsort((wishes[:, 1], wishes[:, 0])).tolist():  # stable: ties by rank
+            members.setdefault(int(wishes[rank, 0]), []).append(rank)
+        globally = {c: [dist.get_global_rank(self._group, rank) for rank in group] for c, group in members.items()}
+        options: dict[str, Any] = {}
+        if self._limit is not None:
+            options["timeout"] = timedelta(seconds=self._limit)
+        if any(ranks != sorted(ranks) for ranks in globally.values()):
+            options["sort_ranks"] = False
+            if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+                raise refused(
+                    ValueError(
+                        f"split: key gives ranks another order than they have in the world, which torch >= 2.12 can "
+                        f"do, and this is {torch.__version__}{self.where()}"
+                    )
+                )
+        return members[color][0], globally[color], options
+
+    def _all_connected(self, problem: str) -> None:
+        """Return when every rank has its new group, or raise on all of them: nobody can connect to a rank that frees.
+
+        problem  what this rank failed with, or ""
+        """
+        every = np.empty((self.size, 1), np.int64)
+        try:
+            self._all_gather(np.array([[problem != ""]], np.int64), every, None)
+        except CommError:
+            if not problem:
+                raise
+        if problem:
+            raise CommError(f"split: {problem}{self.where()}")
+        failed = [self.world_rank(rank) for rank in np.flatnonzero(every).tolist()]
+        if failed:
+            raise CommError(f"split: rank {failed[0]} could not make its new group{self.where()}")
 
     def _node_key(self) -> int:
         # Two hosts may have one name, and two containers of one host one boot id: a node has both in common.
@@ -173,24 +219,64 @@ class TorchComm(Comm):
         )  # torch knows no other
 
 
-@contextmanager
-def _members_alone(name: str) -> Iterator[None]:
-    """Let new_group(use_local_synchronization=True) really need nobody but the members of the new group.
+class _Names:
+    """The names of the groups that threads of this process are making, and where torch takes them from meanwhile.
 
-    torch names such a group by how many groups a rank knows: members that know different numbers wait for each other
-    for ever, and so do those of a group made again after it was destroyed. Here all members give the same fresh name.
-    And if the world was initialised with a device_id, torch splits the world's NCCL communicator, to which all its
-    ranks would have to come.
+    Torch has no argument for a group's name: the function that makes names is replaced while a thread needs its own.
     """
-    world, torch_name = dist.group.WORLD, c10d._hash_ranks_to_str
-    device = world.bound_device_id
-    c10d._hash_ranks_to_str = lambda ranks: name
-    world.bound_device_id = None
-    try:
-        yield
-    finally:
-        c10d._hash_ranks_to_str = torch_name
-        world.bound_device_id = device
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, str] = {}
+        self._replaced: tuple[Any, Any, Any] | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def given(self, name: str) -> Iterator[None]:
+        """What this thread makes has this name, and needs its members alone."""
+        thread = threading.get_ident()
+        try:
+            with self._lock:
+                self._by_thread[thread] = name
+                self._replace()
+            yield
+        finally:
+            with self._lock:
+                self._by_thread.pop(thread, None)
+                if not self._by_thread:
+                    self._put_back()
+
+    def _replace(self) -> None:
+        if self._replaced is not None:
+            return
+        world, torch_name = dist.group.WORLD, c10d._hash_ranks_to_str
+        self._replaced = torch_name, world, world.bound_device_id
+        c10d._hash_ranks_to_str = lambda ranks: self._by_thread.get(threading.get_ident()) or torch_name(ranks)
+        # Where the world was initialised with a device_id torch would split the world's NCCL communicator, to which all
+        # its ranks would have to come.
+        world.bound_device_id = None
+
+    def _put_back(self) -> None:
+        if self._replaced is not None:
+            c10d._hash_ranks_to_str, world, device = self._replaced
+            world.bound_device_id = device
+            self._replaced = None
+
+
+_NAMES = _Names()
+
+
+def _new_group(name: str, ranks: list[int], **options: Any) -> Any:
+    """A process group of this name that really needs nobody but its members.
+
+    Torch names a group that is made with use_local_synchronization by how many groups a rank knows: members that know
+    different numbers wait for each other for ever, and so do those of a group made again after it was destroyed. Here
+    all members give the same fresh name. Raises RuntimeError if this version of torch takes it from elsewhere.
+    """
+    if hasattr(c10d, "_hash_ranks_to_str") and hasattr(c10d, "_process_group_name"):
+        with _NAMES.given(name):
+            if c10d._process_group_name(ranks, use_hashed_name=True) == name:
+                return dist.new_group(ranks, use_local_synchronization=True, **options)
+    raise RuntimeError(f"torch {torch.__version__} names groups in a way that moecomm does not know")
 
 
 def _is_alive(group: Any) -> bool:
