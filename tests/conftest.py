@@ -1,7 +1,9 @@
 """How the tests start ranks: as threads, as MPI processes (under mpirun), or as forked processes with gloo.
 
 One failing rank must not hang the rest: `mpi_run` and `gloo_run` give every collective a time limit and bring the error
-of one rank to all. What hangs all the same prints the stack of every thread on every rank, and then ends the job.
+of one rank to all. pyproject.toml has two limits on the time of a test. At `timeout` seconds the test fails, and the run
+goes on. A test that hangs inside C cannot be failed: at `faulthandler_timeout` seconds its process prints the stack of
+each thread and exits. pytest-xdist then reports that test and starts another worker for the rest; an MPI job ends.
 """
 
 from __future__ import annotations
@@ -10,9 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ import pytest
 
 from moecomm import Comm
 
-HANG_SECONDS = 150
-"""As faulthandler_timeout in pyproject.toml."""
 LIMIT = 40.0
+"""Seconds that a collective of `mpi_run` or `gloo_run` waits for the other ranks."""
 Body = Callable[[Comm], object]
 
 
@@ -34,16 +34,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if MPI.COMM_WORLD.rank > 0:  # every rank meets every error, so rank 0's report is the report
             config.pluginmanager.unregister(name="terminalreporter")
-
-
-@pytest.fixture(autouse=True)
-def hang_watchdog() -> Iterator[None]:
-    """End a hanging job 5 s after pytest's faulthandler_timeout, when every rank has printed its stacks."""
-    end = threading.Timer(HANG_SECONDS + 5, os._exit, (3,))
-    end.daemon = True
-    end.start()
-    yield
-    end.cancel()
 
 
 def mpi_run(size: int, body: Body, limit: float | None = LIMIT) -> None:
@@ -60,7 +50,7 @@ def mpi_run(size: int, body: Body, limit: float | None = LIMIT) -> None:
     if world.rank < size:
         try:
             body(MpiComm(ranks, limit=limit))
-        except Exception:
+        except (Exception, pytest.fail.Exception):  # the latter: the test has taken too long
             problem = f"on rank {world.rank} of {size}:\n{traceback.format_exc()}"
     problems = [text for text in world.allgather(problem) if text]
     if problems:
@@ -76,8 +66,12 @@ def gloo_run(size: int, body: Body) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         processes = mp.start_processes(_gloo_rank, (size, folder, body), size, join=False, start_method="fork")
-        while not processes.join(timeout=HANG_SECONDS):  # raises the traceback of a rank that failed
-            pass
+        try:
+            while not processes.join():  # raises the traceback of a rank that failed
+                pass
+        finally:
+            for process in processes.processes:
+                process.kill()  # does nothing to a process that has ended
 
 
 def _gloo_rank(rank: int, size: int, folder: str, body: Body) -> None:
