@@ -1,4 +1,4 @@
-"""The torch side of an exchange: each function's gradient is one of the others."""
+"""The torch side of an exchange: steps whose backward pass is their adjoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd.function import once_differentiable
 
-from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Counts, sum_dtype
-from moecomm.comm import Comm, refused
+from moecomm.comm import Failing, collective, refused
+from moecomm.exchange.adjoint import Step
 from moecomm.exchange.copies import Copies
-from moecomm.exchange.lanes import Share, sum_over_lanes
 
 # Activation checkpointing raises this to end a pass that it computes again, at the same operation on all ranks: no call
 # has failed.
@@ -66,81 +65,34 @@ class SumBack(torch.autograd.Function):
         return (grad_rows * _as_column(factor, grad_rows)).to(ctx.rows_dtype), grad_weight, None, None
 
 
-class Move(torch.autograd.Function):
-    """rows [N, H] -> [M, H] along a route. Backward: back along it.
+class Adjoint(torch.autograd.Function):
+    """function(x). Backward: adjoint(gradient). Either both are collective or neither is.
 
-    A collective must run on all ranks or on none, and in one order, whatever each rank's own graph looks like: a rank
-    may have no experts, or an input that needs no gradient. So each Move also takes and returns a `thread`, an empty
-    tensor that needs a gradient: it ties the moves of a dispatch and its combine together, and the last one to the
-    result, so that whoever goes backward goes through all of them.
+    A collective must run on all ranks or on none, and in one order, whatever the graph of each rank looks like: a rank
+    may have no experts, or an input that needs no gradient. So the steps of a dispatch and of its combine also take and
+    return a `thread`, an empty tensor that needs a gradient. It ties them to each other and the last one to the result:
+    a backward pass that begins at the result goes through all of them.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Any, thread: Any, all_to_all: AllToAll, route: Route) -> Any:
-        """Collective."""
-        ctx.all_to_all, ctx.route = all_to_all, route
-        return all_to_all.send(rows, route), thread.clone()
+    def forward(ctx: Any, x: Any, thread: Any, function: Step, adjoint: Step, comms: tuple[Failing, ...]) -> Any:
+        """comms: what the ranks talk through before or after this step."""
+        ctx.adjoint = adjoint
+        ctx.comms = comms
+        return function(x), None if thread is None else thread.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any, thread: Any) -> Any:
-        """grad [M, H] -> [N, H]. Collective."""
-        return ctx.all_to_all.send_back(grad, ctx.route), thread, None, None
-
-
-class MoveBack(torch.autograd.Function):
-    """rows [M, H] -> [N, H] back along a route. Backward: along it. Otherwise as Move."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Any, thread: Any, all_to_all: AllToAll, route: Route) -> Any:
-        """Collective."""
-        ctx.all_to_all, ctx.route = all_to_all, route
-        return all_to_all.send_back(rows, route), thread.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Any, thread: Any) -> Any:
-        """grad [N, H] -> [M, H]. Collective."""
-        return ctx.all_to_all.send(grad, ctx.route), thread, None, None
+        """Collective as adjoint is."""
+        # A rank that fails here does not come to the collectives of the backward pass that the others wait in.
+        with collective("backward pass", *ctx.comms):
+            return ctx.adjoint(grad.contiguous()), thread, None, None, None
 
 
 def new_thread(like: Any) -> Any:
-    """The start of a `thread` for Move, or None where torch records no gradients."""
+    """The start of a `thread`, or None where torch records no gradients."""
     return torch.zeros(0, device=like.device, requires_grad=True) if torch.is_grad_enabled() else None
-
-
-class Replicated(torch.autograd.Function):
-    """x, the same on all tensor ranks. Backward: the gradients summed over them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, tensor: Comm) -> Any:
-        """Not collective."""
-        ctx.tensor = tensor
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Any) -> Any:
-        """Collective over tensor."""
-        return ctx.tensor.all_reduce(grad.contiguous()), None
-
-
-class ShareAnswers(torch.autograd.Function):
-    """answers [T, H], of this lane -> their sum over the lanes. Backward: the whole gradient, on every lane."""
-
-    @staticmethod
-    def forward(ctx: Any, answers: Any, plan: Share, tensor: Comm) -> Any:
-        """Collective over tensor."""
-        ctx.plan, ctx.tensor = plan, tensor
-        return sum_over_lanes(answers, plan, tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Any) -> Any:
-        """Collective over tensor where the gradient comes in parts."""
-        if ctx.plan.output == "sequence":
-            grad = ctx.tensor.all_gather(grad.contiguous(), ctx.plan.part_sizes())
-        return grad, None, None
 
 
 def sum_copies(rows: Any, copies: Copies, weight: Any) -> Any:

@@ -11,15 +11,13 @@ import numpy as np
 from moecomm.all_to_all import FlatAllToAll, HierarchicalAllToAll, Route
 from moecomm.arrays import Array, Counts, sum_dtype
 from moecomm.comm import collective
+from moecomm.exchange.adjoint import move, move_back, new_thread
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import (
     RoutedExchange,
     alarms,
     combine_arguments,
-    move,
-    move_back,
-    new_thread,
     raise_alarm,
     tokens_text,
 )

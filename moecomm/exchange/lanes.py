@@ -10,6 +10,7 @@ import numpy as np
 
 from moecomm.arrays import Array, Counts, empty_rows, is_torch
 from moecomm.comm import Comm
+from moecomm.exchange.adjoint import linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,21 +52,27 @@ def replicated(x: Array, tensor: Comm) -> Array:
     """x, which all tensor ranks have. For torch: its gradient is summed over them, a collective."""
     if not is_torch(x) or not x.requires_grad:
         return x
-    from moecomm.exchange.autograd import Replicated
+    return linear(x, None, lambda x: x.view_as(x), tensor.all_reduce, tensor)[0]
 
-    return Replicated.apply(x, tensor)
+
+def summed(parts: Array, tensor: Comm) -> Array:
+    """The sum over the tensor ranks, the same on all of them; so is its gradient, which each rank passes on as it is.
+
+    Collective over tensor; the backward pass is not.
+    """
+    return linear(parts, None, tensor.all_reduce, lambda grad: grad)[0]
 
 
 def share(answers: Array, plan: Share, tensor: Comm) -> Array:
     """answers [T, ...], of this lane -> the sum over all lanes, whole or this rank's part of it. Collective.
 
-    Differentiable: each lane's gradient is the whole one, gathered first if it comes in parts.
+    Differentiable: the gradient of each lane is the whole one, gathered first where it comes in parts.
     """
-    if not is_torch(answers):
-        return sum_over_lanes(answers, plan, tensor)
-    from moecomm.exchange.autograd import ShareAnswers
 
-    return ShareAnswers.apply(answers, plan, tensor)
+    def whole(grad: Array) -> Array:
+        return tensor.all_gather(grad, plan.part_sizes()) if plan.output == "sequence" else grad
+
+    return linear(answers, None, lambda answers: sum_over_lanes(answers, plan, tensor), whole, tensor)[0]
 
 
 def sum_over_lanes(answers: Array, plan: Share, tensor: Comm) -> Array:

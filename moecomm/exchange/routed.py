@@ -8,9 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.all_to_all import AllToAll, Route
+from moecomm.all_to_all import AllToAll
 from moecomm.arrays import Array, Counts, as_rows, dtype_name, is_torch, num_axes, sum_dtype
 from moecomm.comm import Comm, collective, refused
+from moecomm.exchange.adjoint import move, move_back, new_thread
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sorting, sum_back
 from moecomm.exchange.plan import Plan
 from moecomm.gating import Routing
@@ -197,33 +198,6 @@ def raise_alarm(labels: Counts, comm: Comm) -> None:
                 f"dispatch: the gate of rank {comm.world_rank(rank)} had no answer: {problem(status)}{comm.where()}"
             )
         )
-
-
-def move(all_to_all: AllToAll, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
-    """all_to_all.send, differentiable where there is a thread. Collective, and so is its backward pass."""
-    if thread is None:
-        return all_to_all.send(rows, route), None
-    from moecomm.exchange.autograd import Move
-
-    return Move.apply(rows, thread, all_to_all, route)
-
-
-def move_back(all_to_all: AllToAll, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
-    """all_to_all.send_back, likewise."""
-    if thread is None:
-        return all_to_all.send_back(rows, route), None
-    from moecomm.exchange.autograd import MoveBack
-
-    return MoveBack.apply(rows, thread, all_to_all, route)
-
-
-def new_thread(x: Array) -> Any:
-    """Decided by torch's grad mode alone, which is the same on all ranks, as x.requires_grad may not be."""
-    if not is_torch(x):
-        return None
-    from moecomm.exchange.autograd import new_thread
-
-    return new_thread(x)
 
 
 def on_host(array: Array) -> np.ndarray:

@@ -9,23 +9,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from moecomm.comm import Comm
-from moecomm.exchange.lanes import replicated
+from moecomm.exchange.lanes import replicated, summed
 from moecomm.nn.part import Part
 from moecomm.nn.seeds import Slice, draw, parameter, part_of
 
 Activation = Literal["gelu", "swiglu"]
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over tensor ranks, the same on all of them; so is its gradient, which each passes on as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, tensor: Comm) -> Tensor:
-        return tensor.all_reduce(part)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 def part_in(tensor: Comm | None) -> tuple[int, int]:
@@ -88,7 +76,7 @@ class RowLinear(Part):
         """Collective over tensor."""
         y = F.linear(x, self.weight)
         if self.tensor is not None and self.tensor.size > 1:
-            y = _Sum.apply(y, self.tensor)
+            y = summed(y, self.tensor)
         return y + self.bias.to(y.dtype)
 
 
