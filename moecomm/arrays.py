@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,20 @@ Array: TypeAlias = Any
 """A numpy array, a torch tensor or a cupy array. A function that makes one makes it like its argument."""
 
 Counts: TypeAlias = NDArray[np.int64]
+
+
+class ArrayLike(Protocol):
+    """What the three kinds of arrays have in common, as far as a type checker needs to know it."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+Rows = TypeVar("Rows", bound=ArrayLike)
+"""An array [num_rows, ...] of any kind: what a collective takes is what it returns."""
 
 
 def is_torch(array: object) -> bool:
@@ -38,14 +52,12 @@ def on_host(array: Array) -> bool:
 
 def as_rows(array: Array, name: str) -> Array:
     """The array itself, or a contiguous copy of it. TypeError or ValueError if it has no rows that can be moved."""
+    if type(array) is np.ndarray and array.ndim and array.flags.c_contiguous and not array.dtype.hasobject:
+        return array  # nearly all arrays are such: this is on the path of every call
     if num_axes(array, name) == 0:
         raise ValueError(f"{name} has no rows: its shape is ()")
     if isinstance(array, np.ndarray):
-        if array.dtype.hasobject:
-            raise TypeError(f"{name} has dtype {array.dtype}: Python objects, not bytes that could be moved")
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data or {name}.filled()")
-        return np.ascontiguousarray(array)  # also turns a subclass, such as np.memmap, into a plain array
+        return _host_rows(array, name)
     if is_cupy(array):
         return array if array.flags.c_contiguous else array.copy(order="C")
     import torch
@@ -57,15 +69,20 @@ def as_rows(array: Array, name: str) -> Array:
     return array.resolve_conj().resolve_neg().contiguous()
 
 
+def _host_rows(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype.hasobject:
+        raise TypeError(f"{name} has dtype {array.dtype}: Python objects, not bytes that could be moved")
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data or {name}.filled()")
+    # A subclass, such as np.memmap, becomes a plain array too.
+    return np.ascontiguousarray(array)
+
+
 def num_axes(array: Array, name: str) -> int:
     """TypeError if it is no array of a kind that we know."""
     if not isinstance(array, np.ndarray) and not is_torch(array) and not is_cupy(array):
         raise TypeError(f"{name} is a {type(array).__name__}, expected a numpy array or a torch tensor")
     return int(array.ndim)
-
-
-def is_contiguous(array: Array) -> bool:
-    return bool(array.is_contiguous() if is_torch(array) else array.flags.c_contiguous)
 
 
 def empty_rows(num_rows: int, like: Array) -> Array:
@@ -96,29 +113,26 @@ def as_bytes(rows: Array) -> Array:
 
 
 def sum_dtype(rows: Array) -> Any:
-    """The dtype in which numbers like these are summed: float32, or float64 if they are that."""
-    float64, float32 = (np.float64, np.float32) if not is_torch(rows) else _torch_floats()
-    return float64 if rows.dtype == float64 else float32
+    """The dtype in which numbers like these are summed: float64 for float64, else float32."""
+    if not is_torch(rows):
+        return np.float64 if rows.dtype == np.float64 else np.float32
+    import torch
+
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def as_dtype(array: Array, dtype: Any) -> Array:
+    """The array itself where it has that dtype."""
     return array.to(dtype) if is_torch(array) else array.astype(dtype, copy=False)
 
 
-def _torch_floats() -> tuple[Any, Any]:
+def mark_written(out: Array) -> None:
+    """Let torch know that the tensor is about to be overwritten: it may have saved it for a backward pass."""
     import torch
 
-    return torch.float64, torch.float32
-
-
-def mark_written(out: Array) -> None:
-    """Let torch know that out is about to be overwritten: it may have saved it for a backward pass."""
-    if is_torch(out):
-        import torch
-
-        if out.requires_grad and torch.is_grad_enabled():
-            raise ValueError("out requires grad, which a collective would lose")
-        torch.autograd.graph.increment_version(out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out requires grad, which a collective would lose")
+    torch.autograd.graph.increment_version(out)
 
 
 def overlap(a: Array, b: Array) -> bool:

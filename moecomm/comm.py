@@ -6,18 +6,18 @@ import hashlib
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from moecomm.arrays import (
     Array,
     Counts,
+    Rows,
     as_dtype,
     as_rows,
     dtype_name,
     empty_rows,
-    is_contiguous,
     is_torch,
     mark_written,
     num_axes,
@@ -25,35 +25,33 @@ from moecomm.arrays import (
     sum_dtype,
 )
 from moecomm.errors import CommError
+from moecomm.failures import collective, refused
 from moecomm.identity import Identity
 
 T = TypeVar("T")
 Arguments = TypeVar("Arguments", bound="tuple[Any, ...]")
-E = TypeVar("E", bound=BaseException)
+CountsLike: TypeAlias = "Sequence[int] | Counts"
 
 SUMMABLE = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int8", "uint8")
-"""What every transport can add."""
+"""The dtypes that every transport can add."""
 
 LARGEST_INT = 2**31 - 1
 """MPI takes colors and keys up to this."""
 
 LARGEST_SUM = 2**63 - 1
+"""Of counts, which are int64."""
 
 SPLIT_FROM_A_FAILED_COMM = "the Comm that it was split from cannot be used"
 
 TEXT_BYTES = 512
-"""What a rank tells the others about its call, at most."""
+"""The longest text that a rank tells the others about its call."""
 
 
 class Started(Protocol):
     """A collective that may still be under way."""
 
     def done(self) -> bool:
-        """Whether it is finished, on this rank. To be asked until it is: a transport may work in here alone."""
-
-
-Missing = Callable[[], Sequence[int]]
-"""Returns the ranks of a Comm that have not come to a call, as far as that can be seen from here."""
+        """Whether it is finished on this rank. To be called until it is: a transport may work in here alone."""
 
 
 class _Done:
@@ -61,63 +59,8 @@ class _Done:
         return True
 
 
-class Failing(Protocol):
-    """What `collective` needs of a Comm, or of an exchange that talks without one."""
-
-    def fail(self, why: str) -> None:
-        """Refuse every later call."""
-
-
-class collective:  # noqa: N801 - read as a word: with collective("dispatch", comm)
-    """`with collective(call, *comms):` around all steps of a collective, its checks included.
-
-    Whatever is raised inside leaves this rank between two steps: KeyboardInterrupt from a signal, MemoryError, a
-    peer's failure. Its next call would meet the call that the other ranks are still in, and bring them its rows. So
-    every Comm of the call fails, and with it all that were split from it. An error that says by `refused` that
-    nothing was sent changes nothing.
-    """
-
-    __slots__ = ("_call", "_comms")
-
-    def __init__(self, call: str, *comms: Failing) -> None:
-        self._call = call
-        self._comms = comms
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or getattr(error, "nothing_was_sent", False):
-            return
-        reason = str(error) if isinstance(error, CommError) else f"{type(error).__name__}: {error}"
-        for comm in self._comms:
-            comm.fail(f"{self._call} failed: {reason}")
-
-
-class Sharers:
-    """The Comms of this rank over one communicator of a library: what makes one of them unusable does so for all."""
-
-    def __init__(self) -> None:
-        self._failure: str | None = None
-        self._comms: weakref.WeakSet[Comm] = weakref.WeakSet()
-
-    def add(self, comm: Comm) -> None:
-        """A Comm that was made over it now: it has failed if an earlier one has."""
-        self._comms.add(comm)
-        comm.failure = self._failure
-
-    def fail(self, why: str) -> None:
-        """Called by the one that fails."""
-        self._failure = self._failure or why
-        for comm in self._comms:
-            if comm.failure is None:
-                comm.fail(why)
-
-
-def refused(error: E) -> E:
-    """The error, which is raised before anything was sent, or on all ranks together: the Comm stays usable."""
-    error.nothing_was_sent = True  # type: ignore[attr-defined]
-    return error
+Missing = Callable[[], Sequence[int]]
+"""Returns the ranks of a Comm that have not come to a call, as far as this rank can see."""
 
 
 class Comm(Identity, ABC):
@@ -147,11 +90,11 @@ class Comm(Identity, ABC):
     """[size] the rank of each rank in the Comm that was not split, or None: this one was not."""
     _world_size: int = 0
     _part_of: str | None = None
-    """The caller's call, while a smaller one is made for it: for errors."""
-    _children: tuple[weakref.ref[Comm], ...] = ()
-    """What was split from this Comm."""
+    """For errors: the caller's call, while this Comm makes a smaller one for it."""
+    _groups: tuple[weakref.ref[Comm], ...] = ()
+    """The Comms that were split from this one."""
     _compares_rows = False
-    """Whether the transport itself compares what comes with what it expects."""
+    """Whether the transport itself compares the rows that arrive with those that it expects."""
     _compared: frozenset[str] = frozenset()
     """The kinds of calls whose rows were compared among the ranks."""
 
@@ -159,12 +102,12 @@ class Comm(Identity, ABC):
 
     def all_to_all(
         self,
-        rows: Array,
-        send_counts: Sequence[int] | Counts | None = None,
-        recv_counts: Sequence[int] | Counts | None = None,
+        rows: Rows,
+        send_counts: CountsLike | None = None,
+        recv_counts: CountsLike | None = None,
         *,
-        out: Array | None = None,
-    ) -> Array:
+        out: Rows | None = None,
+    ) -> Rows:
         """Send each rank its rows and return what every rank sent to this one.
 
         rows         [num_rows, ...]  ordered by destination rank
@@ -176,21 +119,20 @@ class Comm(Identity, ABC):
         Equal blocks go through the library's own all-to-all, with its algorithms for small messages.
         """
         with collective("all_to_all", self):
-            rows, send, recv, out = self._opened(
-                "all_to_all", self._all_to_all_arguments, rows, send_counts, recv_counts, out
-            )
+            arguments = self._opened("all_to_all", self._all_to_all_arguments, rows, send_counts, recv_counts, out)
+            contiguous, send, recv, result = arguments
             if send is not None:
                 self.compare_counts(send, recv)
-            if out is None:
-                out = empty_rows(rows.shape[0] if recv is None else int(recv.sum()), rows)
-            self._all_to_all(rows, out, send, recv)
-        return out
+            if result is None:
+                num_rows = contiguous.shape[0] if recv is None else int(recv.sum())
+                result = empty_rows(num_rows, contiguous)
+            self._all_to_all(contiguous, result, send, recv)
+        return result
 
     def move(
         self, rows: Array, out: Array, send_counts: Counts | None = None, recv_counts: Counts | None = None
     ) -> None:
-        """`all_to_all` into out without checking the arguments: for algorithms, which have checked their caller's."""
-        self.check_usable("all_to_all")
+        """`all_to_all` into out without any check: for algorithms, inside a call that has been checked."""
         self._all_to_all(rows, out, send_counts, recv_counts)
 
     def start(self, rows: Array, out: Array, send_counts: Counts, recv_counts: Counts) -> Started:
@@ -198,10 +140,9 @@ class Comm(Identity, ABC):
 
         Several may be under way, started in the same order on all ranks. A transport without such a thing does it here.
         """
-        self.check_usable("all_to_all")
         return self._start(rows, out, send_counts, recv_counts)
 
-    def all_gather(self, rows: Array, recv_counts: Sequence[int] | Counts | None = None) -> Array:
+    def all_gather(self, rows: Rows, recv_counts: CountsLike | None = None) -> Rows:
         """Return the rows of all ranks, in rank order.
 
         rows         [num_rows, ...]
@@ -209,20 +150,22 @@ class Comm(Identity, ABC):
         returns      [sum(recv_counts), ...]
         """
         with collective("all_gather", self):
-            rows, recv = self._opened("all_gather", self._all_gather_arguments, rows, recv_counts)
+            contiguous, recv = self._opened("all_gather", self._all_gather_arguments, rows, recv_counts)
             if recv is not None:
                 self.compare_gathered(recv)
-            out = empty_rows(rows.shape[0] * self.size if recv is None else int(recv.sum()), rows)
-            self._all_gather(rows, out, recv)
-        return out
+            num_rows = contiguous.shape[0] * self.size if recv is None else int(recv.sum())
+            result = empty_rows(num_rows, contiguous)
+            self._all_gather(contiguous, result, recv)
+        return result
 
-    def all_reduce(self, array: Array) -> Array:
+    def all_reduce(self, array: Rows) -> Rows:
         """Return the element-wise sum over all ranks, as a new array. 16-bit floats are summed in float32."""
         with collective("all_reduce", self):
-            array, _ = self._opened("all_reduce", self._all_reduce_arguments, array)
-            if dtype_name(array) not in ("float16", "bfloat16"):
-                return self._all_reduce(array)
-            return as_dtype(self._all_reduce(as_dtype(array, sum_dtype(array))), array.dtype)
+            contiguous, _ = self._opened("all_reduce", self._all_reduce_arguments, array)
+            if dtype_name(contiguous) not in ("float16", "bfloat16"):
+                return self._all_reduce(contiguous)
+            total = self._all_reduce(as_dtype(contiguous, sum_dtype(contiguous)))
+            return as_dtype(total, contiguous.dtype)
 
     def barrier(self) -> None:
         """Return when every rank has come."""
@@ -238,15 +181,17 @@ class Comm(Identity, ABC):
         """
         with collective("split", self):
             color, key = self.checked("split", self._split_arguments, color, key)
-            every = np.empty((self.size, 2), np.int64)
-            self._all_gather(np.array([[color, key]], np.int64), every, None)
-            members = np.flatnonzero(every[:, 0] == color)
-            members = members[np.argsort(every[members, 1], kind="stable")]
-            part = self._split(color, key)
-            part._world_ranks = [self.world_rank(rank) for rank in members.tolist()]
-            part._world_size = self._world_size or self.size
-            self._adopt(part)
-        return part
+            # The library's split may block for ever. All ranks first meet in a collective that has a limit, which also
+            # tells who the members are: errors name them by their rank in the world.
+            wishes = np.empty((self.size, 2), np.int64)
+            self._all_gather(np.array([[color, key]], np.int64), wishes, None)
+            members = np.flatnonzero(wishes[:, 0] == color)
+            members = members[np.argsort(wishes[members, 1], kind="stable")]
+            group = self._split(color, key)
+            group._world_ranks = [self.world_rank(rank) for rank in members.tolist()]
+            group._world_size = self._world_size or self.size
+            self._adopt(group)
+        return group
 
     def node_key(self) -> int:
         """A number in [0, 2**63) that is the same on two ranks if and only if they share a node's memory."""
@@ -305,19 +250,20 @@ class Comm(Identity, ABC):
     def fail(self, why: str) -> None:
         """Refuse every later call on this Comm and on all that were split from it. Not collective."""
         self.failure = self.failure or why
-        for reference in self._children:
-            part = reference()
-            if part is not None:
-                part.fail(f"{SPLIT_FROM_A_FAILED_COMM}: {why}")
+        for reference in self._groups:
+            group = reference()
+            if group is not None:
+                group.fail(f"{SPLIT_FROM_A_FAILED_COMM}: {why}")
 
-    def _adopt(self, part: Comm) -> None:
-        alive = [reference for reference in self._children if reference() is not None]
-        self._children = (*alive, weakref.ref(part))
+    def _adopt(self, group: Comm) -> None:
+        """Remember what was split from this Comm, for `fail`."""
+        alive = [reference for reference in self._groups if reference() is not None]
+        self._groups = (*alive, weakref.ref(group))
 
     def _free(self) -> None:  # a transport that has nothing to give back leaves it out
         """Called once, by `free`."""
 
-    # ---- checks ----------------------------------------------------------------------------------------------------
+    # ---- agreement -------------------------------------------------------------------------------------------------
 
     def checked(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str] | None = None) -> T:
         """check(*arguments), with the call and the rank added to the ValueError or TypeError that it raises.
@@ -340,7 +286,10 @@ class Comm(Identity, ABC):
         return result
 
     def _opened(self, call: str, check: Callable[..., Arguments], *arguments: Any) -> Arguments:
-        """The arguments, whose rows the ranks compare at the first call of each kind."""
+        """The checked arguments. The ranks compare dtype and row shape at the first call of each kind.
+
+        Later ones are left to `Checked`: to compare whenever a rank changes its rows would hang where another does not.
+        """
         if call in self._compared or self._compares_rows:
             return self.checked(call, check, *arguments, same=_rows_text)
         result = self.compared(call, check, *arguments, same=_rows_text)
@@ -353,40 +302,61 @@ class Comm(Identity, ABC):
     def compare_texts(self, text: str) -> None:
         """ValueError on all ranks, with two ranks and their texts, unless all gave the same. Collective.
 
-        text  which call, with what. A text that begins with "!" is what its rank refuses: all others raise it
+        text  which call, with what. A text that begins with "!" is what its rank refuses, and all others raise
         """
-        every = self._gather_texts(text)
-        for rank, other in enumerate(every):
-            if other.startswith("!") and not text.startswith("!"):
+        texts = self._gather_texts(text)
+        if text.startswith("!"):
+            return  # the caller raises its own error
+        for rank, other in enumerate(texts):
+            if other.startswith("!"):
                 raise refused(
                     ValueError(
                         f"{other[1:]}, found by rank {self.world_rank(rank)}; this is rank "
                         f"{self.world_rank(self.rank)}, which gave up with it"
                     )
                 )
-        for rank, other in enumerate(every):
-            if other != every[0] and not text.startswith("!"):
+        for rank, other in enumerate(texts):
+            if other != texts[0]:
                 raise refused(
                     ValueError(
-                        f"the ranks differ: rank {self.world_rank(0)} called {every[0]}, rank {self.world_rank(rank)} "
+                        f"the ranks differ: rank {self.world_rank(0)} called {texts[0]}, rank {self.world_rank(rank)} "
                         f"called {other}{self.where()}"
                     )
                 )
 
+    def agree(self, name: str, text: str) -> None:
+        """Raise ValueError on every rank unless all of them gave the same text. Collective.
+
+        name  what the text says, for the error
+        """
+        with collective(name, self):
+            self.check_usable(name)
+            texts = self._gather_texts(f"{name}: {text}")
+            for rank, other in enumerate(texts):
+                if other != texts[0]:
+                    raise refused(
+                        ValueError(
+                            f"{name} of rank {self.world_rank(rank)} is not that of rank {self.world_rank(0)}; this "
+                            f"rank's is {text}{self.where()}"
+                        )
+                    )
+
     def _gather_texts(self, text: str) -> list[str]:
         """The texts of all ranks, cut where they are long. Collective."""
-        row = np.zeros((1, TEXT_BYTES), np.uint8)
         encoded = text.encode(errors="backslashreplace")
-        if len(encoded) > TEXT_BYTES:  # what does not fit still counts
-            encoded = encoded[: TEXT_BYTES - 16] + hashlib.blake2b(encoded, digest_size=8).hexdigest().encode()
+        if len(encoded) > TEXT_BYTES:
+            # A difference behind the cut must not be lost: a digest of the whole text ends it.
+            digest = hashlib.blake2b(encoded, digest_size=8).hexdigest().encode()
+            encoded = encoded[: TEXT_BYTES - len(digest)] + digest
+        row = np.zeros((1, TEXT_BYTES), np.uint8)
         row[0, : len(encoded)] = np.frombuffer(encoded, np.uint8)
-        out = np.empty((self.size, TEXT_BYTES), np.uint8)
+        table = np.empty((self.size, TEXT_BYTES), np.uint8)
         self._part_of = text.partition(" ")[0]
         try:
-            self._all_gather(row, out, None)
+            self._all_gather(row, table, None)
         finally:
             self._part_of = None
-        return [bytes(line).rstrip(b"\0").decode(errors="replace") for line in out]
+        return [bytes(line).rstrip(b"\0").decode(errors="replace") for line in table]
 
     def compare_counts(self, send_counts: Counts, recv_counts: Counts) -> None:
         """ValueError on all ranks unless each sends what the other expects, under `Checked`. Collective."""
@@ -403,65 +373,61 @@ class Comm(Identity, ABC):
         if self.failure is not None:
             raise refused(CommError(f"{call}: this Comm cannot be used: {self.failure}{self.where()}"))
 
-    def agree(self, name: str, text: str) -> None:
-        """Raise ValueError on every rank unless all of them gave the same text. Collective.
-
-        name  what the text says, for the error
-        """
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-        every = self.all_gather(np.array([digest], np.int64)).tolist()
-        other = next((rank for rank, theirs in enumerate(every) if theirs != every[0]), None)
-        if other is not None:
-            raise refused(
-                ValueError(
-                    f"{name} of rank {self.world_rank(other)} is not that of rank {self.world_rank(0)}; this rank's "
-                    f"is {text}{self.where()}"
-                )
-            )
+    # ---- names of ranks, for errors --------------------------------------------------------------------------------
 
     def world_rank(self, rank: int) -> int:
-        """The rank, of the Comm that this one and its parents were split from, that is `rank` here."""
+        """The rank, in the Comm that this one and its parents were split from, of this Comm's `rank`."""
         return rank if self._world_ranks is None else self._world_ranks[rank]
 
     def where(self, rank: int | None = None) -> str:
-        """Which rank this is, or another one, for the end of an error message: in the Comm that was not split."""
+        """The end of an error message: this rank, or another one, in the Comm that was not split."""
         rank = self.rank if rank is None else rank
         if self._world_ranks is None:
             return f"  (rank {rank} of {self.size})"
         return f"  (rank {self.world_rank(rank)} of {self._world_size}, {rank} of {self.size} in its group)"
 
-    def _all_to_all_arguments(self, rows: Array, send: Any, recv: Any, out: Any) -> tuple[Array, Any, Any, Any]:
-        rows = as_rows(rows, "rows")
-        if (send is None) != (recv is None):
-            raise ValueError("give both send_counts and recv_counts, or neither")
-        if send is None:
-            if rows.shape[0] % self.size:
-                raise ValueError(f"rows has {rows.shape[0]} rows, which {self.size} ranks cannot share in equal blocks")
-            num_out = rows.shape[0]
-        else:
-            send, recv = self.counts("send_counts", send, rows.shape[0]), self.counts("recv_counts", recv)
-            num_out = int(recv.sum())
-        if out is not None:
-            check_out(out, rows, num_out)
-        return rows, send, recv, out
+    def __repr__(self) -> str:
+        state = "" if self.failure is None else f", unusable: {self.failure}"
+        return f"{type(self).__name__}({self.where().strip(' ()')}{state})"
 
-    def _all_gather_arguments(self, rows: Array, recv: Any) -> tuple[Array, Any]:
+    # ---- checks of one rank ----------------------------------------------------------------------------------------
+
+    def _all_to_all_arguments(
+        self, rows: Array, send_counts: Any, recv_counts: Any, out: Array | None
+    ) -> tuple[Array, Any, Any, Array | None]:
         rows = as_rows(rows, "rows")
-        if recv is not None:
-            recv = self.counts("recv_counts", recv)
-            if recv[self.rank] != rows.shape[0]:
-                raise ValueError(f"recv_counts[{self.rank}] is {recv[self.rank]}, but rows has {rows.shape[0]} rows")
-        return rows, recv
+        if (send_counts is None) != (recv_counts is None):
+            raise ValueError("give both send_counts and recv_counts, or neither")
+        num_rows = rows.shape[0]
+        if send_counts is not None:
+            send_counts = self.counts("send_counts", send_counts, num_rows)
+            recv_counts = self.counts("recv_counts", recv_counts)
+            num_rows = int(recv_counts.sum())
+        elif num_rows % self.size:
+            raise ValueError(f"rows has {num_rows} rows, which {self.size} ranks cannot share in equal blocks")
+        if out is not None:
+            check_out(out, rows, num_rows)
+        return rows, send_counts, recv_counts, out
+
+    def _all_gather_arguments(self, rows: Array, recv_counts: Any) -> tuple[Array, Any]:
+        rows = as_rows(rows, "rows")
+        if recv_counts is None:
+            return rows, None
+        counts = self.counts("recv_counts", recv_counts)
+        if counts[self.rank] != rows.shape[0]:
+            raise ValueError(f"recv_counts[{self.rank}] is {counts[self.rank]}, but rows has {rows.shape[0]} rows")
+        return rows, counts
 
     def _all_reduce_arguments(self, array: Array) -> tuple[Array, None]:
         if num_axes(array, "array") == 0:
-            return self._all_reduce_arguments(array.reshape(1))[0].reshape(()), None
+            one_number, _ = self._all_reduce_arguments(array.reshape(1))
+            return one_number.reshape(()), None
         array = as_rows(array, "array")
         if dtype_name(array) not in SUMMABLE:
             raise TypeError(f"array has dtype {dtype_name(array)}, expected one that is summed: {', '.join(SUMMABLE)}")
         return array, None
 
-    def _split_arguments(self, color: int, key: int | None) -> tuple[Any, Any]:
+    def _split_arguments(self, color: int, key: int | None) -> tuple[int, int]:
         for name, value in (("color", color), ("key", key)):
             if value is not None and not isinstance(value, int | np.integer):
                 raise TypeError(f"{name} is {value!r}, expected an int")
@@ -471,7 +437,7 @@ class Comm(Identity, ABC):
             raise ValueError(f"key is {key}, expected -{LARGEST_INT} .. {LARGEST_INT}")
         return int(color), self.rank if key is None else int(key)
 
-    def counts(self, name: str, counts: Any, num_rows: int | None = None) -> Counts:
+    def counts(self, name: str, counts: object, num_rows: int | None = None) -> Counts:
         """`counts` as int64 [size]. Raises if they are not that many whole numbers >= 0 with the sum num_rows."""
         array = np.asarray(counts)
         if array.dtype.kind not in "iu":
@@ -479,16 +445,45 @@ class Comm(Identity, ABC):
         if array.shape != (self.size,):
             raise ValueError(f"{name} has shape {array.shape}, expected ({self.size},): one count per rank")
         array = np.ascontiguousarray(array, np.int64)
-        most = LARGEST_SUM // self.size
-        if array.view(np.uint64).max() > most:  # negative ones too
-            at = int(array.view(np.uint64).argmax())
-            raise ValueError(f"{name}[{at}] is {array[at]}, expected {'>= 0' if array[at] < 0 else f'<= {most}'}")
+        # Counts whose sum wraps around in 64 bits could pass for the number of rows. As unsigned numbers, negative
+        # counts are beyond this bound as well.
+        bound = LARGEST_SUM // self.size
+        unsigned = array.view(np.uint64)
+        if unsigned.max() > bound:
+            worst = int(unsigned.argmax())
+            wanted = ">= 0" if array[worst] < 0 else f"<= {bound}"
+            raise ValueError(f"{name}[{worst}] is {array[worst]}, expected {wanted}")
         if num_rows is not None and array.sum() != num_rows:
             raise ValueError(f"{name} sums to {array.sum()}, expected {num_rows}, the number of rows given")
         return array
 
 
+class MpiCommunicator(Protocol):
+    """An mpi4py communicator, as far as a type checker needs to know it."""
+
+    def Get_rank(self) -> int:  # noqa: N802 - mpi4py's name
+        """This rank."""
+
+    def Get_size(self) -> int:  # noqa: N802
+        """The number of ranks."""
+
+
+class TorchGroup(Protocol):
+    """A torch ProcessGroup, likewise."""
+
+    def rank(self) -> int:
+        """This rank."""
+
+    def size(self) -> int:
+        """The number of ranks."""
+
+
+CommLike: TypeAlias = Comm | MpiCommunicator | TorchGroup
+"""What algorithms and exchanges take as a group of ranks; `transports.as_comm` makes a Comm of it."""
+
+
 def text_of_call(call: str, result: T, same: Callable[[T], str] | None) -> str:
+    """What a rank tells the others about its call."""
     return call if same is None else f"{call} with {same(result)}"
 
 
@@ -498,9 +493,8 @@ def _no_arguments() -> tuple[()]:
 
 
 def _rows_text(arguments: tuple[Any, ...]) -> str:
-    """What must be the same on every rank, of arguments that begin with rows and one kind of their counts, or None."""
     rows, counts = arguments[:2]
-    return rows_text(rows, counts is None)
+    return rows_text(rows, in_equal_parts=counts is None)
 
 
 def rows_text(rows: Array, in_equal_parts: bool) -> str:
@@ -512,17 +506,19 @@ def rows_text(rows: Array, in_equal_parts: bool) -> str:
 
 def check_out(out: Array, rows: Array, num_rows: int) -> None:
     """Raise unless `out` can take num_rows rows like `rows` while `rows` is read."""
-    shape = (num_rows, *rows.shape[1:])
-    if not (is_torch(out) if is_torch(rows) else isinstance(out, type(rows))):
+    of_torch = is_torch(rows)
+    if not (is_torch(out) if of_torch else isinstance(out, type(rows))):
         raise TypeError(f"out is a {type(out).__name__}, expected a {type(rows).__name__} like the rows given")
-    if out.dtype != rows.dtype or (is_torch(out) and out.device != rows.device):
+    if out.dtype != rows.dtype or (of_torch and out.device != rows.device):
         raise TypeError(f"out has dtype {dtype_name(out)}, expected {dtype_name(rows)} on the same device as the rows")
+    shape = (num_rows, *rows.shape[1:])
     if tuple(out.shape) != shape:
         raise ValueError(f"out has shape {tuple(out.shape)}, expected {shape}")
-    if not is_contiguous(out):
+    if not (out.is_contiguous() if of_torch else out.flags.c_contiguous):
         raise ValueError("out is not contiguous")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
     if overlap(out, rows):
         raise ValueError("out shares memory with the rows given")
-    mark_written(out)
+    if of_torch:
+        mark_written(out)

@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass
 
 from moecomm.arrays import Array, as_dtype, sum_dtype
-from moecomm.comm import Comm, collective, refused
+from moecomm.comm import Comm
+from moecomm.failures import collective, refused
 from moecomm.identity import Identity
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology

@@ -206,7 +206,7 @@ def _refuses(comm: Comm, make: Make) -> None:
         (ValueError, "shape", lambda: comm.all_to_all(rows, [*ones, 0], ones)),
         (ValueError, "both", lambda: comm.all_to_all(rows, ones)),
         (ValueError, "no rows", lambda: comm.all_to_all(make(np.array(1.0)))),
-        (TypeError, "numpy array", lambda: comm.all_to_all([1.0] * p)),
+        (TypeError, "numpy array", lambda: comm.all_to_all(cast(Any, [1.0] * p))),
         (TypeError, "Python objects", lambda: comm.all_to_all(np.array([None] * p))),
         (ValueError, "shape", lambda: comm.all_to_all(rows, out=make(np.zeros((p, 3), np.float32)))),
         (TypeError, "dtype", lambda: comm.all_to_all(rows, out=make(np.zeros((p, 2), np.float64)))),

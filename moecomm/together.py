@@ -7,8 +7,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from moecomm.comm import Comm, refused
+from moecomm.comm import Comm
 from moecomm.errors import CommError
+from moecomm.failures import refused
 
 T = TypeVar("T")
 KINDS = (OSError, RuntimeError, ValueError)

@@ -26,7 +26,15 @@ def pytest_on(test: str, tmp_path: Path, *arguments: str) -> list[str]:
     """The arguments of a pytest that runs `test` and one test behind it, with this folder's conftest.py."""
     program = tmp_path / "test_program.py"
     program.write_text(f"{SLOW}\n{test}\ndef test_next(): pass\n")
-    settings = ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}", "-o", "timeout=1", "-p", "no:cacheprovider"]
+    settings = [
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        f"--rootdir={tmp_path}",
+        "-o",
+        "timeout=1",
+        "-p",
+        "no:cacheprovider",
+    ]
     return ["-m", "pytest", "-q", *settings, *arguments, str(program)]
 
 

@@ -149,14 +149,14 @@ def test_memory_for_a_copy_of_the_argument(monkeypatch: pytest.MonkeyPatch) -> N
 
     def bare(comm: Comm) -> None:
         with pytest.raises(MemoryError if comm.rank == 1 else CommError):
-            comm.all_to_all(np.zeros((2, 5)))
+            comm.all_to_all(np.zeros((5, 2)).T)
         with pytest.raises(CommError, match="cannot be used"):
             comm.all_to_all(np.zeros((2, 4)))
 
     def checked(comm: Comm) -> None:
         comm = Checked(comm)
         with pytest.raises(MemoryError if comm.rank == 1 else ValueError, match="no memory today"):
-            comm.all_to_all(np.zeros((2, 5)))
+            comm.all_to_all(np.zeros((5, 2)).T)
         assert comm.all_to_all(np.full((2, 4), comm.rank))[:, 0].tolist() == [0, 1]
 
     threads.run(2, bare)

@@ -18,8 +18,9 @@ from moecomm.all_to_all.flat import FlatAllToAll
 from moecomm.all_to_all.hierarchical import HierarchicalAllToAll
 from moecomm.all_to_all.shared import SharedAllToAll, SharedRoute
 from moecomm.arrays import Array, Counts, on_host, row_bytes
-from moecomm.comm import collective, refused
+from moecomm.comm import CommLike
 from moecomm.errors import CommError
+from moecomm.failures import collective, refused
 from moecomm.nodes import Nodes
 from moecomm.transports import as_comm
 
@@ -98,7 +99,7 @@ class AutoAllToAll(AllToAll):
 
     def __init__(
         self,
-        comm: object,
+        comm: CommLike,
         nodes: Nodes | None = None,
         *,
         links: cost.Links = cost.CPU_NODES,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moecomm.arrays import Array, Counts, as_rows, empty_rows
-from moecomm.comm import Comm, check_out, collective, refused, rows_text
+from moecomm.comm import Comm, check_out, rows_text
 from moecomm.errors import CommError
+from moecomm.failures import collective, refused
 from moecomm.identity import Identity
 from moecomm.nodes import Nodes
 
@@ -153,18 +154,19 @@ class AllToAll(Identity, ABC):
     def _free(self) -> None:  # an algorithm that makes no groups leaves it out
         """Called once, by `free`."""
 
-    def _check_not_freed(self) -> None:
-        if self._freed:
-            raise refused(CommError(f"{type(self).__name__}: it was freed{self.comm.where()}"))
-
     def _opened(self, form: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
         """What `check` returns; at this object's first call the ranks compare what `same` says of it."""
         self._check_not_freed()
-        call = f"{type(self).__name__}{form}"
-        door = self.comm.checked if self._compared else self.comm.compared
-        result = door(call, check, *arguments, same=same)
+        call = type(self).__name__ + form
+        if self._compared:
+            return self.comm.checked(call, check, *arguments, same=same)
+        result = self.comm.compared(call, check, *arguments, same=same)
         self._compared = True
         return result
+
+    def _check_not_freed(self) -> None:
+        if self._freed:
+            raise refused(CommError(f"{type(self).__name__}: it was freed{self.comm.where()}"))
 
     def _even_arguments(self, x: Array, out: Array | None) -> tuple[Array, Array | None]:
         x = as_rows(x, "x")

@@ -6,6 +6,7 @@ import numpy as np
 
 from moecomm.all_to_all.base import AllToAll, Route
 from moecomm.arrays import Array, Counts, empty_rows
+from moecomm.comm import CommLike
 from moecomm.transports import as_comm
 
 
@@ -17,7 +18,7 @@ class FlatAllToAll(AllToAll):
     Memory beside input and output: none, even or uneven (8 p bytes of counts). Making one is not collective.
     """
 
-    def __init__(self, comm: object) -> None:
+    def __init__(self, comm: CommLike) -> None:
         self.comm = as_comm(comm)
 
     def _even(self, x: Array, out: Array) -> None:

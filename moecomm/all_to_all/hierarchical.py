@@ -9,7 +9,8 @@ import numpy as np
 
 from moecomm.all_to_all.base import AllToAll, Hop, Route, agreed_nodes
 from moecomm.arrays import Array, Counts, copy_blocks, copy_rows, empty_rows
-from moecomm.comm import Comm, collective
+from moecomm.comm import Comm, CommLike
+from moecomm.failures import collective
 from moecomm.nodes import Nodes
 from moecomm.transports import as_comm
 
@@ -39,7 +40,7 @@ class HierarchicalAllToAll(AllToAll):
     Source: DeepSpeed-MoE (arXiv 2201.05596), section 5.3.
     """
 
-    def __init__(self, comm: object, nodes: Nodes | None = None) -> None:
+    def __init__(self, comm: CommLike, nodes: Nodes | None = None) -> None:
         self.comm = as_comm(comm)
         with collective(type(self).__name__, self.comm):
             self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)

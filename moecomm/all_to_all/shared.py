@@ -14,8 +14,9 @@ from moecomm._core import Event, NodeRing, RingLayout
 from moecomm.all_to_all.base import AllToAll, Route, agreed_nodes
 from moecomm.all_to_all.streams import NodeCounts, Streams, Way
 from moecomm.arrays import Array, Counts, as_bytes, empty_rows, is_torch, on_host, row_bytes
-from moecomm.comm import Comm, Started, collective, refused
+from moecomm.comm import Comm, CommLike, Started
 from moecomm.errors import CommError
+from moecomm.failures import collective, refused
 from moecomm.nodes import Nodes
 from moecomm.shared_memory import NUM_SLOTS, chunk_bytes, shared_memory
 from moecomm.transports import as_comm
@@ -60,7 +61,7 @@ class SharedAllToAll(AllToAll):
     copy.
     """
 
-    def __init__(self, comm: object, nodes: Nodes | None = None, *, leaders: int = 1) -> None:
+    def __init__(self, comm: CommLike, nodes: Nodes | None = None, *, leaders: int = 1) -> None:
         self.comm = as_comm(comm)
         with collective(type(self).__name__, self.comm):
             self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, is_torch
-from moecomm.comm import Failing
+from moecomm.failures import Failing
 
 Step: TypeAlias = Callable[[Array], Array]
 

@@ -9,9 +9,9 @@ import torch.utils.checkpoint
 from torch.autograd.function import once_differentiable
 
 from moecomm.arrays import Counts, sum_dtype
-from moecomm.comm import Failing, collective, refused
 from moecomm.exchange.adjoint import Step
 from moecomm.exchange.copies import Copies
+from moecomm.failures import Failing, collective, refused
 
 # Activation checkpointing raises this to end a pass that it computes again, at the same operation on all ranks: no call
 # has failed.

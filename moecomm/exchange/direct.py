@@ -10,11 +10,11 @@ from math import inf
 from typing import Any
 
 from moecomm.arrays import is_torch
-from moecomm.comm import collective, refused
 from moecomm.errors import CommError
 from moecomm.exchange.direct_kernels import Buffers, Shape, Table
 from moecomm.exchange.direct_plan import DirectPlan, Started, tensors_in
 from moecomm.exchange.symmetric import SymmetricMemory, ipc_memory
+from moecomm.failures import collective, refused
 from moecomm.gating import Routing
 from moecomm.identity import Identity
 from moecomm.together import gather, together

@@ -10,7 +10,6 @@ import numpy as np
 
 from moecomm.all_to_all import FlatAllToAll, HierarchicalAllToAll, Route
 from moecomm.arrays import Array, Counts, sum_dtype
-from moecomm.comm import collective
 from moecomm.exchange.adjoint import move, move_back, new_thread
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sum_back
 from moecomm.exchange.plan import Plan
@@ -21,6 +20,7 @@ from moecomm.exchange.routed import (
     raise_alarm,
     tokens_text,
 )
+from moecomm.failures import collective
 from moecomm.gating import Routing
 
 

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from moecomm.all_to_all import AllToAll
 from moecomm.arrays import Array, Counts, as_rows, dtype_name, is_torch, num_axes, sum_dtype
-from moecomm.comm import Comm, collective, refused
+from moecomm.comm import Comm
 from moecomm.exchange.adjoint import move, move_back, new_thread
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sorting, sum_back
 from moecomm.exchange.plan import Plan
+from moecomm.failures import collective, refused
 from moecomm.gating import Routing
 from moecomm.gating.routing import problem
 

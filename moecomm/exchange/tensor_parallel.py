@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm.arrays import Array, Counts, as_dtype, num_axes, sum_dtype
-from moecomm.comm import Comm, collective, refused, rows_text
+from moecomm.comm import Comm, rows_text
 from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange, on_host, on_host_as_int64
+from moecomm.failures import collective, refused
 from moecomm.gating import Routing
 from moecomm.together import together
 
@@ -161,9 +162,9 @@ def _assignments(expert: Counts) -> Counts:
 def _gather_reach(inner: RoutedExchange, tensor: Comm, part: tuple[int, int]) -> tuple[Counts, NDArray[np.bool_]]:
     """[L] the part of each lane, and [L, E] which experts it reaches."""
     every = tensor.all_gather(np.array([[*part, inner.num_experts]], np.int64))
-    reach = np.zeros((1, int(every[:, 2].max())), np.int64)
-    reach[0, : inner.num_experts] = inner.holds()
-    reach = tensor.all_gather(reach).astype(bool)
+    reached_here = np.zeros((1, int(every[:, 2].max())), np.int64)
+    reached_here[0, : inner.num_experts] = inner.holds()
+    reach: NDArray[np.bool_] = tensor.all_gather(reached_here).astype(np.bool_)
     for number in range(int(every[:, 1].max())):
         lost = np.flatnonzero(~reach[every[:, 0] == number].any(axis=0))
         if lost.size:

