@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moecomm.arrays import Array, Counts, as_rows, empty_rows
-from moecomm.comm import Comm, check_out, rows_text
+from moecomm.arrays import Array, Counts, Rows, as_rows, empty_rows
+from moecomm.comm import Comm, CountsLike, check_out, rows_text
 from moecomm.errors import CommError
 from moecomm.failures import collective, refused
 from moecomm.identity import Identity
@@ -58,7 +58,9 @@ class AllToAll(Identity, ABC):
     _compared = False
     """Whether dtype and row shape were compared among the ranks."""
 
-    def __call__(self, x: Array, out: Array | None = None) -> Array:
+    # ---- the collectives -------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Rows, out: Rows | None = None) -> Rows:
         """Even form: block i of x goes to rank i; block i of the result came from rank i.
 
         x        [p, ...]  the same dtype and shape on every rank
@@ -69,13 +71,13 @@ class AllToAll(Identity, ABC):
         sent if x or out does not fit; on all ranks, at the first call, if dtype or row shape differ among them.
         """
         with collective(type(self).__name__, self.comm):
-            x, out = self._opened("", self._even_arguments, x, out, same=_blocks_text)
-            if out is None:
-                out = empty_rows(x.shape[0], x)
-            self._even(x, out)
-        return out
+            blocks, result = self._opened("", self._even_arguments, x, out, same=_blocks_text)
+            if result is None:
+                result = empty_rows(blocks.shape[0], blocks)
+            self._even(blocks, result)
+        return result
 
-    def rows(self, rows: Array, send_counts: Sequence[int] | Counts) -> tuple[Array, Counts]:
+    def rows(self, rows: Rows, send_counts: CountsLike) -> tuple[Rows, Counts]:
         """Uneven form: any number of rows to each rank.
 
         rows         [N, ...]  ordered by destination rank; the same dtype and row shape on every rank
@@ -86,11 +88,11 @@ class AllToAll(Identity, ABC):
         Collective over comm. The counts are exchanged first. Raises like the even form.
         """
         with collective(type(self).__name__, self.comm):
-            rows, send_counts = self._opened(".rows", self._rows_arguments, rows, send_counts, same=_uneven_text)
-            route = self._route(send_counts)
-            return self._send(rows, route), route.recv_counts
+            contiguous, counts = self._opened(".rows", self._rows_arguments, rows, send_counts, same=_uneven_text)
+            route = self._route(counts)
+            return self._send(contiguous, route), route.recv_counts
 
-    def route(self, send_counts: Sequence[int] | Counts) -> Route:
+    def route(self, send_counts: CountsLike) -> Route:
         """Exchange the counts alone, for rows that are to go this way several times, or back.
 
         send_counts  [p]  rows for each rank
@@ -104,15 +106,15 @@ class AllToAll(Identity, ABC):
             route = self._route(counts.copy())  # the route outlives the call
             return replace(route, digest=digest) if digest else route
 
-    def send(self, rows: Array, route: Route) -> Array:
+    def send(self, rows: Rows, route: Route) -> Rows:
         """What `rows` returns, without exchanging the counts again. Collective over comm."""
         with collective(type(self).__name__, self.comm):
-            rows, _ = self._opened(".send", self._route_arguments, rows, route, False, same=_text_along(route))
+            contiguous = self._opened(".send", self._sent_arguments, rows, route, same=_text_along(route))
             if not route.digest:
                 self.comm.compare_counts(route.send_counts, route.recv_counts)
-            return self._send(rows, route)
+            return self._send(contiguous, route)
 
-    def send_back(self, rows: Array, route: Route) -> Array:
+    def send_back(self, rows: Rows, route: Route) -> Rows:
         """The way back: rows ordered by the rank that they came from -> ordered as those given to `send`.
 
         rows     [sum(route.recv_counts), ...]
@@ -121,10 +123,10 @@ class AllToAll(Identity, ABC):
         Collective over comm.
         """
         with collective(type(self).__name__, self.comm):
-            rows, _ = self._opened(".send_back", self._route_arguments, rows, route, True, same=_text_along(route))
+            contiguous = self._opened(".send_back", self._returned_arguments, rows, route, same=_text_along(route))
             if not route.digest:
                 self.comm.compare_counts(route.recv_counts, route.send_counts)
-            return self._send_back(rows, route)
+            return self._send_back(contiguous, route)
 
     def free(self) -> None:
         """Give back the groups that the constructor made. Collective. comm stays, but not for this all-to-all."""
@@ -139,6 +141,10 @@ class AllToAll(Identity, ABC):
         if error[0] is None:  # after an error the other ranks may be elsewhere
             self.free()
 
+    # ---- what an algorithm writes ----------------------------------------------------------------------------------
+    # Inside a call whose arguments were checked. A step that raises makes comm unusable, and with it the groups of all
+    # hops: after a failed hop no rank may start another call, or the ranks would meet in different hops.
+
     @abstractmethod
     def _even(self, x: Array, out: Array) -> None: ...
 
@@ -151,8 +157,13 @@ class AllToAll(Identity, ABC):
     @abstractmethod
     def _send_back(self, rows: Array, route: Route) -> Array: ...
 
+    def _check_route(self, route: Route) -> None:  # for an algorithm that needs no more than the counts
+        """TypeError unless this algorithm can send along the route."""
+
     def _free(self) -> None:  # an algorithm that makes no groups leaves it out
         """Called once, by `free`."""
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
 
     def _opened(self, form: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
         """What `check` returns; at this object's first call the ranks compare what `same` says of it."""
@@ -176,37 +187,43 @@ class AllToAll(Identity, ABC):
             check_out(out, x, x.shape[0])
         return x, out
 
-    def _route_arguments(self, rows: Array, route: Route, is_back: bool) -> tuple[Array, Counts]:
-        if not isinstance(route, Route):
-            raise TypeError(
-                f"route is a {type(route).__name__}, expected one that {type(self).__name__}.route returned"
-            )
-        checked = self._rows_arguments(rows, route.recv_counts if is_back else route.send_counts)
-        self._check_route(route)
-        return checked
-
-    def _check_route(self, route: Route) -> None:
-        """TypeError unless the route is one that this algorithm can send along."""
-        if not isinstance(route, Route):
-            raise TypeError(
-                f"route is a {type(route).__name__}, expected one that {type(self).__name__}.route returned"
-            )
-
-    def _rows_arguments(self, rows: Array, send_counts: Any) -> tuple[Array, Counts]:
+    def _rows_arguments(self, rows: Array, send_counts: CountsLike) -> tuple[Array, Counts]:
         rows = as_rows(rows, "rows")
         return rows, self.comm.counts("send_counts", send_counts, rows.shape[0])
 
+    def _sent_arguments(self, rows: Array, route: Route) -> Array:
+        return self._arguments_along(rows, route, "send_counts")
+
+    def _returned_arguments(self, rows: Array, route: Route) -> Array:
+        return self._arguments_along(rows, route, "recv_counts")
+
+    def _arguments_along(self, rows: Array, route: Route, counts: str) -> Array:
+        if not isinstance(route, Route):
+            raise TypeError(
+                f"route is a {type(route).__name__}, expected one that {type(self).__name__}.route returned"
+            )
+        rows, _ = self._rows_arguments(rows, getattr(route, counts))
+        self._check_route(route)
+        return rows
+
+    def __repr__(self) -> str:
+        state = ", freed" if self._freed else ""
+        return f"{type(self).__name__}({self.comm!r}{state})"
+
 
 def _blocks_text(arguments: tuple[Array, Array | None]) -> str:
-    return rows_text(arguments[0], in_equal_parts=True)
+    blocks, _ = arguments
+    return rows_text(blocks, in_equal_parts=True)
 
 
 def _uneven_text(arguments: tuple[Array, Counts]) -> str:
-    return rows_text(arguments[0], in_equal_parts=False)
+    rows, _ = arguments
+    return rows_text(rows, in_equal_parts=False)
 
 
-def _text_along(route: Route) -> Callable[[tuple[Array, Counts]], str]:
-    return lambda arguments: f"{_uneven_text(arguments)} of the route {route.digest or 'without a digest'}"
+def _text_along(route: Route) -> Callable[[Array], str]:
+    """Says which rows go along which route: two ranks may have made several, and mix them up."""
+    return lambda rows: f"{rows_text(rows, in_equal_parts=False)} of the route {route.digest or 'without a digest'}"
 
 
 def agreed_nodes(comm: Comm, nodes: Nodes | None, algorithm: str) -> Nodes:
