@@ -18,19 +18,21 @@ class Nodes:
 
     ranks  the ranks of each node, e.g. [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
-    Immutable. Nodes are numbered by their lowest rank and the local ranks of a node by rank, in whatever order they are
-    given.
-    Raises ValueError if some rank is missing or in two nodes.
+    Immutable. Nodes are numbered by their lowest rank, and the local ranks of a node by rank, whatever the order of the
+    argument.
+    Raises ValueError if a rank is missing or on two nodes.
     """
 
     def __init__(self, ranks: Iterable[Sequence[int]]) -> None:
-        members = sorted(tuple(sorted(index(r) for r in node)) for node in ranks)
+        # Sorted twice, so that two descriptions of the same nodes are equal and number them alike on all ranks.
+        members = sorted(tuple(sorted(map(index, node))) for node in ranks)
         flat = [rank for node in members for rank in node]
         if not flat or not all(members):
             raise ValueError(f"Nodes: ranks is {[list(m) for m in members]}, expected at least one rank on every node")
-        if sorted(flat) != list(range(len(flat))):
-            odd = sorted(r for r in flat if flat.count(r) > 1 or not 0 <= r < len(flat))
-            missing = sorted(set(range(len(flat))) - set(flat))
+        world = range(len(flat))
+        if sorted(flat) != list(world):
+            odd = [rank for rank in sorted(flat) if flat.count(rank) > 1 or rank not in world]
+            missing = sorted(set(world).difference(flat))
             raise ValueError(
                 f"Nodes: ranks is no partition of 0..{len(flat) - 1}: {odd} twice or out of range, {missing} on no node"
             )
@@ -39,11 +41,13 @@ class Nodes:
         self.node_of: Counts = np.empty(len(flat), np.int64)
         """[p] the node of each rank."""
         self.local_rank: Counts = np.empty(len(flat), np.int64)
-        """[p] the place of each rank within its node."""
-        for node, group in enumerate(members):
-            self.node_of[list(group)] = node
-            self.local_rank[list(group)] = np.arange(len(group))
-        self.node_of.flags.writeable = self.local_rank.flags.writeable = False
+        """[p] the index of each rank within its node."""
+        for number, node in enumerate(members):
+            self.node_of[list(node)] = number
+            self.local_rank[list(node)] = range(len(node))
+        # Exchanges keep these arrays without a copy.
+        for array in (self.node_of, self.local_rank):
+            array.flags.writeable = False
 
     @classmethod
     def of_size(cls, ranks_per_node: int, world_size: int) -> Nodes:
@@ -51,12 +55,12 @@ class Nodes:
         for name, value in (("ranks_per_node", ranks_per_node), ("world_size", world_size)):
             if not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"Nodes.of_size: {name} is {value!r}, expected a whole number >= 1")
-        starts = range(0, world_size, ranks_per_node)
-        return cls(range(start, min(start + ranks_per_node, world_size)) for start in starts)
+        world = range(world_size)
+        return cls(world[start : start + ranks_per_node] for start in world[::ranks_per_node])
 
     @classmethod
     def discover(cls, comm: Comm) -> Nodes:
-        """The nodes that the ranks of `comm` really run on. Collective over comm.
+        """The nodes on which the ranks of `comm` run. Collective over comm.
 
         MPI: ranks that can share memory. torch: ranks with the same host name and boot. Threads: one node.
         """
@@ -73,7 +77,7 @@ class Nodes:
 
     def sizes(self) -> Counts:
         """[number of nodes] how many ranks each node has."""
-        return np.array([len(group) for group in self.ranks], np.int64)
+        return np.array([len(node) for node in self.ranks], np.int64)
 
     def same_node(self, rank: int) -> NDArray[np.bool_]:
         """[p] which ranks share the node of `rank`, itself included."""
@@ -89,4 +93,4 @@ class Nodes:
         return hash(self.ranks)
 
     def __repr__(self) -> str:
-        return f"Nodes({[list(group) for group in self.ranks]})"
+        return f"Nodes({[list(node) for node in self.ranks]})"

@@ -6,15 +6,24 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from moecomm.arrays import Counts
+from moecomm.json_objects import check_object, read_object
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 AXES = ("pipeline", "data", "tensor", "expert_data", "expert", "expert_tensor", "lane", "expert_lane")
-"""Every axis that ranks can be grouped along."""
+"""All axes along which ranks can be grouped."""
 
 DENSE = ("pipeline", "data", "tensor")
 """The axes of the dense grid, the last one running fastest."""
+
+GRID_AXIS = {"lane": "data", "expert_lane": "expert"}
+"""The axis of a grid along which a lane runs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class Topology:
     data. An expert_lane is the ranks of an expert group that are on one lane.
 
     Layers with different expert sizes have one Topology each, over the same ranks. Immutable, hashable.
-    Raises TypeError for a size that is no integer, ValueError for one that does not divide the ranks it is to share.
+    Raises TypeError for a size that is not an integer, ValueError for a size that does not divide its share of the
+    ranks.
     Source: DeepSpeed-MoE (arXiv 2201.05596), section 5; two grids over the same ranks: Megatron's parallel folding.
     """
 
@@ -49,10 +59,13 @@ class Topology:
     inner: Literal["expert", "expert_data"] = "expert"
 
     def __post_init__(self) -> None:
+        # Sizes often come as numpy integers. As int, equal topologies have the same repr, which ranks compare.
         for name in ("world_size", "tensor", "pipeline", "expert", "expert_tensor"):
-            object.__setattr__(self, name, as_integer(getattr(self, name), f"Topology: {name}"))
+            size = as_integer(getattr(self, name), f"Topology: {name}")
+            object.__setattr__(self, name, size)
         if self.world_size < 1:
             raise ValueError(f"Topology: world_size is {self.world_size}, expected at least 1")
+        # Each size is checked after the sizes that it shares the ranks with, so that no quotient below is rounded.
         self._check_divides("pipeline")
         self._check_divides("tensor", "pipeline")
         self._check_divides("expert_tensor", "pipeline")
@@ -62,12 +75,12 @@ class Topology:
 
     @property
     def data(self) -> int:
-        """Ranks that hold the same dense weights and different tokens."""
+        """The number of ranks that hold the same dense weights and different tokens."""
         return self.world_size // (self.pipeline * self.tensor)
 
     @property
     def expert_data(self) -> int:
-        """Ranks that hold the same experts."""
+        """The number of ranks that hold the same experts."""
         return self.world_size // (self.pipeline * self.expert * self.expert_tensor)
 
     def groups(self, *axes: str) -> list[list[int]]:
@@ -75,90 +88,91 @@ class Topology:
 
         axes     of one grid: pipeline, data or lane, tensor; or pipeline, expert_data, expert, expert_tensor; or
                  expert_lane, with or without pipeline
-        returns  every rank once. Members are in rank order. Groups along expert axes come by pipeline, then
-                 expert_tensor, then lowest rank, as DeepSpeed numbers them; the parts of an expert group on its lanes
-                 stay together. Groups along dense axes come by lowest rank
+        returns  lists that contain each rank once, in rank order. Groups along expert axes are ordered by pipeline,
+                 then expert_tensor, then lowest rank, as DeepSpeed numbers them; the lanes of an expert group follow
+                 one another. Groups along dense axes are ordered by lowest rank
 
         Raises ValueError for axes that do not go together.
         """
         grid, free = self._resolve("groups", axes)
         fixed = [axis for axis in grid if axis not in free]
-        fixed.sort(key=lambda axis: {"pipeline": 0, "expert_tensor": 1}.get(axis, 2))  # stable: the rest in grid order
-        order = [grid.index(axis) for axis in (*fixed, *(axis for axis in grid if axis in free))]
-        ranks = np.arange(self.world_size).reshape(self._shape(grid)).transpose(order)
-        groups: list[list[int]] = ranks.reshape(-1, math.prod(self._shape(free))).tolist()
-        return [part for group in groups for part in self._by_lane(group)] if "expert_lane" in axes else groups
+        # The sort is stable: after the stage and the slice, the grid's own order makes the lowest rank decide.
+        fixed.sort(key=lambda axis: (axis != "pipeline", axis != "expert_tensor"))
+        order = [grid.index(axis) for axis in fixed + free]
+        rows = self._ranks(grid).transpose(order).reshape(-1, math.prod(self._sizes(free)))
+        groups: list[list[int]] = rows.tolist()
+        if "expert_lane" in axes:
+            return [lane for group in groups for lane in self._lanes(group)]
+        return groups
 
     def group_of(self, rank: int, *axes: str) -> list[int]:
-        """The one of `groups(*axes)` that `rank` is in."""
+        """The group of `groups(*axes)` that contains `rank`."""
         grid, free = self._resolve("group_of", axes)
-        rank, shape = self._as_rank("group_of", rank), self._shape(grid)
-        place = zip(grid, np.unravel_index(rank, shape), strict=True)
-        ranks = np.arange(self.world_size).reshape(shape)
-        group = ranks[tuple(slice(None) if axis in free else i for axis, i in place)].ravel()
+        rank = self._as_rank("group_of", rank)
+        ranks = self._ranks(grid)
+        # A slice of one grid, not a search through all groups: a program may call this for each of many ranks.
+        coordinates = np.unravel_index(rank, ranks.shape)
+        place = tuple(slice(None) if axis in free else i for axis, i in zip(grid, coordinates, strict=True))
+        group: list[int] = ranks[place].ravel().tolist()
         if "expert_lane" in axes:
-            group = group[group % self.tensor == rank % self.tensor]
-        return [int(member) for member in group]
+            return next(lane for lane in self._lanes(group) if rank in lane)
+        return group
 
     def coords(self, rank: int) -> dict[str, int]:
-        """For every axis, the place of `rank` in its group along it. Which lane it is on says "tensor", not "lane"."""
+        """The index of `rank` in its group along each axis. The lane that it is on is the index along "tensor"."""
         rank = self._as_rank("coords", rank)
-        place: dict[str, int] = {}
-        for grid in (DENSE, self._experts):
-            place.update(zip(grid, map(int, np.unravel_index(rank, self._shape(grid))), strict=True))
-        place["lane"] = place["data"]
-        place["expert_lane"] = self.group_of(rank, "expert_lane").index(rank)
-        return {axis: place[axis] for axis in AXES}
+        return {axis: self.group_of(rank, axis).index(rank) for axis in AXES}
 
-    def device_mesh(self, device_type: str = "cuda") -> tuple[Any, Any]:
+    def device_mesh(self, device_type: str = "cuda") -> tuple[DeviceMesh, DeviceMesh]:
         """torch DeviceMeshes of the dense grid and of the expert grid, whose dimensions have the names of the axes.
 
         Collective over torch.distributed's world, which must be initialised and have world_size ranks.
         """
-        import torch
+        # torch is needed for this call alone, and is slow to import
         from torch.distributed.device_mesh import DeviceMesh
 
-        grids = (DENSE, self._experts)
-        ranks = [torch.arange(self.world_size, dtype=torch.int).reshape(self._shape(grid)) for grid in grids]
-        dense, experts = (DeviceMesh(device_type, r, mesh_dim_names=g) for g, r in zip(grids, ranks, strict=True))
+        dense, experts = (DeviceMesh(device_type, self._ranks(g).tolist(), mesh_dim_names=g) for g in self._grids)
         return dense, experts
 
     def to_json(self) -> str:
-        """The sizes and the groups along every axis, as stable text: one line for each."""
-        lines = [f'  "{name}": {json.dumps(value)},' for name, value in asdict(self).items()]
-        tables = ",\n".join(f'    "{axis}": {json.dumps(self.groups(axis))}' for axis in AXES)
-        return "\n".join(["{", *lines, '  "groups": {', tables, "  }", "}"])
+        """The sizes and the groups along each axis, as stable text with a line for each of them."""
+        # json.dumps has no such layout: its indent puts each rank on a line of its own
+        sizes = [f'  "{name}": {json.dumps(value)},' for name, value in asdict(self).items()]
+        groups = [f'    "{axis}": {json.dumps(self.groups(axis))}' for axis in AXES]
+        return "\n".join(["{", *sizes, '  "groups": {', ",\n".join(groups), "  }", "}"])
 
     @classmethod
     def from_json(cls, text: str) -> Topology:
         """The Topology that `to_json` wrote. ValueError if the text is something else or its groups disagree."""
-        try:
-            read = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Topology.from_json: not JSON: {error}") from None
+        call = "Topology.from_json"
         sizes = [field.name for field in fields(cls)]
-        check_keys(read, [*sizes, "groups"], "the text")
-        check_keys(read["groups"], list(AXES), "groups")
+        entries = read_object(call, text, [*sizes, "groups"])
+        groups = check_object(call, "groups", entries.pop("groups"), AXES)
         try:
-            topology = cls(**{name: read[name] for name in sizes})
+            topology = cls(**entries)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Topology.from_json: {error}") from None
+            raise ValueError(f"{call}: {error}") from None
+        # The groups follow from the sizes. A text in which they differ came from another program or was edited.
         for axis in AXES:
-            if read["groups"][axis] != topology.groups(axis):
-                raise ValueError(f"Topology.from_json: the groups along {axis} are not those of {topology}")
+            if groups[axis] != topology.groups(axis):
+                raise ValueError(f"{call}: the groups along {axis} are not those of {topology}")
         return topology
 
     # ---- the two grids ---------------------------------------------------------------------------------------------
 
     @property
-    def _experts(self) -> tuple[str, ...]:
+    def _grids(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         outer = "expert_data" if self.inner == "expert" else "expert"
-        return ("pipeline", outer, self.inner, "expert_tensor")
+        return DENSE, ("pipeline", outer, self.inner, "expert_tensor")
 
-    def _shape(self, axes: Iterable[str]) -> tuple[int, ...]:
-        return tuple(getattr(self, axis) for axis in axes)
+    def _sizes(self, axes: Iterable[str]) -> list[int]:
+        return [getattr(self, axis) for axis in axes]
 
-    def _by_lane(self, group: list[int]) -> list[list[int]]:
+    def _ranks(self, grid: tuple[str, ...]) -> Counts:
+        return np.arange(self.world_size).reshape(self._sizes(grid))
+
+    def _lanes(self, group: list[int]) -> list[list[int]]:
+        # tensor runs fastest in the dense grid, so the remainder is the tensor rank
         lanes: dict[int, list[int]] = {}
         for rank in group:
             lanes.setdefault(rank % self.tensor, []).append(rank)
@@ -166,52 +180,54 @@ class Topology:
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _resolve(self, call: str, axes: tuple[str, ...]) -> tuple[tuple[str, ...], set[str]]:
-        """The grid that has these axes, and those of its axes along which a group runs."""
+    def _resolve(self, call: str, axes: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
+        """The grid that has these axes, and which of its axes the ranks of a group differ in."""
         for axis in axes:
             if axis not in AXES:
                 raise ValueError(f"Topology.{call}: {axis!r} is no axis, expected some of {', '.join(AXES)}")
-        free = {{"lane": "data", "expert_lane": "expert"}.get(axis, axis) for axis in axes}
-        if axes and len(free) == len(axes):
-            if free <= set(DENSE):
-                return DENSE, free
-            if free <= ({"pipeline", "expert"} if "expert_lane" in axes else set(self._experts)):
-                return self._experts, free
+        free = {GRID_AXIS.get(axis, axis) for axis in axes}
+        # A lane is a tensor rank, which is no coordinate of the expert grid: only the stage may vary with expert_lane.
+        combinable = "expert_lane" not in axes or free <= {"pipeline", "expert"}
+        if axes and combinable and len(free) == len(axes):
+            for grid in self._grids:
+                if free <= set(grid):
+                    return grid, [axis for axis in grid if axis in free]
         raise ValueError(
             f"Topology.{call}: axes are {axes}, expected different ones that go together: pipeline, data (the same as "
             f"lane), tensor; or pipeline, expert_data, expert, expert_tensor; or pipeline, expert_lane"
         )
 
-    def _as_rank(self, call: str, rank: Any) -> int:
+    def _as_rank(self, call: str, rank: object) -> int:
         number = as_integer(rank, f"Topology.{call}: rank")
         if not 0 <= number < self.world_size:
             raise ValueError(f"Topology.{call}: rank is {number}, expected 0 .. {self.world_size - 1}")
         return number
 
-    def _check_divides(self, name: str, *others: str) -> None:
-        size, shared = getattr(self, name), self.world_size // math.prod(self._shape(others))
-        if size < 1 or shared % size:
-            product = " * ".join(f"{other} {getattr(self, other)}" for other in others)
-            product = f"({product})" if len(others) > 1 else product
-            computed = f"{shared} = world_size {self.world_size} / {product}" if others else f"world_size {shared}"
-            raise ValueError(f"Topology: {name}={size} does not divide {computed}; valid: {divisors(shared)}")
+    def _check_divides(self, name: str, *outer: str) -> None:
+        """ValueError unless the size divides the ranks that the outer axes leave for it."""
+        size = getattr(self, name)
+        remaining = self.world_size // math.prod(self._sizes(outer))
+        if size >= 1 and remaining % size == 0:
+            return
+        dividend = f"world_size {remaining}"
+        if outer:
+            product = " * ".join(f"{axis} {getattr(self, axis)}" for axis in outer)
+            if len(outer) > 1:
+                product = f"({product})"
+            dividend = f"{remaining} = world_size {self.world_size} / {product}"
+        raise ValueError(f"Topology: {name}={size} does not divide {dividend}; valid: {divisors(remaining)}")
 
 
-def as_integer(value: Any, name: str) -> int:
-    """`value` as an int. TypeError if it is something else, a bool included."""
+def as_integer(value: object, name: str) -> int:
+    """`value` as an int. TypeError if it is something else; a bool is refused too, though Python counts with it."""
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return int(value)
     raise TypeError(f"{name} is {value!r}, expected an integer")
 
 
 def divisors(number: int) -> str:
-    """The divisors of `number`, ascending, as a list in words."""
+    """The divisors of `number`, ascending, with commas between them."""
+    # Divisors come in pairs around the root, so a large world needs no loop over all its ranks.
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return ", ".join(map(str, sorted({*small, *(number // d for d in small)})))
-
-
-def check_keys(read: Any, keys: list[str], name: str) -> None:
-    """Raise ValueError unless `read` is a JSON object with exactly these keys."""
-    found = sorted(read) if isinstance(read, dict) else f"a {type(read).__name__}"
-    if found != sorted(keys):
-        raise ValueError(f"Topology.from_json: {name} has {found}, expected an object with {sorted(keys)}")
+    large = [number // d for d in small]
+    return ", ".join(map(str, sorted({*small, *large})))

@@ -20,7 +20,7 @@ from moecomm import (
     build_groups,
     reduce_expert_gradient,
 )
-from moecomm.groups import AXES
+from moecomm.groups import SPLIT_AXES
 from moecomm.transports import threads
 
 torch = pytest.importorskip("torch")
@@ -39,7 +39,7 @@ torch = pytest.importorskip("torch")
 def test_each_comm_has_the_ranks_of_its_group(topology: Topology) -> None:
     def body(comm: Comm) -> None:
         groups = build_groups(comm, topology)
-        for axis in AXES:
+        for axis in SPLIT_AXES:
             group = getattr(groups, axis)
             assert group.all_gather(np.array([comm.rank])).tolist() == topology.group_of(comm.rank, axis)
             assert group.rank == topology.coords(comm.rank)[axis]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+
+from moecomm.json_objects import check_object, read_object
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Link:
     """One class of links. `work` is time of a core, in seconds: ranks that share cores do it one after the other.
 
     latency    seconds from the end of the sender's work to the start of the receiver's
-    wait       work of a rank that waits for messages: it looks again and again, or gives the core up and gets it back
+    wait       work of a rank that waits for messages: it polls, or gives the core up and gets it back
     message    work for each message, sender and receiver together
     bandwidth  bytes a second that one core can send and receive
     buffered   bytes of each message that fit into buffers, and are moved with the work for the message
@@ -32,7 +32,7 @@ class Links:
 
     inside, between   the links inside a node, and between nodes
     node_bandwidth    bytes a second that can leave a node while as many come in
-    copy_bandwidth    bytes a second that a core copies in memory while the others do so too
+    copy_bandwidth    bytes a second that a core copies in memory while the other cores copy too
     start             work of a rank to enter a call and to get its turn
     wake              work to wake a rank that sleeps
     cores_per_node    cores that the ranks of a node share; less than 1 where nodes are emulated on few cores. Ranks on
@@ -52,12 +52,16 @@ class Links:
     combine_below: float = 257
 
     def __post_init__(self) -> None:
-        figures = {field.name: getattr(self, field.name) for field in fields(self)}
+        figures = asdict(self)
         for name in ("inside", "between"):
-            figures |= {f"{name}.{key}": value for key, value in asdict(figures.pop(name)).items()}
+            for key, value in figures.pop(name).items():
+                figures[f"{name}.{key}"] = value
         for name, value in figures.items():
-            least = "> 0" if name.endswith(("bandwidth", "cores_per_node")) else ">= 0"
-            if not isinstance(value, int | float) or math.isnan(value) or value < 0 or (value == 0 and least == "> 0"):
+            # The model divides by these.
+            divisor = name.endswith(("bandwidth", "cores_per_node"))
+            # Written so that nan, which is neither above nor equal to 0, is refused.
+            if not isinstance(value, int | float) or not (value > 0 or (value == 0 and not divisor)):
+                least = "> 0" if divisor else ">= 0"
                 raise ValueError(f"Links: {name} is {value!r}, expected a number {least}")
 
     def to_json(self) -> str:
@@ -67,21 +71,12 @@ class Links:
     @classmethod
     def from_json(cls, text: str) -> Links:
         """The Links that `to_json` wrote. ValueError if the text is something else."""
-        try:
-            read = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Links.from_json: not JSON: {error}") from None
-        _check_keys(read, cls, "the text")
+        call = "Links.from_json"
+        figures = read_object(call, text, [field.name for field in fields(cls)])
         for name in ("inside", "between"):
-            _check_keys(read[name], Link, name)
-        return cls(**{**read, "inside": Link(**read["inside"]), "between": Link(**read["between"])})
-
-
-def _check_keys(read: Any, kind: type[Link] | type[Links], name: str) -> None:
-    expected = sorted(field.name for field in fields(kind))
-    found = sorted(read) if isinstance(read, dict) else f"a {type(read).__name__}"
-    if found != expected:
-        raise ValueError(f"Links.from_json: {name} has {found}, expected an object with {expected}")
+            link = check_object(call, name, figures[name], [field.name for field in fields(Link)])
+            figures[name] = Link(**link)
+        return cls(**figures)
 
 
 GPU_NODES = Links(
@@ -92,6 +87,7 @@ GPU_NODES = Links(
     start=10e-6,
     wake=5e-6,
     cores_per_node=8,
+    # NCCL does not combine blocks
     combine_below=0,
 )
 """Assumed, not measured: nodes of 8 GPUs with NVLink (450 GB/s a GPU) and a network of 400 Gbit/s a GPU."""

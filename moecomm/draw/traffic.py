@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from moecomm.arrays import Counts
 from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PAPER, Box, Canvas, Key, Point, mixed, text_width
 from moecomm.draw.words import counted, nodes_in_words
 from moecomm.nodes import Nodes
-from moecomm.traffic import Sent, hop_traffic
+from moecomm.traffic import Rows, Sent, hop_traffic
 
 SIDE = 240
-"""px that a matrix is wide, where its cells can have a fitting size."""
+"""Width in px of a matrix whose cells fit into it."""
 SHADE, STAYS, GRID = "#0b4f8a", "#d9cfbb", "#afb8c1"
 """The darkest cell; the diagonal: what does not move; the lines from node to node."""
+MAX_SHADES = 5
+"""Shades in the legend at most."""
 
 
-def traffic_svg(nodes: Nodes, counts: Any = None) -> str:
+def traffic_svg(nodes: Nodes, counts: ArrayLike | None = None) -> str:
     """Draw which rank sends how many rows to which, as SVG text.
 
     counts  [p, p]  rows from each source to each destination; None: one for each pair
@@ -30,27 +32,26 @@ def traffic_svg(nodes: Nodes, counts: Any = None) -> str:
     Raises ValueError if counts are not p x p whole numbers >= 0.
     """
     rows = row_counts(nodes, counts)
-    sent = "one row for each pair of ranks" if (rows == 1).all() else f"{counted(int(rows.sum()), 'row')} in all"
-    canvas = Canvas("Rows that go from rank to rank directly", f"{nodes_in_words(nodes)}; {sent}")
-    matrices = {"flat": rows * ~np.eye(len(rows), dtype=bool)}
-    matrices["hierarchical, hop 1"], matrices["hierarchical, hop 2"] = hop_traffic(nodes, rows)
+    total = "one row for each pair of ranks" if (rows == 1).all() else f"{counted(int(rows.sum()), 'row')} in all"
+    canvas = Canvas("Rows that go from rank to rank directly", f"{nodes_in_words(nodes)}; {total}")
+    hop_one, hop_two = hop_traffic(nodes, rows)
+    off_diagonal = rows * ~np.eye(len(rows), dtype=bool)
+    matrices = {"flat": off_diagonal, "hierarchical, hop 1": hop_one, "hierarchical, hop 2": hop_two}
+    # One scale for all three, so that equal shades are equal counts.
     most = max(1, *(int(matrix.max()) for matrix in matrices.values()))
-    x, y = float(MARGIN), canvas.bottom + 24
+    x = float(MARGIN)
+    y = canvas.bottom + 24
     for name, matrix in matrices.items():
         canvas.text((x, y), name, 14, bold=True)
         canvas.text((x, y + 18), "from ↓ to →", 11, color=MUTED)
         grid = _draw_matrix(canvas, nodes, matrix, most, (x + 26, y + 38))
         _draw_totals(canvas, nodes, matrix, (grid.x, grid.y + grid.height + 20))
-        x = 24 + grid.x + max(grid.width, SIDE)
-    values = np.unique(list(matrices.values()))[1:]
-    if len(values) > 5:
-        values = np.unique(np.linspace(values[0], most, 5).round().astype(np.int64))
-    keys = [Key(counted(value, "row"), FRAME, shade(value, most)) for value in values.tolist()]
-    canvas.legend([*keys, Key("stays on its rank", FRAME, STAYS), Key("a node", INK, PAPER)])
+        x = grid.x + max(grid.width, SIDE) + 24
+    canvas.legend(_keys(np.unique(list(matrices.values())), most))
     return canvas.svg()
 
 
-def row_counts(nodes: Nodes, counts: Any) -> Counts:
+def row_counts(nodes: Nodes, counts: ArrayLike | None) -> Counts:
     """`counts` as int64 [p, p]; None: one row for each pair. Raises ValueError if they are something else."""
     p = nodes.world_size
     array = np.ones((p, p), np.int64) if counts is None else np.asarray(counts)
@@ -64,38 +65,72 @@ def shade(rows: int, most: int) -> str:
     return mixed(SHADE, 0.14 + 0.86 * rows / most)
 
 
-def _draw_matrix(canvas: Canvas, nodes: Nodes, matrix: Counts, most: int, corner: Point) -> Box:
-    """Cells, and the ranks along both sides in the order of their nodes. Returns where the cells are."""
+def _keys(values: Rows, most: int) -> list[Key]:
+    # values[0] is 0, the diagonal, which has a key of its own
+    shown = values[1:]
+    if len(shown) > MAX_SHADES:
+        shown = np.unique(np.linspace(shown[0], most, MAX_SHADES).round().astype(np.int64))
+    shades = [Key(counted(value, "row"), FRAME, shade(value, most)) for value in shown.tolist()]
+    return [*shades, Key("stays on its rank", FRAME, STAYS), Key("a node", INK, PAPER)]
+
+
+def _draw_matrix(canvas: Canvas, nodes: Nodes, matrix: Rows, most: int, corner: Point) -> Box:
+    """Draw the cells, and the ranks along both sides, by node. Returns where the cells are."""
+    # Ranks of a node are neighbours in the picture, also where their numbers are not.
     order = [rank for node in nodes.ranks for rank in node]
-    cell = max(3, min(44, SIDE // len(order)))
-    grid = Box(*corner, cell * len(order), cell * len(order))
+    p = len(order)
+    cell = max(3, min(44, SIDE // p))
+    grid = Box(*corner, cell * p, cell * p)
     canvas.rect(grid, PAPER)
-    for i in range(0, len(order), math.ceil(text_width(str(len(order)), 10) / cell)):
+    # As many rank numbers as fit beside one another.
+    step = math.ceil(text_width(str(p), 10) / cell)
+    for i in range(0, p, step):
         middle = (i + 0.5) * cell
         canvas.text((grid.x + middle, grid.y - 5), str(order[i]), 10, "middle", MUTED)
         canvas.text((grid.x - 5, grid.y + middle + 3.5), str(order[i]), 10, "end", MUTED)
-    ordered = matrix[np.ix_(order, order)] - np.eye(len(order), dtype=np.int64)  # -1: stays
-    gap, fits = int(cell >= 8), text_width(f"{most:,}", 10) <= cell - 2
-    for value in np.unique(ordered[ordered != 0]).tolist():
-        corners = [(grid.x + j * cell + gap / 2, grid.y + i * cell + gap / 2) for i, j in np.argwhere(ordered == value)]
-        fill, words = (shade(value, most), f"{value:,}") if value > 0 else (STAYS, "")
-        canvas.cells(corners, cell - gap, fill, words if fits else "")
-    widths = nodes.sizes() * cell
-    frames = list(zip((np.cumsum(widths) - widths).tolist(), widths.tolist(), strict=True))
-    for at, width in frames:
-        canvas.rect(Box(grid.x + at, grid.y, width, grid.height), "none", GRID)
-        canvas.rect(Box(grid.x, grid.y + at, grid.width, width), "none", GRID)
-    for at, width in frames:
-        canvas.rect(Box(grid.x + at, grid.y + at, width, width), "none", INK)
+    # -1 marks the diagonal: no count is negative, and 0 is an empty cell
+    marked = matrix[np.ix_(order, order)] - np.eye(p, dtype=np.int64)
+    gap = int(cell >= 8)
+    labelled = text_width(f"{most:,}", 10) <= cell - 2
+    # One path for all cells of a value keeps the file small: a large world has thousands of equal cells.
+    for value in np.unique(marked[marked != 0]).tolist():
+        places = np.argwhere(marked == value) * cell
+        corners = [(grid.x + x + gap / 2, grid.y + y + gap / 2) for y, x in places]
+        if value < 0:
+            canvas.cells(corners, cell - gap, STAYS)
+        else:
+            canvas.cells(corners, cell - gap, shade(value, most), f"{value:,}" if labelled else "")
+    _draw_nodes(canvas, grid, (nodes.sizes() * cell).tolist())
     return grid
 
 
-def _draw_totals(canvas: Canvas, nodes: Nodes, matrix: Counts, corner: Point) -> None:
-    """The messages and rows of all ranks as a table."""
-    sent, every = Sent(nodes), np.arange(len(matrix))
-    sent.add(every, every, matrix)
-    totals = zip(("inside nodes", "between nodes"), sent.messages.sum(axis=0), sent.rows.sum(axis=0), strict=True)
-    table = [("total", "messages", "rows"), *((name, f"{m:,}", f"{r:,.0f}") for name, m, r in totals)]
-    for line, words in enumerate(table):
-        for cell, at, anchor in zip(words, (0, SIDE - 70, SIDE), ("start", "end", "end"), strict=True):
-            canvas.text((corner[0] + at, corner[1] + 18 * line), cell, 12, anchor, bold=line > 0 and at > 0)
+def _draw_nodes(canvas: Canvas, grid: Box, widths: list[int]) -> None:
+    """Draw lines from node to node, and a frame around the cells of each node."""
+    frames = []
+    x, y = grid.x, grid.y
+    for width in widths:
+        canvas.rect(Box(x, grid.y, width, grid.height), "none", GRID)
+        canvas.rect(Box(grid.x, y, grid.width, width), "none", GRID)
+        frames.append(Box(x, y, width, width))
+        x += width
+        y += width
+    # The frames come on top: the lines of the next node would cover their edges.
+    for frame in frames:
+        canvas.rect(frame, "none", INK)
+
+
+def _draw_totals(canvas: Canvas, nodes: Nodes, matrix: Rows, corner: Point) -> None:
+    """Draw the messages and rows of all ranks as a table."""
+    sent = Sent(nodes)
+    ranks = np.arange(len(matrix))
+    sent.add(ranks, ranks, matrix)
+    messages = sent.messages.sum(axis=0)
+    rows = sent.rows.sum(axis=0)
+    table = [("total", "messages", "rows")]
+    for column, name in enumerate(("inside nodes", "between nodes")):
+        table.append((name, f"{messages[column]:,}", f"{rows[column]:,.0f}"))
+    x, y = corner
+    for line, (name, *numbers) in enumerate(table):
+        canvas.text((x, y + 18 * line), name, 12)
+        for right, words in zip((SIDE - 70, SIDE), numbers, strict=True):
+            canvas.text((x + right, y + 18 * line), words, 12, "end", bold=line > 0)
