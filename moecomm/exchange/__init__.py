@@ -1,5 +1,6 @@
 """Exchanges: tokens to the ranks of their experts, and the answers home."""
 
+from moecomm.exchange.contract import Exchange
 from moecomm.exchange.direct import DirectExchange
 from moecomm.exchange.direct_plan import DirectPlan
 from moecomm.exchange.hierarchical import HierarchicalExchange, RelayPlan
@@ -10,6 +11,7 @@ from moecomm.exchange.tensor_parallel import LanePlan, TensorParallelExchange
 __all__ = [
     "DirectExchange",
     "DirectPlan",
+    "Exchange",
     "HierarchicalExchange",
     "LanePlan",
     "Plan",

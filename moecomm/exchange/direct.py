@@ -11,10 +11,11 @@ from typing import Any
 
 from moecomm.arrays import is_torch
 from moecomm.errors import CommError
+from moecomm.exchange.contract import Exchange
 from moecomm.exchange.direct_kernels import Buffers, Shape, Table
 from moecomm.exchange.direct_plan import DirectPlan, Started, tensors_in
 from moecomm.exchange.symmetric import SymmetricMemory, ipc_memory
-from moecomm.failures import collective, refused
+from moecomm.failures import Failing, collective, refused
 from moecomm.gating import Routing
 from moecomm.identity import Identity
 from moecomm.together import gather, together
@@ -31,7 +32,7 @@ PHASES = {
 }  # fmt: skip
 
 
-class DirectExchange(Identity):
+class DirectExchange(Exchange[DirectPlan], Identity):
     """Dispatch and combine by kernels that write into each other's memory, for CUDA ranks of one node.
 
     comm         1, 2, 4 or 8 ranks that share the experts: rank r holds experts r * E / p and up. Each rank's current
@@ -132,6 +133,8 @@ class DirectExchange(Identity):
         self.shape = Shape(
             str(dtype).removeprefix("torch."), fp8 is not None, hidden, top_k, max_tokens, p, experts, num_sms
         )
+        self.experts = [list(range(rank * experts, (rank + 1) * experts)) for rank in range(p)]
+        self.local_experts = self.experts[self.comm.rank]
         self.num_local_experts = experts
         """Experts of this rank."""
         self.num_experts = num_experts
@@ -142,6 +145,11 @@ class DirectExchange(Identity):
         self.failure: str | None = None
         """Why this exchange cannot be used any more, or None."""
         self.comm.barrier()
+
+    @property
+    def comms(self) -> tuple[Failing, ...]:
+        """This exchange itself, which talks without a Comm."""
+        return (self,)
 
     # ---- the calls -------------------------------------------------------------------------------------------------
 

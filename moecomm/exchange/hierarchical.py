@@ -18,6 +18,7 @@ from moecomm.exchange.routed import (
     alarms,
     combine_arguments,
     raise_alarm,
+    rows_to_others,
     tokens_text,
 )
 from moecomm.failures import collective
@@ -125,6 +126,13 @@ class HierarchicalExchange(RoutedExchange):
             partial, thread = move_back(self._between, sum_back(partial, relay_plan.relayed), thread, plan.route)
             y = sum_back(partial, plan.at_home, None, rows.dtype if dtype is None else dtype)
             return y if thread is None else y + thread.sum().to(y.dtype)
+
+    def rows_sent(self, plan: Plan) -> int:
+        """Rows that this rank sends to other ranks in dispatch and combine, in both hops. Not collective."""
+        rows = rows_to_others(plan.route, self._between.comm.rank)
+        if isinstance(plan, RelayPlan):
+            rows += rows_to_others(plan.inside, self._inside.comm.rank)
+        return rows
 
     def _labels(self, expert: Counts, source: Counts, relayed: Copies, place: Counts) -> Counts:
         """[N, K] for each row to send on, what it is ordered by where it comes: the receiver's expert, then the source.

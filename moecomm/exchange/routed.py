@@ -8,18 +8,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.all_to_all import AllToAll
+from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, Counts, as_rows, dtype_name, is_torch, num_axes, sum_dtype
 from moecomm.comm import Comm
 from moecomm.exchange.adjoint import move, move_back, new_thread
+from moecomm.exchange.contract import Exchange
 from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sorting, sum_back
 from moecomm.exchange.plan import Plan
-from moecomm.failures import collective, refused
+from moecomm.failures import Failing, collective, refused
 from moecomm.gating import Routing
 from moecomm.gating.routing import problem
 
 
-class RoutedExchange:
+class RoutedExchange(Exchange[Plan]):
     """Dispatch and combine over any AllToAll.
 
     all_to_all        among the ranks that share the experts
@@ -32,6 +33,8 @@ class RoutedExchange:
     Making one is not collective. Equal on all ranks: all arguments.
     Raises ValueError for experts that are held twice or lists that are not one per rank.
     """
+
+    tells_unusable = True
 
     def __init__(
         self,
@@ -50,7 +53,9 @@ class RoutedExchange:
         self._compared = False
         """Whether the ranks compared what must be the same."""
         experts = _expert_lists(experts_per_rank, self.comm.size)
-        self.num_local_experts = len(experts[self.comm.rank])
+        self.local_experts = experts[self.comm.rank]
+        """The ids of this rank's experts, in the order of their rows."""
+        self.num_local_experts = len(self.local_experts)
         """Experts of this rank."""
         self.experts = experts
         """The ids of those that each rank holds."""
@@ -65,6 +70,15 @@ class RoutedExchange:
         for rank, group in enumerate(experts):
             self._holder[group] = rank
             self._local_id[group] = np.arange(len(group))
+
+    @property
+    def comms(self) -> tuple[Failing, ...]:
+        """The Comm of the all-to-all."""
+        return (self.comm,)
+
+    def rows_sent(self, plan: Plan) -> int:
+        """Rows that this rank sends to other ranks in dispatch and combine. Not collective."""
+        return rows_to_others(plan.route, self.comm.rank)
 
     def holds(self) -> NDArray[np.bool_]:
         """[E] whether any rank of this exchange holds the expert."""
@@ -183,6 +197,12 @@ class RoutedExchange:
             raise ValueError(f"routing.expert names expert {lost[0]}, which no rank holds")
         status = 0 if routing.status is None else int(routing.status)  # of a GPU: expert has waited for it
         return status, expert
+
+
+def rows_to_others(route: Route, rank: int) -> int:
+    """Rows that go from `rank` to other ranks along the route and back."""
+    both_ways = route.send_counts + route.recv_counts
+    return int(both_ways.sum() - both_ways[rank])
 
 
 def alarms(comm: Comm, status: int, num_rows: int, width: int) -> Counts:

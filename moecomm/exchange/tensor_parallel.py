@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from moecomm.arrays import Array, Counts, as_dtype, num_axes, sum_dtype
 from moecomm.comm import Comm, rows_text
+from moecomm.exchange.contract import Exchange
 from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange, on_host, on_host_as_int64
-from moecomm.failures import collective, refused
+from moecomm.failures import Failing, collective, refused
 from moecomm.gating import Routing
 from moecomm.together import together
 
@@ -34,7 +35,7 @@ class LanePlan:
     share: Share
 
 
-class TensorParallelExchange:
+class TensorParallelExchange(Exchange[LanePlan]):
     """Tensor-parallel ranks hold the same tokens, so each sends only what the experts of its own lane need.
 
     inner   among the ranks of this rank's expert group that are on its lane, groups("expert_lane"): p/L peers, not p
@@ -59,6 +60,9 @@ class TensorParallelExchange:
     Source: DeepSpeed-MoE (arXiv 2201.05596), section 5.3: O(p) becomes O(p/L) + O(L).
     """
 
+    on_lanes = True
+    tells_unusable = True
+
     def __init__(
         self,
         inner: RoutedExchange,
@@ -75,8 +79,9 @@ class TensorParallelExchange:
                 raise ValueError(f"part is {part!r}, expected (i, n), slice i of n")
 
         self.inner = inner
-        self.tensor = tensor
+        self.tensor: Comm = tensor
         self.output = output
+        self.experts, self.local_experts = inner.experts, inner.local_experts
         self.num_local_experts = inner.num_local_experts
         """Experts of this rank."""
         with collective("TensorParallelExchange", tensor):
@@ -86,6 +91,15 @@ class TensorParallelExchange:
         self.num_experts = reach.shape[1]
         """E, one more than the highest id that some lane reaches."""
         self._turn, self._num_replicas = _turns(parts, reach)
+
+    @property
+    def comms(self) -> tuple[Failing, ...]:
+        """That of the tensor ranks and those of inner."""
+        return (self.tensor, *self.inner.comms)
+
+    def rows_sent(self, plan: LanePlan) -> int:
+        """Rows that this rank sends along its lane in dispatch and combine. Not collective."""
+        return self.inner.rows_sent(plan.inner)
 
     def dispatch(self, x: Array, routing: Routing) -> tuple[Array, LanePlan]:
         """Send every token to its experts. Collective over tensor and over inner's ranks.

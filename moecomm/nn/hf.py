@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moecomm.all_to_all import FlatAllToAll
-from moecomm.exchange import RoutedExchange
+from moecomm.exchange import Exchange, RoutedExchange
 from moecomm.gating import Routing
 from moecomm.groups import Groups
 from moecomm.nn.experts import Experts
-from moecomm.nn.local import LocalExchange
-from moecomm.nn.moe import Exchange, ExpertLayer, exchange_over, held_experts
+from moecomm.nn.moe import ExpertLayer, exchange_over, held_experts
 from moecomm.together import together
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,7 +87,7 @@ def parallelize(model: Model, groups: Groups, *, exchange: Callable[[Groups, int
     groups.world.agree("parallelize: the experts", repr(sizes))
     exchanges = [exchange(groups, block.experts.num_experts) for _, block in blocks]
     for place, made in enumerate(exchanges):
-        if isinstance(made, LocalExchange):  # it takes the tables of `route`, which the blocks' routers do not make
+        if made.needs_table:  # the routers of the blocks make none
             exchanges[place] = RoutedExchange(FlatAllToAll(groups.expert), made.num_experts)
         held_experts(groups, exchanges[place])
     for (_, block), made in zip(blocks, exchanges, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moecomm.all_to_all import AllToAll, FlatAllToAll
 from moecomm.comm import Comm
-from moecomm.exchange import RoutedExchange, TensorParallelExchange
-from moecomm.failures import Failing, collective
+from moecomm.exchange import Exchange, RoutedExchange, TensorParallelExchange
+from moecomm.failures import collective
 from moecomm.gating import Generator, Routing, expert_capacity, route
 from moecomm.groups import Groups
 from moecomm.nn.ddp import check_wrapping
@@ -21,19 +21,6 @@ from moecomm.nn.linear import Activation
 from moecomm.nn.local import LocalExchange
 from moecomm.nn.seeds import draw, number, parameter
 from moecomm.topology import Topology
-
-
-class Exchange(Protocol):
-    """What MoE needs of an exchange: RoutedExchange, TensorParallelExchange, DirectExchange, LocalExchange have it."""
-
-    num_experts: int
-    num_local_experts: int
-
-    def dispatch(self, x: Any, routing: Routing) -> tuple[Any, Any]:
-        """x [T, H] -> rows grouped by local expert, and a plan whose rows_per_expert says how many each has."""
-
-    def combine(self, rows: Any, plan: Any) -> Any:
-        """The experts' answers -> [T, H], weighted and summed."""
 
 
 def exchange_over(
@@ -85,19 +72,10 @@ class ExpertLayer(nn.Module):
         if self.groups is not None:
             check_wrapping(self.experts, self.groups.data)
         rows, plan = self.exchange.dispatch(tokens, routing)
-        with collective(type(self).__name__, *_talking(self.exchange)):  # the other ranks go on to combine
+        with collective(type(self).__name__, *self.exchange.comms):  # the other ranks go on to combine
             rows = self.experts(rows, plan.rows_per_expert)
         answers: Tensor = self.exchange.combine(rows, plan)
         return answers
-
-
-def _talking(exchange: Any) -> list[Failing]:
-    """What an exchange talks through, which fails where this rank does not come to its next call."""
-    if isinstance(exchange, TensorParallelExchange):
-        return [exchange.tensor, exchange.inner.comm]
-    if isinstance(exchange, RoutedExchange):
-        return [exchange.comm]
-    return [exchange] if hasattr(exchange, "fail") else []
 
 
 class MoE(ExpertLayer):
@@ -146,6 +124,8 @@ class MoE(ExpertLayer):
     ) -> None:  # fmt: skip
         super().__init__()
         self.exchange = exchange_over(groups, num_experts) if exchange is None else exchange
+        if not isinstance(self.exchange, Exchange):
+            raise TypeError(f"MoE: exchange is a {type(self.exchange).__name__}, expected an Exchange")
         if self.exchange.num_experts != num_experts:
             raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {self.exchange.num_experts}")
         if groups is None and self.exchange.num_local_experts != num_experts:
@@ -197,8 +177,8 @@ class MoE(ExpertLayer):
     def _choices(self, device: torch.device) -> dict[str, Any]:
         """Of `route`, for one forward pass. Collective over the tensor group where the gate is random."""
         choices = {name: value for name, value in self.choices.items() if self.training or name != "noise"}
-        if isinstance(self.exchange, RoutedExchange | TensorParallelExchange):
-            choices["unusable"] = "note"  # it tells the other ranks, which would wait
+        if self.exchange.tells_unusable:
+            choices["unusable"] = "note"
         if choices.get("noise") is not None or choices.get("drop") == "random":
             choices["generator"] = Generator(self._seed, self._draw(device) if self.training else 0)
         return choices
@@ -223,11 +203,10 @@ def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[range, tupl
             f"MoE: the exchange has {each} of {exchange.num_experts} experts here, expected one of "
             f"expert={topology.expert} equal parts"
         )
-    axis = "expert_lane" if isinstance(exchange, TensorParallelExchange) else "expert"
-    routed, wanted = getattr(exchange, "inner", exchange), _held(topology, rank, axis, each)
-    if isinstance(routed, RoutedExchange) and routed.experts != wanted:
+    wanted = _held(topology, rank, "expert_lane" if exchange.on_lanes else "expert", each)
+    if exchange.experts != wanted:
         raise ValueError(
-            f"MoE: the exchange's ranks hold experts {routed.experts}, expected {wanted} as the groups have them"
+            f"MoE: the exchange's ranks hold experts {exchange.experts}, expected {wanted} as the groups have them"
         )
     place = topology.coords(rank)
     first = place["expert"] * each

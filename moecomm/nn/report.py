@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from moecomm.arrays import row_bytes
+from moecomm.exchange import Exchange
+from moecomm.failures import Failing
 from moecomm.gating import Routing
 from moecomm.nn.transformer import TransformerLM
 
@@ -36,23 +38,28 @@ class LayerReport:
     """In dispatch and combine, on this rank, waiting for others included."""
 
 
-class _Measured:
-    """An exchange that remembers its last routing, and counts."""
+class _Measured(Exchange[Any]):
+    """An exchange that remembers its last routing, counts rows and takes the time."""
 
-    def __init__(self, exchange: Any) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
+        self.num_experts = exchange.num_experts
+        self.num_local_experts = exchange.num_local_experts
+        self.experts, self.local_experts = exchange.experts, exchange.local_experts
+        self.tells_unusable = exchange.tells_unusable
         self.rows = self.bytes = 0
         self.seconds = 0.0
+
+    @property
+    def comms(self) -> tuple[Failing, ...]:
+        """Those of the exchange."""
+        return self.exchange.comms
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Any]:
         self.routing = routing
         rows, plan = self._timed(x, self.exchange.dispatch, x, routing)
-        route = getattr(getattr(plan, "inner", plan), "route", None)
-        if route is not None:
-            inner = getattr(self.exchange, "inner", self.exchange)
-            mine = route.send_counts[inner.comm.rank]
-            self.rows += int(route.send_counts.sum() + route.recv_counts.sum() - 2 * mine)
-            self.bytes = self.rows * row_bytes(x)
+        self.rows += self.exchange.rows_sent(plan)
+        self.bytes = self.rows * row_bytes(x)
         return rows, plan
 
     def combine(self, rows: Tensor, plan: Any) -> Tensor:
@@ -73,13 +80,13 @@ class _Measured:
 def routing_report(model: TransformerLM, tokens: Tensor) -> list[LayerReport]:
     """Run the model on tokens [B, S] and report on each of its MoE layers. Collective as the model is.
 
-    The model must have all layers (no pipeline stage). Rows and bytes are those of a RoutedExchange or a
-    TensorParallelExchange, which have counts on the host; for others they are 0.
+    The model must have all layers (no pipeline stage). Rows and bytes are 0 for an exchange that has its counts on the
+    device, as DirectExchange.
     """
     layers = model.moe_layers()
     measured = [_Measured(layer.exchange) for layer in layers]
     for layer, exchange in zip(layers, measured, strict=True):
-        layer.exchange = exchange  # type: ignore[assignment]
+        layer.exchange = exchange
     try:
         model(tokens)
     finally:
