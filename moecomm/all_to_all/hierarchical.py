@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from moecomm.comm import Comm, CommLike
 from moecomm.failures import collective
 from moecomm.nodes import Nodes
 from moecomm.transports import as_comm
+
+Step: TypeAlias = Callable[[Array, Array], None]
+"""(src, dst): a layout transform or an exchange of equal blocks."""
 
 
 class HierarchicalAllToAll(AllToAll):
@@ -49,43 +53,63 @@ class HierarchicalAllToAll(AllToAll):
             """The ranks of this node."""
             self.cross = self.comm.split(forwarding.lane, key=self.comm.rank)
             """The ranks that the second hop runs among: of equal local rank, where nodes are of one size."""
-            hops = [forwarding.hop_inside(self.local), forwarding.hop_between(self.cross)]
-            self._hops = [hop for hop in hops if hop.comm.size > 1]
-            self._last_order = forwarding.order_by_source()
-            self._blocks_are_equal = all(hop.blocks_are_equal() for hop in self._hops)
-            self._steps = self._even_steps()
-            self._even_route = self._find_route(np.ones(self.comm.size, np.int64), counts_are_known=True)
+        hops = [forwarding.hop_inside(self.local), forwarding.hop_between(self.cross)]
+        self._hops = [hop for hop in hops if hop.comm.size > 1]
+        self._order_by_source = forwarding.order_by_source()
+        self._blocks_are_equal = all(hop.blocks_are_equal() for hop in self._hops)
+        self._even_steps = self._steps()
+        self._even_route = self._route_of_ones()
 
-    def _even_steps(self) -> list[Callable[[Array, Array], None]]:
-        """The even form as a chain of steps (src, dst): layout transforms and exchanges."""
-        steps: list[Callable[[Array, Array], None]] = []
+    # ---- even form -------------------------------------------------------------------------------------------------
+
+    def _steps(self) -> list[Step]:
+        """The even form as a chain of steps; layout transforms that change nothing are left out."""
+        steps: list[Step] = []
         for hop in self._hops:
-            steps += [_transform(hop.order), _exchange(hop.comm)]
-        steps.append(_transform(self._last_order))
-        return [step for step in steps if step is not _keep] or [_copy]
+            if not _is_sorted(hop.order):
+                steps.append(_transform(hop.order))
+            steps.append(hop.comm.move)
+        if not _is_sorted(self._order_by_source):
+            steps.append(_transform(self._order_by_source))
+        if not steps:
+            # One rank: the blocks are copied to out all the same.
+            steps.append(_copy)
+        return steps
 
     def _even(self, x: Array, out: Array) -> None:
         if not self._blocks_are_equal:
-            self._send(x, self._even_route, out)
+            # Nodes of several sizes: forwarders carry different numbers of blocks, as in the uneven form.
+            self._send_into(x, self._even_route, out)
             return
-        scratch = empty_rows(x.shape[0], x) if len(self._steps) > 1 else out
+        # Steps write to out and scratch in turn, such that the last one writes to out.
+        scratch = empty_rows(x.shape[0], x) if len(self._even_steps) > 1 else out
         src = x
-        for left in range(len(self._steps), 0, -1):
-            dst = out if left % 2 else scratch  # in turn, so that the last step writes to out
-            self._steps[-left](src, dst)
+        steps_left = len(self._even_steps)
+        for step in self._even_steps:
+            dst = out if steps_left % 2 == 1 else scratch
+            step(src, dst)
             src = dst
+            steps_left -= 1
+
+    # ---- uneven form -----------------------------------------------------------------------------------------------
 
     def _route(self, send_counts: Counts) -> Route:
-        return self._find_route(send_counts, counts_are_known=False)
-
-    def _find_route(self, send_counts: Counts, counts_are_known: bool) -> Route:
-        """counts_are_known: each block is one row, so nobody needs to be told."""
-        sizes, hops = send_counts, []
+        sizes = send_counts
+        hops = []
         for hop in self._hops:
-            before = sizes
-            sizes, to_each, from_each = hop.exchange_counts(before, counts_are_known)
-            hops.append(Hop(before, to_each, from_each))
-        return Route(send_counts, sizes[self._last_order], tuple(hops))
+            sizes_after, to_ranks, from_ranks = hop.exchange_counts(sizes)
+            hops.append(Hop(sizes, to_ranks, from_ranks))
+            sizes = sizes_after
+        return Route(send_counts, sizes[self._order_by_source], tuple(hops))
+
+    def _route_of_ones(self) -> Route:
+        """Of blocks of one row, which need not be exchanged to be known."""
+        sizes = np.ones(self.comm.size, np.int64)
+        hops = []
+        for hop in self._hops:
+            hops.append(Hop(np.ones(len(hop.order), np.int64), hop.send_blocks, hop.recv_blocks))
+            sizes = np.ones(int(hop.recv_blocks.sum()), np.int64)
+        return Route(np.ones(self.comm.size, np.int64), sizes[self._order_by_source], tuple(hops))
 
     def _check_route(self, route: Route) -> None:
         if len(route.hops) != len(self._hops):
@@ -93,23 +117,32 @@ class HierarchicalAllToAll(AllToAll):
                 f"route has {len(route.hops)} hops, expected {len(self._hops)}, as of this all-to-all's own"
             )
 
-    def _send(self, rows: Array, route: Route, out: Array | None = None) -> Array:
-        is_sorted = _is_sorted(self._last_order)
-        for i, (hop, counts) in enumerate(zip(self._hops, route.hops, strict=True), start=1):
+    def _send(self, rows: Array, route: Route) -> Array:
+        return self._send_into(rows, route, None)
+
+    def _send_into(self, rows: Array, route: Route, out: Array | None) -> Array:
+        """out: where the result goes, or None for a new array."""
+        ends_with_hop = bool(self._hops) and _is_sorted(self._order_by_source)
+        last = len(self._hops) - 1
+        for number, (hop, counts) in enumerate(zip(self._hops, route.hops, strict=True)):
             packed = _reordered(rows, hop.order, counts.sizes)
-            del rows  # at most two buffers at a time
-            is_last = i == len(self._hops) and is_sorted
-            rows = out if is_last and out is not None else empty_rows(int(counts.recv_counts.sum()), packed)
+            # Dropped as soon as possible: at most two buffers live at a time.
+            del rows
+            if number == last and ends_with_hop and out is not None:
+                rows = out
+            else:
+                rows = empty_rows(int(counts.recv_counts.sum()), packed)
             hop.comm.move(packed, rows, counts.send_counts, counts.recv_counts)
             del packed
-        if self._hops and is_sorted:
+        if ends_with_hop:
             return rows
-        return _copied(rows, self._last_order, route.recv_counts[_inverse(self._last_order)], out)
+        sizes = route.recv_counts[_inverse(self._order_by_source)]
+        return _copied(rows, self._order_by_source, sizes, out)
 
     def _send_back(self, rows: Array, route: Route) -> Array:
         if not self._hops:
-            return _copied(rows, self._last_order, route.recv_counts, None)
-        rows = _reordered(rows, _inverse(self._last_order), route.recv_counts)
+            return _copied(rows, self._order_by_source, route.recv_counts, None)
+        rows = _reordered(rows, _inverse(self._order_by_source), route.recv_counts)
         for hop, counts in zip(reversed(self._hops), reversed(route.hops), strict=True):
             unpacked = empty_rows(int(counts.send_counts.sum()), rows)
             hop.comm.move(rows, unpacked, counts.recv_counts, counts.send_counts)
@@ -135,15 +168,19 @@ class _Hop:
         counts = {*self.send_blocks.tolist(), *self.recv_blocks.tolist()}
         return len(counts) == 1
 
-    def exchange_counts(self, sizes: Counts, counts_are_known: bool) -> tuple[Counts, Counts, Counts]:
-        """The sizes of the blocks after the hop, and the rows to send to and receive from each rank."""
+    def exchange_counts(self, sizes: Counts) -> tuple[Counts, Counts, Counts]:
+        """The sizes of the blocks after the hop, and the rows to send to and receive from each rank. Collective.
+
+        Each rank sends each other one row of counts, padded to the same length: one small exchange of equal blocks.
+        """
         send = np.zeros((self.comm.size, self.widest), np.int64)
-        send[np.arange(self.widest) < self.send_blocks[:, None]] = sizes[self.order]
-        arriving = np.arange(self.widest) < self.recv_blocks[:, None]
-        recv = arriving.astype(np.int64)
-        if not counts_are_known:
-            self.comm.move(send, recv)
-        return recv[arriving], send.sum(axis=1), recv.sum(axis=1)
+        is_sent = np.arange(self.widest) < self.send_blocks[:, None]
+        send[is_sent] = sizes[self.order]
+        recv = np.empty_like(send)
+        self.comm.move(send, recv)
+        is_received = np.arange(self.widest) < self.recv_blocks[:, None]
+        # What pads a row of counts is 0, so whole rows can be summed.
+        return recv[is_received], send.sum(axis=1), recv.sum(axis=1)
 
 
 class _Forwarding:
@@ -177,11 +214,13 @@ class _Forwarding:
 
     def hop_between(self, comm: Comm) -> _Hop:
         G = len(self.nodes.ranks[self.node])  # noqa: N806
-        members = [r for r in range(self.nodes.world_size) if self._lanes[self.nodes.local_rank[r]] == self.lane]
-        mine = self.forwarded(self.node, self.local)
-        order = np.arange(G * len(mine)).reshape(G, len(mine)).T.reshape(-1)  # (s, d) -> (d, s)
-        send_blocks = np.where(np.isin(members, mine), G, 0)
-        recv_blocks = np.array([self._blocks_from(r) for r in members], np.int64)
+        lane_of_rank = np.array(self._lanes)[self.nodes.local_rank]
+        members = np.flatnonzero(lane_of_rank == self.lane)
+        destinations = self.forwarded(self.node, self.local)
+        # The blocks here are ordered by source and then destination; they are sent by destination and then source.
+        order = np.arange(G * len(destinations)).reshape(G, len(destinations)).T.reshape(-1)
+        send_blocks = np.where(np.isin(members, destinations), G, 0)
+        recv_blocks = np.array([self._blocks_from(rank) for rank in members.tolist()], np.int64)
         return _Hop(comm, order, send_blocks, recv_blocks, int(self.nodes.sizes().max()))
 
     def order_by_source(self) -> Counts:
@@ -209,16 +248,8 @@ def _lanes(sizes: Counts) -> list[int]:
     return lane
 
 
-def _transform(order: Counts) -> Callable[[Array, Array], None]:
-    return _keep if _is_sorted(order) else lambda src, dst: copy_blocks(dst, src, order)
-
-
-def _exchange(comm: Comm) -> Callable[[Array, Array], None]:
-    return comm.move
-
-
-def _keep(src: Array, dst: Array) -> None:
-    """The step that is left out."""
+def _transform(order: Counts) -> Step:
+    return lambda src, dst: copy_blocks(dst, src, order)
 
 
 def _copy(src: Array, dst: Array) -> None:

@@ -18,6 +18,8 @@ from moecomm.failures import refused
 
 T = TypeVar("T")
 
+DIGEST_BYTES = 16
+
 
 class _Wrapper(Comm):
     """Hands every call on, so that a subclass writes only what it changes. Checks are done once, by the outermost."""
@@ -149,13 +151,16 @@ class Checked(_Wrapper):
     def compare_counts(self, send_counts: Counts, recv_counts: Counts) -> None:
         announced = np.empty_like(recv_counts)
         self.inner._all_to_all(send_counts, announced, None, None)
-        wrong = np.flatnonzero(announced != recv_counts)
-        mine = np.full((1, 3), -1, np.int64)  # source rank, rows it sends, rows expected here
-        if wrong.size:
-            mine[0] = wrong[0], announced[wrong[0]], recv_counts[wrong[0]]
-        every = np.empty((self.size, 3), np.int64)
-        self.inner._all_gather(mine, every, None)
-        for rank, (source, sent, expected) in enumerate(every.tolist()):
+        differing = np.flatnonzero(announced != recv_counts)
+        # The first difference of each rank: source, rows that it sends, rows that are expected; -1: none. All ranks
+        # hear of all of them, so that they raise together.
+        difference = np.full((1, 3), -1, np.int64)
+        if differing.size:
+            source = differing[0]
+            difference[0] = source, announced[source], recv_counts[source]
+        differences = np.empty((self.size, 3), np.int64)
+        self.inner._all_gather(difference, differences, None)
+        for rank, (source, sent, expected) in enumerate(differences.tolist()):
             if source >= 0:
                 raise refused(
                     ValueError(
@@ -165,22 +170,24 @@ class Checked(_Wrapper):
                 )
 
     def compare_gathered(self, recv_counts: Counts) -> None:
-        every = np.empty((self.size, self.size), np.int64)
-        self.inner._all_gather(recv_counts.reshape(1, -1), every, None)
+        counts_of_rank = np.empty((self.size, self.size), np.int64)
+        self.inner._all_gather(recv_counts.reshape(1, -1), counts_of_rank, None)
         for rank in range(self.size):
-            if (every[rank] != every[0]).any():
+            if (counts_of_rank[rank] != counts_of_rank[0]).any():
                 raise refused(
                     ValueError(
-                        f"all_gather: recv_counts differ: rank {self.world_rank(0)} has {every[0].tolist()}, rank "
-                        f"{self.world_rank(rank)} has {every[rank].tolist()}{self.where()}"
+                        f"all_gather: recv_counts differ: rank {self.world_rank(0)} has {counts_of_rank[0].tolist()}, rank "
+                        f"{self.world_rank(rank)} has {counts_of_rank[rank].tolist()}{self.where()}"
                     )
                 )
 
     def digest(self, counts: Counts) -> str:
-        every = np.empty((self.size, 16), np.uint8)
-        digest = hashlib.blake2b(counts.tobytes(), digest_size=16).digest()
-        self.inner._all_gather(np.frombuffer(digest, np.uint8).reshape(1, 16), every, None)
-        return hashlib.blake2b(every.tobytes(), digest_size=8).hexdigest()
+        # A rank knows its own counts alone; two routes may differ in those of other ranks.
+        digest = hashlib.blake2b(counts.tobytes(), digest_size=DIGEST_BYTES).digest()
+        row = np.frombuffer(digest, np.uint8).reshape(1, DIGEST_BYTES)
+        digests = np.empty((self.size, DIGEST_BYTES), np.uint8)
+        self.inner._all_gather(row, digests, None)
+        return hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -210,7 +217,8 @@ class Timed(_Wrapper):
     def __init__(self, inner: Comm) -> None:
         super().__init__(inner)
         self.record: dict[str, Record] = {}
-        self._outermost = np.arange(self.size)  # rank there of each rank here
+        # The outermost Comm is the one that the caller has wrapped: records are by its ranks.
+        self._outermost = np.arange(self.size)
         self._outermost_size = self.size
 
     def clear(self) -> None:
@@ -228,16 +236,19 @@ class Timed(_Wrapper):
         entry.seconds += time.perf_counter() - start
         entry.calls += 1
 
-    def _count(self, entry: Record, counts: Any, width: int) -> None:
-        others = np.broadcast_to(np.asarray(counts, np.int64), self.size).copy()
-        others[self.rank] = 0
-        entry.messages[self._outermost] += others * width > 0
-        entry.bytes[self._outermost] += others * width
+    def _count(self, entry: Record, counts: Counts | int, row_bytes: int) -> None:
+        rows_to_rank = np.broadcast_to(np.asarray(counts, np.int64), self.size).copy()
+        rows_to_rank[self.rank] = 0  # what stays here is no message
+        bytes_to_rank = rows_to_rank * row_bytes
+        entry.messages[self._outermost] += bytes_to_rank > 0
+        entry.bytes[self._outermost] += bytes_to_rank
 
     def _all_to_all(self, rows: Array, out: Array, send_counts: Counts | None, recv_counts: Counts | None) -> None:
-        with self._timing("all_to_all" if send_counts is None else "all_to_allv") as entry:
+        kind = "all_to_all" if send_counts is None else "all_to_allv"
+        with self._timing(kind) as entry:
             super()._all_to_all(rows, out, send_counts, recv_counts)
-        self._count(entry, rows.shape[0] // self.size if send_counts is None else send_counts, row_bytes(rows))
+        block = rows.shape[0] // self.size
+        self._count(entry, block if send_counts is None else send_counts, row_bytes(rows))
 
     def _start(self, rows: Array, out: Array, send_counts: Counts, recv_counts: Counts) -> Started:
         with self._timing("all_to_allv") as entry:
@@ -260,10 +271,10 @@ class Timed(_Wrapper):
 
     def _split(self, color: int, key: int) -> Comm:
         with self._timing("split"):
-            child = Timed(self.inner._split(color, key))
-        outermost = np.empty((child.size, 1), np.int64)
-        child.inner._all_gather(self._outermost[self.rank].reshape(1, 1), outermost, None)
-        child._outermost = outermost[:, 0]
-        child._outermost_size = self._outermost_size
-        child.record = self.record
-        return child
+            group = Timed(self.inner._split(color, key))
+        outermost_ranks = np.empty((group.size, 1), np.int64)
+        group.inner._all_gather(self._outermost[self.rank].reshape(1, 1), outermost_ranks, None)
+        group._outermost = outermost_ranks[:, 0]
+        group._outermost_size = self._outermost_size
+        group.record = self.record
+        return group
