@@ -174,10 +174,11 @@ class Checked(_Wrapper):
         self.inner._all_gather(recv_counts.reshape(1, -1), counts_of_rank, None)
         for rank in range(self.size):
             if (counts_of_rank[rank] != counts_of_rank[0]).any():
+                first, other = counts_of_rank[0].tolist(), counts_of_rank[rank].tolist()
                 raise refused(
                     ValueError(
-                        f"all_gather: recv_counts differ: rank {self.world_rank(0)} has {counts_of_rank[0].tolist()}, rank "
-                        f"{self.world_rank(rank)} has {counts_of_rank[rank].tolist()}{self.where()}"
+                        f"all_gather: recv_counts differ: rank {self.world_rank(0)} has {first}, rank "
+                        f"{self.world_rank(rank)} has {other}{self.where()}"
                     )
                 )
 
