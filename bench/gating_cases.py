@@ -10,6 +10,7 @@ import torch
 from gating_peers import DeepSpeed, Moecomm
 
 from moecomm.gating import cuda, cuda_rows
+from moecomm.gating.choices import Choices, Gradients, Saved
 
 STAGES = ["route", "permute", "unpermute", "whole", "route_permute", "route_bwd", "permute_bwd", "unpermute_bwd"]
 TOLERANCE = 4e-3
@@ -79,7 +80,8 @@ def call(peer: Any, stage: str, a: Inputs) -> Any:
         return getattr(peer, stage)(a.logits, a.x)
     routing = a.choice
     if stage == "route_bwd":
-        return cuda.route_backward(*a.grads, a.logits, routing.expert, routing.lse, routing.load, None, 0, 0.0, 1.0)
+        saved = Saved(a.logits, routing.expert, routing.lse, routing.load, mask=None)
+        return cuda.route_backward(Gradients(*a.grads), saved, Choices(top_k=routing.expert.shape[1]))
     if stage == "permute_bwd":
         return cuda_rows.permute_backward(a.rows, routing.row)
     return cuda_rows.unpermute_backward(a.x, a.rows, routing.row, routing.weight, routing.source)

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from moecomm import Routing, route  # noqa: E402
 from moecomm.gating import Generator, Noise, ops, permute, permute_fp8, reference, route_permute, unpermute  # noqa: E402
+from moecomm.gating.choices import Choices, Inputs  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHOICES: list[dict[str, Any]] = [
@@ -244,10 +245,10 @@ def test_operators_keep_torchs_rules() -> None:
     routing = route(logits.detach(), 2, capacity=4)
     table, source = routing.row, routing.source
     rows = permute(x.detach(), routing).reshape(-1, 20).requires_grad_()
-    numbers = (0, 1, 1, 2, 0.0, 1.0, 4, 0, 0, 0.0, 0, 0, 1, 1, 0)
+    of_route = (*Inputs(logits), *Choices(top_k=2, capacity=4))
     for op, arguments in (
-        (ops.route, (logits, None, None, None, 2, *numbers)),
-        (ops.route_permute, (x, logits, None, None, None, 2, *numbers)),
+        (ops.route, of_route),
+        (ops.route_permute, (x, *of_route)),
         (ops.permute, (x, table, source, 1)),
         (ops.permute_fp8, (x.detach(), table, source, 1)),
         (ops.unpermute, (rows, table, routing.weight.requires_grad_(), source, x, 1)),

@@ -165,7 +165,7 @@ void lay_out_rows(const Route& a) {
 
 }  // namespace
 
-int route(const Route& a, int threads) {
+int route(const Route& a) {
     if (a.bias != nullptr && !std::all_of(a.bias, a.bias + a.E, [](float b) { return std::isfinite(b); })) return 2;
     const std::int64_t num_chunks = (a.T + kChunk - 1) / kChunk;
     const std::int64_t lines = a.drop == kByChoice ? a.K : 1, counts = lines * a.E;
@@ -176,7 +176,7 @@ int route(const Route& a, int threads) {
         chunks[c] = {c * kChunk, std::min(a.T, (c + 1) * kChunk), &next[c * counts], &share[c * a.E], 0.0, false};
 
     const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (kChunk * a.E));
-    in_parts(num_chunks, threads, grain, [&](const auto& take) {
+    in_parts(num_chunks, a.threads, grain, [&](const auto& take) {
         const Floats scratch(scratch_floats(a.E));
         for (std::int64_t first, last; take(first, last);)
             for (std::int64_t c = first; c < last; ++c) kernels().select(a, chunks[c], scratch.get());
@@ -218,15 +218,15 @@ int route(const Route& a, int threads) {
         a.count[e] = a.capacity < 0 ? free : static_cast<std::int32_t>(std::min<std::int64_t>(free, a.capacity));
     }
     lay_out_rows(a);
-    in_parts(num_chunks, threads, std::max<std::int64_t>(1, (1 << 16) / (kChunk * a.K)), [&](const auto& take) {
+    in_parts(num_chunks, a.threads, std::max<std::int64_t>(1, (1 << 16) / (kChunk * a.K)), [&](const auto& take) {
         for (std::int64_t first, last; take(first, last);)
             for (std::int64_t c = first; c < last; ++c) place(a, chunks[c].first, chunks[c].last, chunks[c].chosen);
     });
     return 0;
 }
 
-void route_backward(const RouteBackward& a, int threads) {
-    in_parts(a.T, threads, std::max<std::int64_t>(16, (1 << 18) / a.E), [&](const auto& take) {
+void route_backward(const RouteBackward& a) {
+    in_parts(a.T, a.threads, std::max<std::int64_t>(16, (1 << 18) / a.E), [&](const auto& take) {
         const Floats scratch(scratch_floats(a.E));
         for (std::int64_t first, last; take(first, last);) kernels().route_backward(a, first, last, scratch.get());
     });

@@ -16,13 +16,8 @@ enum Drop : int { kByPosition, kByChoice, kByProbability, kByRandom };
 constexpr int kMaxExperts = 1024, kMaxChoices = 32;
 constexpr int kChunk = 256;   // tokens: sums are made chunk by chunk, so they do not depend on the number of threads
 
-struct Route {
-    const void* logits;          // [T, E] of `type`
-    const float* bias;           // [E], or null
-    const std::uint8_t* mask;    // [T], or null: 0 is padding
-    std::int64_t T;
-    int E, K;
-    Type type;
+// What the caller chose: the numbers of moecomm/gating/choices.py, words as enums.
+struct Choices {
     Score score;
     int num_groups, top_groups;
     int best_in_group;           // keys of a group that are added: 1 or 2
@@ -33,6 +28,16 @@ struct Route {
     float noise_scale;
     Generator generator;
     int align;
+    int threads;
+};
+
+struct Route : Choices {
+    const void* logits;          // [T, E] of `type`
+    const float* bias;           // [E], or null
+    const std::uint8_t* mask;    // [T], or null: 0 is padding
+    std::int64_t T;
+    int E, K;
+    Type type;
     std::int64_t N;
     std::int32_t *expert, *slot, *row;        // out: [T, K]
     float* weight;                            // out: [T, K]
@@ -41,7 +46,7 @@ struct Route {
     float *aux_loss, *z_loss, *lse;           // out: scalar, scalar, [T]
 };
 
-struct RouteBackward {
+struct RouteBackward : Choices {
     const float* grad_weight;    // [T, K]
     float grad_aux, grad_z;
     const void* logits;          // [T, E] of `type`
@@ -52,8 +57,6 @@ struct RouteBackward {
     std::int64_t T;
     int E, K;
     Type type;
-    Score score;
-    float floor, scale;
     void* grad_logits;           // out: [T, E] of `type`
 };
 
@@ -94,8 +97,8 @@ struct PermuteFp8 {
 };
 
 // The bits of Routing.status; outputs other than 0 mean nothing.
-int route(const Route& a, int threads);
-void route_backward(const RouteBackward& a, int threads);
+int route(const Route& a);
+void route_backward(const RouteBackward& a);
 void permute(const Rows& table, const void* x, void* rows, std::int64_t row_bytes, int threads);
 void permute_fp8(const PermuteFp8& a, int threads);
 void unpermute(const Unpermute& a, int threads);

@@ -5,8 +5,10 @@
 #include <nanobind/stl/optional.h>
 
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
+#include <string>
 
 #include "gating.h"
 #include "released_gil.h"
@@ -34,69 +36,105 @@ Type type_of(const AnyIn& array) {  // numpy has no bfloat16: its bits come as u
     return array.dtype() == nb::dtype<std::uint16_t>() ? kBfloat16 : kFloat16;
 }
 
-int route_arrays(AnyIn logits, Maybe<float> bias, Maybe<bool> mask, Array<std::int32_t> expert, Array<float> weight,
-                 Array<std::int32_t> slot, Array<std::int32_t> row, Array<std::int32_t> source,
-                 Array<std::int32_t> count, Array<std::int32_t> offset, Array<std::int32_t> load, Array<float> aux_loss,
-                 Array<float> z_loss, Array<float> lse, int score, int num_groups, int top_groups,
-                 int best_in_group, float floor, float scale, std::int64_t capacity, int drop, int noise,
-                 float noise_scale, std::uint64_t seed, std::uint64_t generator_offset, int align, int threads) {
-    const Route a{logits.data(),
-                  pointer(bias),
-                  reinterpret_cast<const std::uint8_t*>(pointer(mask)),
-                  static_cast<std::int64_t>(logits.shape(0)),
-                  static_cast<int>(logits.shape(1)),
-                  static_cast<int>(expert.shape(1)),
-                  type_of(logits),
-                  static_cast<Score>(score),
-                  num_groups,
-                  top_groups,
-                  best_in_group,
-                  floor,
-                  scale,
-                  capacity,
-                  static_cast<Drop>(drop),
-                  static_cast<Noise>(noise),
-                  noise_scale,
-                  {seed, generator_offset},
-                  align,
-                  static_cast<std::int64_t>(source.shape(0)),
-                  expert.data(),
-                  slot.data(),
-                  row.data(),
-                  weight.data(),
-                  source.data(),
-                  count.data(),
-                  offset.data(),
-                  load.data(),
-                  aux_loss.data(),
-                  z_loss.data(),
-                  lse.data()};
-    const ReleasedGil released;
-    return route(a, threads);
+// ---- the records of moecomm/gating/choices.py, read by the names of their fields -----------------------------------
+
+// The numbers of an array that the caller has allocated or checked. Never a converted copy: what a kernel wrote into one
+// would be lost.
+template <class T>
+T* numbers(nb::handle record, const char* field) {
+    return nb::cast<Array<T>>(record.attr(field), false).data();
 }
 
-void route_backward_arrays(Array<const float> grad_weight, float grad_aux, float grad_z, AnyIn logits,
-                           Array<const std::int32_t> expert, Array<const float> lse, Array<const std::int32_t> load,
-                           Maybe<bool> mask, AnyOut grad_logits, int score, float floor, float scale, int threads) {
-    const RouteBackward a{grad_weight.data(),
-                          grad_aux,
-                          grad_z,
-                          logits.data(),
-                          expert.data(),
-                          lse.data(),
-                          load.data(),
-                          reinterpret_cast<const std::uint8_t*>(pointer(mask)),
-                          static_cast<std::int64_t>(logits.shape(0)),
-                          static_cast<int>(logits.shape(1)),
-                          static_cast<int>(expert.shape(1)),
-                          type_of(logits),
-                          static_cast<Score>(score),
-                          floor,
-                          scale,
-                          grad_logits.data()};
-    const ReleasedGil released;
-    route_backward(a, threads);
+template <class T>
+const T* numbers_or_null(nb::handle record, const char* field) {
+    return record.attr(field).is_none() ? nullptr : numbers<const T>(record, field);
 }
+
+// The place of the field's word among `words`, which stand in the order of the enum.
+template <class Enum>
+Enum word(nb::handle record, const char* field, std::initializer_list<const char*> words) {
+    const nb::str text(record.attr(field));
+    int place = 0;
+    for (const char* known : words) {
+        if (std::strcmp(text.c_str(), known) == 0) return static_cast<Enum>(place);
+        ++place;
+    }
+    throw std::invalid_argument(std::string("route: no kernel knows ") + field + " " + text.c_str());
+}
+
+template <class T>
+T number(nb::handle record, const char* field) {
+    return nb::cast<T>(record.attr(field));
+}
+
+Choices choices_of(nb::handle record) {
+    Choices c{};
+    c.score = word<Score>(record, "score", {"softmax", "sigmoid"});
+    c.num_groups = number<int>(record, "num_groups");
+    c.top_groups = number<int>(record, "top_groups");
+    c.best_in_group = number<int>(record, "best_in_group");
+    c.floor = number<float>(record, "floor");
+    c.scale = number<float>(record, "scale");
+    c.capacity = record.attr("capacity").is_none() ? -1 : number<std::int64_t>(record, "capacity");
+    c.drop = word<Drop>(record, "drop", {"position", "choice", "probability", "random"});
+    c.noise = word<Noise>(record, "noise", {"none", "gumbel", "jitter"});
+    c.noise_scale = number<float>(record, "noise_scale");
+    c.generator.seed = number<std::uint64_t>(record, "seed");
+    c.generator.offset = number<std::uint64_t>(record, "offset");
+    c.align = number<int>(record, "align");
+    c.threads = number<int>(record, "threads");
+    return c;
+}
+
+// What Route and RouteBackward have in common: the logits, their shape, the mask and the choices.
+template <class Call>
+Call call_on(nb::handle record, nb::handle choices) {
+    const auto logits = nb::cast<AnyIn>(record.attr("logits"), false);
+    Call a{};
+    static_cast<Choices&>(a) = choices_of(choices);
+    a.logits = logits.data();
+    a.type = type_of(logits);
+    a.T = static_cast<std::int64_t>(logits.shape(0));
+    a.E = static_cast<int>(logits.shape(1));
+    a.K = number<int>(choices, "top_k");
+    a.mask = reinterpret_cast<const std::uint8_t*>(numbers_or_null<bool>(record, "mask"));
+    return a;
+}
+
+int route_arrays(nb::handle inputs, nb::handle choices, nb::handle fields) {
+    auto a = call_on<Route>(inputs, choices);
+    a.bias = numbers_or_null<float>(inputs, "bias");
+    a.N = static_cast<std::int64_t>(nb::len(nb::object(fields.attr("source"))));
+    a.expert = numbers<std::int32_t>(fields, "expert");
+    a.slot = numbers<std::int32_t>(fields, "slot");
+    a.row = numbers<std::int32_t>(fields, "row");
+    a.weight = numbers<float>(fields, "weight");
+    a.source = numbers<std::int32_t>(fields, "source");
+    a.count = numbers<std::int32_t>(fields, "count");
+    a.offset = numbers<std::int32_t>(fields, "offset");
+    a.load = numbers<std::int32_t>(fields, "load");
+    a.aux_loss = numbers<float>(fields, "aux_loss");
+    a.z_loss = numbers<float>(fields, "z_loss");
+    a.lse = numbers<float>(fields, "lse");
+    // The caller's records keep the arrays alive until the call returns.
+    const ReleasedGil released;
+    return route(a);
+}
+
+void route_backward_arrays(nb::handle grads, nb::handle saved, nb::handle choices, AnyOut grad_logits) {
+    auto a = call_on<RouteBackward>(saved, choices);
+    a.grad_weight = numbers<const float>(grads, "grad_weight");
+    a.grad_aux = number<float>(grads, "grad_aux_loss");
+    a.grad_z = number<float>(grads, "grad_z_loss");
+    a.expert = numbers<const std::int32_t>(saved, "expert");
+    a.lse = numbers<const float>(saved, "lse");
+    a.load = numbers<const std::int32_t>(saved, "load");
+    a.grad_logits = grad_logits.data();
+    const ReleasedGil released;
+    route_backward(a);
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
 
 Rows table_of(const Array<const std::int32_t>& row, const Array<const std::int32_t>& source) {
     const Rows table{row.data(), source.data(), static_cast<std::int64_t>(row.shape(0)),

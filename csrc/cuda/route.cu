@@ -38,7 +38,7 @@ struct Arguments {
   const ELEMENT* logits;      // [T, E]
   const float* bias;          // [E]
   const unsigned char* mask;  // [T]
-  const int64* offset_tensor;
+  const int64* step;
   int* expert;    // [T, K]
   float* weight;  // [T, K]
   int* slot;      // [T, K]
@@ -206,7 +206,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   Board board(a.board);
 #endif
   moecomm::Generator generator{a.seed, a.generator_offset};
-  if ((NOISE || RANKED) && a.offset_tensor) generator.offset += static_cast<unsigned long long>(*a.offset_tensor);
+  if ((NOISE || RANKED) && a.step) generator.offset += static_cast<unsigned long long>(*a.step);
   float mean[VALUES] = {}, z = 0.0f;
   bool bad = false;
   const Selection how{a.bias, generator, a.noise_scale, scratch + warp * (E + GROUPS)};

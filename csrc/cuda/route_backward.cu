@@ -13,8 +13,8 @@
 
 struct Arguments {
   const float* grad_weight;  // [T, K]
-  const float* grad_aux;
-  const float* grad_z;
+  const float* grad_aux_loss;
+  const float* grad_z_loss;
   const ELEMENT* logits;  // [T, E]
   const int* expert;      // [T, K]
   const float* lse;       // [T]
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
     chosen += slope[i];
   }
   if (MASK) counting = fmaxf(team_sum(chosen) / K, 1.0f);
-  const float aux = *a.grad_aux * (static_cast<float>(E) / K) / counting / counting, z = *a.grad_z * 2.0f / counting;
+  const float aux = *a.grad_aux_loss * (static_cast<float>(E) / K) / counting / counting, z = *a.grad_z_loss * 2.0f / counting;
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) slope[i] *= aux;
 

@@ -1,4 +1,4 @@
-"""The gate's C++ kernels over numpy arrays. Arguments are checked by the callers; bfloat16 comes as uint16."""
+"""The gate's C++ kernels over numpy arrays. The callers have checked all arguments; bfloat16 comes as uint16."""
 
 # ruff: noqa: N806 - capitals are dimensions
 
@@ -10,47 +10,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm import _core
+from moecomm.gating.choices import Choices, Fields, Gradients, Inputs, Saved, new_fields
 from moecomm.gating.routing import check_status
 
+PLACES = ("expert", "slot", "row", "source")
+"""The fields in which -1 means that an assignment was dropped or a row is empty."""
 
-def route(logits: NDArray, bias: Any, mask: Any, top_k: int, choices: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The fields of a Routing in the order of ops.py. Raises ValueError for logits or a bias that nothing follows from.
 
-    choices  score, num_groups, top_groups, best_in_group, floor, scale, capacity, drop, noise, its scale, seed, offset,
-             align, threads, unusable. With unusable 1 it does not raise: every assignment is dropped, status says why
+def route(inputs: Inputs, choices: Choices) -> Fields:
+    """Raises ValueError for logits or a bias that nothing follows from, unless choices.unusable is "note".
+
+    Then every assignment is dropped, and status says why.
     """
-    T, E = logits.shape
-    capacity, align, unusable = choices[6], choices[12], choices[14]
-    ints, floats = np.int32, np.float32
-    expert, slot, row = (np.empty((T, top_k), ints) for _ in range(3))
-    weight, lse = np.empty((T, top_k), floats), np.empty(T, floats)
-    source = np.empty(num_rows(T, E, top_k, capacity, align), ints)
-    count, offset, load = np.empty(E, ints), np.empty(E + 1, ints), np.empty(E, ints)
-    aux_loss, z_loss = np.empty((), floats), np.empty((), floats)
-    out = (expert, weight, slot, row, source, count, offset, load, aux_loss, z_loss, lse)
-    status = _core.route(logits, bias, mask, *out, *choices[:14])
-    if status and not unusable:
+    T, E = inputs.logits.shape
+    fields = new_fields(_ints, _floats, T, E, choices)
+    status = _core.route(inputs, choices, fields)
+    if status and choices.unusable == "raise":
         check_status(status)
     if status:
-        for table in (expert, slot, row, source):
-            table.fill(-1)
-        for numbers in (weight, count, offset, load, aux_loss, z_loss, lse):
-            numbers.fill(0)
-    return (*out, np.asarray(status, ints))
+        # The kernel stopped half-way: what it wrote until then is no routing.
+        for name, array in fields._asdict().items():
+            array.fill(-1 if name in PLACES else 0)
+    fields.status.fill(status)
+    return fields
 
 
-def num_rows(T: int, E: int, K: int, capacity: int, align: int) -> int:  # noqa: N803
-    """N: the most rows that a routing of this size has. capacity -1: none."""
-    return E * capacity if capacity >= 0 else (T * K + min(E, T * K) * (align - 1)) // align * align
-
-
-def route_backward(
-    grads: tuple[NDArray, float, float], logits: NDArray, saved: tuple[Any, ...], choices: tuple[Any, ...]
-) -> NDArray:
-    """grad_logits. saved: expert, lse, load, mask; choices: score, floor, scale, threads."""
-    grad_logits = np.empty_like(logits)
-    _core.route_backward(*grads, logits, *saved, grad_logits, *choices)
+def route_backward(grads: Gradients, saved: Saved, choices: Choices) -> NDArray:
+    """grad_logits, like saved.logits. The gradients of the two losses are plain numbers here."""
+    grad_logits = np.empty_like(saved.logits)
+    _core.route_backward(grads, saved, choices, grad_logits)
     return grad_logits
+
+
+def _ints(*shape: int) -> NDArray:
+    return np.empty(shape, np.int32)
+
+
+def _floats(*shape: int) -> NDArray:
+    return np.empty(shape, np.float32)
 
 
 def _rows(num_rows: int, width: int, dtype: Any) -> NDArray:

@@ -4,47 +4,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecomm.gating import host
+from moecomm.gating.choices import Choices, Fields, Gradients, Inputs, Saved, new_fields
 
-CHOICES = """int score, int num_groups, int top_groups, int best_in_group, float floor, float scale, int capacity,
-    int drop, int noise, float noise_scale, int seed, int offset, int align, int threads, int unusable"""
-"""As host.route takes them."""
-ROUTE = f"Tensor logits, Tensor? bias, Tensor? mask, Tensor? step, int top_k, {CHOICES}"
-FIELDS = "Tensor, " * 11 + "Tensor"
-"""Of a Routing, in its order."""
+# ---- operators whose arguments are records -------------------------------------------------------------------------
+
+RECORDS: dict[str, Any] = {"Inputs": Inputs, "Choices": Choices, "Gradients": Gradients, "Saved": Saved}
+TYPES = {
+    "Array": "Tensor",
+    "Array | None": "Tensor?",
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "int",
+    "int | None": "int?",
+    "float": "float",
+    "str": "str",
+}
+"""What torch calls the types of parameters and of records' fields."""
+FIELDS = ", ".join(["Tensor"] * len(Fields._fields))
 
 
-def operator(schema: str) -> Any:
-    """The function below as an operator that torch.compile knows, moecomm::<its name>."""
+def operator(returns: str) -> Callable[[Any], Any]:
+    """The function below as an operator that torch.compile knows, moecomm::<its name>.
+
+    Its schema follows from the annotations. An operator has no records among its arguments: their fields stand there,
+    one by one. `gather` makes the function's arguments of them; `kernel` is the function itself.
+    """
 
     def register(function: Any) -> Any:
-        op = torch.library.custom_op(f"moecomm::{function.__name__}", function, mutates_args=(), schema=schema)
+        kinds = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+        schema = ", ".join(_parameters(kinds))
+
+        def gather(fields: Iterable[Any]) -> list[Any]:
+            remaining = iter(fields)
+            return [_argument(kind, remaining) for kind in kinds.values()]
+
+        def of_fields(*fields: Any) -> Any:
+            return function(*gather(fields))
+
+        name = f"moecomm::{function.__name__}"
+        op: Any = torch.library.custom_op(name, of_fields, mutates_args=(), schema=f"({schema}) -> ({returns})")
+        op.gather = gather
         op.kernel = function
         return op
 
     return register
 
 
+def _parameters(kinds: dict[str, str]) -> Iterator[str]:
+    """The parameters of a schema, for a function's own with their annotations."""
+    for name, kind in kinds.items():
+        record = RECORDS.get(kind)
+        if record is None:
+            yield f"{TYPES[kind]} {name}"
+        else:
+            # NamedTuple wraps annotations that are strings.
+            for field, reference in record.__annotations__.items():
+                yield f"{TYPES[reference.__forward_arg__]} {field}"
+
+
+def _argument(kind: str, fields: Iterator[Any]) -> Any:
+    """The next argument, a record if its annotation says so."""
+    record = RECORDS.get(kind)
+    if record is None:
+        return next(fields)
+    return record(*islice(fields, len(record._fields)))
+
+
+def fake(op: Any) -> Callable[[Any], Any]:
+    """Registers the function below: the shapes and dtypes of op's results, for torch.compile."""
+
+    def register(function: Any) -> Any:
+        op.register_fake(lambda *fields: function(*op.gather(fields)))
+        return function
+
+    return register
+
+
 def call(op: Any, *arguments: Any) -> Any:
-    """op(*arguments), without the price of torch's dispatcher (about 30 us) where nobody asks for what it adds."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    ):
-        return op(*arguments)
+    """op's function of these arguments, through torch's dispatcher only where a gradient or a compiler needs it.
+
+    The dispatcher costs about 30 us, as much as a small launch.
+    """
+    fields: list[Any] = []
+    for argument in arguments:
+        # The records are the tuples among the arguments.
+        fields += argument if isinstance(argument, tuple) else [argument]
+    if torch.compiler.is_compiling():
+        return op(*fields)
+    if torch.is_grad_enabled() and any(isinstance(field, Tensor) and field.requires_grad for field in fields):
+        return op(*fields)
     return op.kernel(*arguments)
 
 
-def _numpy(tensor: Any) -> Any:
-    """Its memory; bfloat16 as uint16."""
+def _numpy(tensor: Tensor | None) -> Any:
+    """The tensor's memory as numpy sees it. numpy has no bfloat16: its bits go as uint16."""
     if tensor is None:
         return None
     tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
 
 
 def _tensor(array: Any, like: Tensor) -> Tensor:
@@ -55,79 +122,82 @@ def _tensor(array: Any, like: Tensor) -> Tensor:
 # ---- route ---------------------------------------------------------------------------------------------------------
 
 
-@operator(f"({ROUTE}) -> ({FIELDS})")
-def route(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *choices: Any) -> tuple[Tensor, ...]:
+@operator(returns=FIELDS)
+def route(inputs: Inputs, choices: Choices) -> Fields:
     """The fields of a Routing."""
-    if logits.is_cuda:
+    if inputs.logits.is_cuda:
         from moecomm.gating import cuda
 
-        return cuda.route(logits, bias, mask, step, top_k, *choices[:-2])
-    if step is not None:
-        choices = (*choices[:11], choices[11] + int(step), *choices[12:])
-    arrays = host.route(_numpy(logits), _numpy(bias), _numpy(mask), top_k, choices)
-    return tuple(map(torch.from_numpy, arrays))
+        return cuda.route(inputs, choices)
+    if inputs.step is not None:
+        choices = choices._replace(offset=choices.offset + int(inputs.step))
+    arrays = host.route(Inputs._make(map(_numpy, inputs)), choices)
+    return Fields._make(map(torch.from_numpy, arrays))
 
 
-@route.register_fake
-def _fake_route(logits: Tensor, bias: Any, mask: Any, step: Any, top_k: int, *choices: Any) -> tuple[Tensor, ...]:
-    T, E = logits.shape
-    capacity, align = choices[6], choices[12]
+@fake(route)
+def _fake_route(inputs: Inputs, choices: Choices) -> Fields:
+    T, E = inputs.logits.shape
 
-    def ints(*shape: Any) -> Tensor:
-        return logits.new_empty(shape, dtype=torch.int32)
+    def ints(*shape: int) -> Tensor:
+        return inputs.logits.new_empty(shape, dtype=torch.int32)
 
-    def floats(*shape: Any) -> Tensor:
-        return logits.new_empty(shape, dtype=torch.float32)
+    def floats(*shape: int) -> Tensor:
+        return inputs.logits.new_empty(shape, dtype=torch.float32)
 
-    source = ints(host.num_rows(T, E, top_k, capacity, align))
-    tables = ints(T, top_k), floats(T, top_k), ints(T, top_k), ints(T, top_k), source
-    return *tables, ints(E), ints(E + 1), ints(E), floats(), floats(), floats(T), ints()
+    return new_fields(ints, floats, T, E, choices)
 
 
-@operator(
-    """(Tensor grad_weight, Tensor grad_aux_loss, Tensor grad_z_loss, Tensor logits, Tensor expert, Tensor lse,
-    Tensor load, Tensor? mask, int score, float floor, float scale, int threads) -> Tensor"""
-)
-def route_backward(
-    grad_weight: Tensor, grad_aux_loss: Tensor, grad_z_loss: Tensor, logits: Tensor, expert: Tensor, lse: Tensor,
-    load: Tensor, mask: Any, score: int, floor: float, scale: float, threads: int,
-) -> Tensor:  # fmt: skip
+@operator(returns="Tensor")
+def route_backward(grads: Gradients, saved: Saved, choices: Choices) -> Tensor:
     """grad_logits [T, E]."""
-    grads, saved = (grad_weight.contiguous(), grad_aux_loss, grad_z_loss), (expert, lse, load, mask)
-    if logits.is_cuda:
+    grads = grads._replace(grad_weight=grads.grad_weight.contiguous())
+    if saved.logits.is_cuda:
         from moecomm.gating import cuda
 
-        return cuda.route_backward(*grads, logits, *saved, score, floor, scale)
-    numbers = (_numpy(grads[0]), float(grad_aux_loss), float(grad_z_loss))
-    grad = host.route_backward(numbers, _numpy(logits), tuple(map(_numpy, saved)), (score, floor, scale, threads))
-    return _tensor(grad, logits)
+        return cuda.route_backward(grads, saved, choices)
+    numbers = Gradients(_numpy(grads.grad_weight), float(grads.grad_aux_loss), float(grads.grad_z_loss))
+    grad_logits = host.route_backward(numbers, Saved._make(map(_numpy, saved)), choices)
+    return _tensor(grad_logits, saved.logits)
 
 
-@route_backward.register_fake
-def _(grad_weight: Tensor, grad_aux_loss: Tensor, grad_z_loss: Tensor, logits: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(logits)
+@fake(route_backward)
+def _(grads: Gradients, saved: Saved, choices: Choices) -> Tensor:
+    return torch.empty_like(saved.logits)
 
 
-def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, mask, _, _, score, _, _, _, floor, scale, *_, threads, _ = inputs
-    expert, _, _, row, _, _, _, load, _, _, lse, *_ = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, expert, lse, load, mask, row)
-    ctx.choices = score, floor, scale, threads
+def _save_route(ctx: Any, inputs: Inputs, choices: Choices, fields: Fields) -> None:
+    # Nothing that has a gradient follows from lse: without the mark autograd would make zeros for it.
+    ctx.mark_non_differentiable(fields.lse)
+    ctx.choices = choices
+    ctx.save_for_backward(inputs.logits, fields.expert, fields.lse, fields.load, inputs.mask, fields.row)
 
 
-def _route_gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    logits, expert, lse, load, mask, _ = ctx.saved_tensors
-    grad = route_backward(grads[1], grads[8], grads[9], logits, expert, lse, load, mask, *ctx.choices)
-    return grad, *(None,) * 19
+def _grad_logits(ctx: Any, grads: Fields) -> tuple[Tensor | None, ...]:
+    """The gradient in the logits, and None for each other field of Inputs and Choices."""
+    *saved, _ = ctx.saved_tensors
+    of_results = Gradients(grads.weight, grads.aux_loss, grads.z_loss)
+    # Always the operator: a compiler traces this function with tensors that hold no numbers.
+    grad_logits = route_backward(*of_results, *saved, *ctx.choices)
+    without = len(Inputs._fields) - 1 + len(Choices._fields)
+    return grad_logits, *[None] * without
 
 
-route.register_autograd(_route_gradient, setup_context=_save_route)
+def _save_for_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    of_route, choices = route.gather(inputs)
+    _save_route(ctx, of_route, choices, Fields._make(output))
+
+
+def _route_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return _grad_logits(ctx, Fields._make(grads))
+
+
+route.register_autograd(_route_gradient, setup_context=_save_for_route)
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-@operator("(Tensor x, Tensor row, Tensor source, int threads) -> Tensor")
+@operator(returns="Tensor")
 def permute(x: Tensor, row: Tensor, source: Tensor, threads: int) -> Tensor:
     """x [T, H] -> rows [N, H]."""
     if x.is_cuda:
@@ -145,7 +215,7 @@ def _(x: Tensor, row: Tensor, source: Tensor, threads: int) -> Tensor:
     return x.new_empty((source.shape[0], x.shape[1]))
 
 
-@operator("(Tensor grad_rows, Tensor row, int threads) -> Tensor")
+@operator(returns="Tensor")
 def permute_backward(grad_rows: Tensor, row: Tensor, threads: int) -> Tensor:
     """grad_rows [N, H] -> grad_x [T, H]: the sum over each token's rows."""
     if grad_rows.is_cuda:
@@ -173,7 +243,7 @@ def _permute_gradient(ctx: Any, grad_rows: Tensor) -> tuple[Any, ...]:
 permute.register_autograd(_permute_gradient, setup_context=_save_permute)
 
 
-@operator("(Tensor x, Tensor row, Tensor source, int threads) -> (Tensor, Tensor)")
+@operator(returns="Tensor, Tensor")
 def permute_fp8(x: Tensor, row: Tensor, source: Tensor, threads: int) -> tuple[Tensor, Tensor]:
     """x [T, H] -> rows [N, H] float8_e4m3fn and scales [N, ceil(H / 128)]."""
     if x.is_cuda:
@@ -191,8 +261,10 @@ def _(x: Tensor, row: Tensor, source: Tensor, threads: int) -> tuple[Tensor, Ten
     return rows, x.new_empty((N, (H + 127) // 128), dtype=torch.float32)
 
 
-@operator("(Tensor rows, Tensor row, Tensor weight, Tensor source, Tensor? residual, int threads) -> Tensor")
-def unpermute(rows: Tensor, row: Tensor, weight: Tensor, source: Tensor, residual: Any, threads: int) -> Tensor:
+@operator(returns="Tensor")
+def unpermute(
+    rows: Tensor, row: Tensor, weight: Tensor, source: Tensor, residual: Tensor | None, threads: int
+) -> Tensor:
     """rows [N, H] -> y [T, H]. source is for the backward pass."""
     if rows.is_cuda:
         from moecomm.gating import cuda_rows
@@ -207,7 +279,7 @@ def _(rows: Tensor, row: Tensor, *rest: Any) -> Tensor:
     return rows.new_empty((row.shape[0], rows.shape[1]))
 
 
-@operator("(Tensor grad_y, Tensor rows, Tensor row, Tensor weight, Tensor source, int threads) -> (Tensor, Tensor)")
+@operator(returns="Tensor, Tensor")
 def unpermute_backward(
     grad_y: Tensor, rows: Tensor, row: Tensor, weight: Tensor, source: Tensor, threads: int
 ) -> tuple[Tensor, Tensor]:
@@ -244,31 +316,37 @@ unpermute.register_autograd(_unpermute_gradient, setup_context=_save_unpermute)
 # ---- both in one ---------------------------------------------------------------------------------------------------
 
 
-@operator(f"(Tensor x, {ROUTE}) -> ({FIELDS}, Tensor)")
-def route_permute(x: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+@operator(returns=f"{FIELDS}, Tensor")
+def route_permute(x: Tensor, inputs: Inputs, choices: Choices) -> tuple[Tensor, ...]:
     """The fields of a Routing, and the rows [N, H] of x [T, H]. On CUDA one launch, where that is faster than two."""
     if x.is_cuda:
         from moecomm.gating import cuda
 
         if len(x) in cuda.ONE_LAUNCH:
-            return cuda.route_permute(x, logits, *rest[:-2])
-    fields = route.kernel(logits, *rest)
-    return *fields, permute.kernel(x, fields[3], fields[4], rest[-2])
+            return cuda.route_permute(x, inputs, choices)
+    fields = route.kernel(inputs, choices)
+    rows = permute.kernel(x, fields.row, fields.source, choices.threads)
+    return *fields, rows
 
 
-@route_permute.register_fake
-def _(x: Tensor, *of_route: Any) -> tuple[Tensor, ...]:
-    fields = _fake_route(*of_route)
-    return *fields, x.new_empty((fields[4].shape[0], x.shape[1]))
+@fake(route_permute)
+def _(x: Tensor, inputs: Inputs, choices: Choices) -> tuple[Tensor, ...]:
+    fields = _fake_route(inputs, choices)
+    rows = x.new_empty((fields.source.shape[0], x.shape[1]))
+    return *fields, rows
 
 
-def _save_both(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save_route(ctx, inputs[1:], output[:-1])
+def _save_for_both(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, of_route, choices = route_permute.gather(inputs)
+    *fields, _ = output
+    _save_route(ctx, of_route, choices, Fields._make(fields))
 
 
-def _gradient_of_both(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    grad_x = permute_backward(grads[-1], ctx.saved_tensors[-1], ctx.choices[-1])
-    return grad_x, *_route_gradient(ctx, *grads[:-1])
+def _gradient_of_both(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    *of_fields, grad_rows = grads
+    *_, row = ctx.saved_tensors
+    grad_x = permute_backward(grad_rows, row, ctx.choices.threads)
+    return grad_x, *_grad_logits(ctx, Fields._make(of_fields))
 
 
-route_permute.register_autograd(_gradient_of_both, setup_context=_save_both)
+route_permute.register_autograd(_gradient_of_both, setup_context=_save_for_both)

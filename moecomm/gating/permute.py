@@ -8,7 +8,7 @@ import numpy as np
 
 from moecomm.arrays import Array, dtype_name
 from moecomm.gating import host
-from moecomm.gating.route import DTYPES, arguments, contiguous, route
+from moecomm.gating.route import DTYPES, contiguous, request, route
 from moecomm.gating.routing import Routing
 
 
@@ -49,11 +49,10 @@ def route_permute(logits: Array, x: Array, top_k: int, **choices: Any) -> tuple[
         return routing, permute(x, routing, threads=choices.get("threads", 1))
     from moecomm.gating import ops
 
-    given = arguments(logits, top_k, **{**(route.__kwdefaults__ or {}), **choices})
+    inputs, checked = request(logits, top_k, **{**(route.__kwdefaults__ or {}), **choices})
     x = _matrix("route_permute: x", x, logits, len(logits))
-    of_route = (given.logits, given.bias, given.mask, given.step, top_k, *given.choices)
-    *fields, rows = ops.call(ops.route_permute, x, *of_route)
-    routing = Routing(*(*fields, choices.get("capacity")))
+    *fields, rows = ops.call(ops.route_permute, x, inputs, checked)
+    routing = Routing(*(*fields, checked.capacity))
     return routing, _by_expert(rows, routing)
 
 

@@ -1,41 +1,26 @@
-"""route: from a gate's logits to who goes where."""
+"""route: from a gate's logits to the expert, the weight and the row of each assignment."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from moecomm.arrays import Array, dtype_name
 from moecomm.gating import host
+from moecomm.gating.choices import DROPS, NOISES, NORMALIZATIONS, SCORES, UNUSABLE, Choices, Inputs
 from moecomm.gating.routing import Generator, Noise, Routing
 
-SCORES = ("softmax", "sigmoid")
-NORMALIZATIONS = ("none", "selected")
-DROPS = ("position", "choice", "probability", "random")
-NOISES = ("none", "gumbel", "jitter")
-UNUSABLE = ("raise", "note")
-FLOOR = {"softmax": 2.0**-23, "sigmoid": 1e-20}
-"""The least denominator of normalize="selected": DeepSpeed's for softmax, DeepSeek's for sigmoid."""
 DTYPES = ("float32", "float16", "bfloat16")
 NUMBERS = "?bBhHiIlLqQefdFD"
 """The dtypes of numpy, by their characters, that the kernels take."""
-MAX_EXPERTS, MAX_CHOICES = 1024, 32
-LEAST_SCALE, MOST_SCALE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+MAX_EXPERTS = 1024
+MAX_CHOICES = 32
+LEAST_SCALE = 2.0**-126
+MOST_SCALE = (2 - 2.0**-23) * 2.0**127
 MOST_NOISE = 1e30
 """Noise is up to 17 times as large, and stays finite in float32."""
-
-
-class Arguments(NamedTuple):
-    """The arguments of `route`, checked, as the kernels take them."""
-
-    logits: Array
-    bias: Array | None
-    mask: Array | None
-    step: Array | None  # a generator's offset on the device
-    top_k: int
-    choices: tuple[Any, ...]  # see host.route
 
 
 def route(
@@ -89,18 +74,33 @@ def route(
     arguments that do not fit; on the CPU also for NaN or +inf in logits, see `unusable` and `Routing.check`.
     Source: Shazeer et al. 2017 (arXiv 1701.06538); GShard (2006.16668); DeepSpeed-MoE (2201.05596), section 5.4.
     """
-    given = arguments(
-        logits, top_k, score=score, bias=bias, num_groups=num_groups, top_groups=top_groups,
-        best_in_group=best_in_group, normalize=normalize, scale=scale, capacity=capacity, drop=drop, mask=mask,
-        noise=noise, generator=generator, align=align, unusable=unusable, threads=threads,
-    )  # fmt: skip
+    inputs, choices = request(
+        logits,
+        top_k,
+        bias=bias,
+        mask=mask,
+        noise=noise,
+        generator=generator,
+        score=score,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        best_in_group=best_in_group,
+        normalize=normalize,
+        scale=scale,
+        capacity=capacity,
+        drop=drop,
+        align=align,
+        unusable=unusable,
+        threads=threads,
+    )
     if isinstance(logits, np.ndarray):
-        fields = host.route(given.logits, given.bias, given.mask, top_k, given.choices)
+        fields = host.route(inputs, choices)
     else:
+        # torch is imported when the first tensor comes, so that numpy is enough for everybody else.
         from moecomm.gating import ops
 
-        fields = ops.call(ops.route, given.logits, given.bias, given.mask, given.step, top_k, *given.choices)
-    return Routing(*(*fields, capacity))
+        fields = ops.call(ops.route, inputs, choices)
+    return Routing(*fields, capacity)
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, *, factor: float = 1.0, least: int = 4) -> int:
@@ -117,60 +117,100 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, *, factor: fl
     return max(math.ceil(num_tokens / num_experts * (factor * top_k)), least)
 
 
-def arguments(
-    logits: Array, top_k: int, *, score: str, bias: Any, num_groups: int, top_groups: int, best_in_group: int,
-    normalize: str, scale: float, capacity: int | None, drop: str, mask: Any, noise: Noise | None,
-    generator: Generator | None, align: int, unusable: str, threads: int,
-) -> Arguments:  # fmt: skip
-    """Raises ValueError or TypeError, in the caller's words, for what `route` cannot do."""
+# ---- checks: the kernels trust what these functions let through -----------------------------------------------------
+
+
+def request(
+    logits: Array,
+    top_k: int,
+    *,
+    bias: Array | None,
+    mask: Array | None,
+    noise: Noise | None,
+    generator: Generator | None,
+    **options: Any,
+) -> tuple[Inputs, Choices]:
+    """The arguments of `route` as the kernels take them. options: the fields of Choices that have the same name.
+
+    Raises ValueError or TypeError, in the words of the caller, for what `route` cannot do.
+    """
     num_tokens, num_experts = _logits_shape(logits)
-    _within("top_k", top_k, 1, min(num_experts, MAX_CHOICES))
-    for name, value, known in (
-        ("score", score, SCORES),
-        ("normalize", normalize, NORMALIZATIONS),
-        ("drop", drop, DROPS),
-        ("unusable", unusable, UNUSABLE),
+    if noise is not None and not isinstance(noise, Noise):
+        raise TypeError(f"route: noise is {noise!r}, expected a Noise or None")
+    is_random = noise is not None or options.get("drop") == "random"
+    if (is_random or generator is not None) and not isinstance(generator, Generator):
+        raise TypeError(f"route: generator is {generator!r}, expected a Generator for noise or drop='random'")
+    seed, offset, step = _counter(generator, logits)
+    choices = Choices(
+        top_k,
+        noise="none" if noise is None else noise.kind,
+        noise_scale=0.0 if noise is None else noise.scale,
+        seed=seed,
+        offset=offset,
+        **options,
+    )
+    _check_words(choices)
+    _check_experts(choices, num_experts)
+    _check_numbers(choices)
+    _check_size(choices, num_tokens, num_experts)
+    inputs = Inputs(
+        contiguous("route: logits", logits),
+        _beside("bias", bias, logits, "float32", num_experts),
+        _beside("mask", mask, logits, "bool", num_tokens),
+        step,
+    )
+    return inputs, choices
+
+
+def _check_words(choices: Choices) -> None:
+    for name, known in (
+        ("score", SCORES),
+        ("normalize", NORMALIZATIONS),
+        ("drop", DROPS),
+        ("unusable", UNUSABLE),
     ):
-        if value not in known:
-            raise ValueError(f"route: {name} is {value!r}, expected {' or '.join(map(repr, known))}")
+        word = getattr(choices, name)
+        if word not in known:
+            raise ValueError(f"route: {name} is {word!r}, expected {' or '.join(map(repr, known))}")
+
+
+def _check_experts(choices: Choices, num_experts: int) -> None:
+    """top_k experts can be chosen within top_groups of the num_groups groups."""
+    top_k, num_groups, top_groups = choices.top_k, choices.num_groups, choices.top_groups
+    _within("top_k", top_k, 1, min(num_experts, MAX_CHOICES))
     _within("num_groups", num_groups, 1, num_experts)
     _within("top_groups", top_groups, 1, num_groups)
-    _within("best_in_group", best_in_group, 1, 2)
+    _within("best_in_group", choices.best_in_group, 1, 2)
     if num_experts % num_groups or top_k > num_experts // num_groups * top_groups:
         raise ValueError(
             f"route: {num_experts} experts in {num_groups} groups, {top_k} chosen within {top_groups} of them: "
             "expected groups of one size, with top_k experts or more in top_groups of them"
         )
-    if not LEAST_SCALE <= _number("scale", scale) <= MOST_SCALE:
-        raise ValueError(f"route: scale is {scale}, expected a number > 0 that float32 can hold")
-    _within("align", align, 1, 1 if capacity is not None else 2**20)
-    _within("threads", threads, 1, 1024)
-    if capacity is not None:
-        _within("capacity", capacity, 0, 2**31 - 1)
-    rows = host.num_rows(num_tokens, num_experts, top_k, -1 if capacity is None else capacity, align)
-    if max(num_tokens * top_k, rows) >= 2**31:
-        raise ValueError(f"route: {num_tokens} tokens, top_k {top_k} and {rows} rows are too many, expected < 2**31")
-    if noise is not None and not isinstance(noise, Noise):
-        raise TypeError(f"route: noise is {noise!r}, expected a Noise or None")
-    if (noise is not None or drop == "random") and not isinstance(generator, Generator):
-        raise TypeError(f"route: generator is {generator!r}, expected a Generator for noise or drop='random'")
-    seed, offset, step = _counter(generator, logits)
-    kind, strength = (noise.kind, noise.scale) if noise is not None else ("none", 0.0)
-    if kind not in NOISES or not 0 <= _number("noise.scale", strength) <= (1 if kind == "jitter" else MOST_NOISE):
-        raise ValueError(f"route: noise is {noise}, expected Noise('gumbel', 0 .. {MOST_NOISE}) or ('jitter', 0 .. 1)")
-    choices = (
-        SCORES.index(score), num_groups, top_groups, best_in_group, FLOOR[score] if normalize == "selected" else 0.0,
-        float(scale), -1 if capacity is None else capacity, DROPS.index(drop), NOISES.index(kind), float(strength),
-        seed, offset, align, threads, UNUSABLE.index(unusable),
-    )  # fmt: skip
-    return Arguments(
-        contiguous("route: logits", logits),
-        _beside("bias", bias, logits, "float32", num_experts),
-        _beside("mask", mask, logits, "bool", num_tokens),
-        step,
-        top_k,
-        choices,
-    )
+
+
+def _check_numbers(choices: Choices) -> None:
+    if not LEAST_SCALE <= _number("scale", choices.scale) <= MOST_SCALE:
+        raise ValueError(f"route: scale is {choices.scale}, expected a number > 0 that float32 can hold")
+    # With a capacity all experts have as many rows, and there is nothing to align.
+    _within("align", choices.align, 1, 2**20 if choices.capacity is None else 1)
+    _within("threads", choices.threads, 1, 1024)
+    if choices.capacity is not None:
+        _within("capacity", choices.capacity, 0, 2**31 - 1)
+    most = 1 if choices.noise == "jitter" else MOST_NOISE
+    if choices.noise not in NOISES or not 0 <= _number("noise.scale", choices.noise_scale) <= most:
+        raise ValueError(
+            f"route: noise is Noise({choices.noise!r}, {choices.noise_scale}), "
+            f"expected Noise('gumbel', 0 .. {MOST_NOISE}) or ('jitter', 0 .. 1)"
+        )
+
+
+def _check_size(choices: Choices, num_tokens: int, num_experts: int) -> None:
+    # The tables are int32: assignments and rows are counted in them.
+    rows = choices.num_rows(num_tokens, num_experts)
+    if max(num_tokens * choices.top_k, rows) >= 2**31:
+        raise ValueError(
+            f"route: {num_tokens} tokens, top_k {choices.top_k} and {rows} rows are too many, expected < 2**31"
+        )
 
 
 def contiguous(name: str, array: Array) -> Array:
@@ -221,15 +261,18 @@ def _beside(name: str, array: Any, logits: Array, dtype: str, length: int) -> An
     return contiguous(f"route: {name}", array)
 
 
-def _counter(generator: Generator | None, logits: Array) -> tuple[int, int, Any]:
-    """seed, offset, and the part of the offset that the kernel reads from a tensor."""
+def _counter(generator: Generator | None, logits: Array) -> tuple[int, int, Array | None]:
+    """The seed, the offset as an int, and what the kernel adds to it from a tensor."""
     if generator is None:
         return 0, 0, None
-    step, offset = None, generator.offset
+    offset = generator.offset
+    step = None
     if hasattr(offset, "device"):
-        if dtype_name(offset) != "int64" or offset.numel() != 1 or offset.device != logits.device:
-            raise ValueError(f"route: generator.offset is {offset!r}, expected one int64 on {logits.device}")
-        step, offset = offset, 0
+        # The value must not be read now: that would wait for the device, and a CUDA graph would keep it for ever.
+        step = offset
+        offset = 0
+        if dtype_name(step) != "int64" or step.numel() != 1 or step.device != logits.device:
+            raise ValueError(f"route: generator.offset is {step!r}, expected one int64 on {logits.device}")
     _within("generator.seed", generator.seed, 0, 2**63 - 1)
     _within("generator.offset", offset, 0, 2**63 - 1)
     return generator.seed, offset, step
