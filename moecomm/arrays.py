@@ -90,7 +90,7 @@ def empty_rows(num_rows: int, like: Array) -> Array:
     shape = (num_rows, *like.shape[1:])
     if is_torch(like):
         return like.detach().new_empty(shape)
-    return np.empty(shape, like.dtype, like=like)
+    return np.empty(shape, like.dtype, like=like)  # a cupy array for a cupy array
 
 
 def row_bytes(rows: Array) -> int:
@@ -139,8 +139,9 @@ def overlap(a: Array, b: Array) -> bool:
     """Whether two contiguous arrays of one kind and device share memory."""
     if not is_torch(a):
         return bool(np.may_share_memory(a, b))
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    return bool(start_a < start_b + b.nbytes and start_b < start_a + a.nbytes)
+    end_of_a = a.data_ptr() + a.nbytes
+    end_of_b = b.data_ptr() + b.nbytes
+    return bool(a.data_ptr() < end_of_b and b.data_ptr() < end_of_a)
 
 
 def copy_rows(dst: Array, src: Array) -> None:
@@ -155,6 +156,7 @@ def copy_blocks(dst: Array, src: Array, order: Counts, sizes: Counts | None = No
     if on_host(src):
         copy_host_blocks(as_bytes(dst), as_bytes(src), order, sizes, row_bytes(src))
         return
+    # On a device: one gather of rows by their index.
     index = order if sizes is None else _row_index(order, sizes)
     if is_cupy(src):
         import cupy
@@ -169,10 +171,13 @@ def copy_blocks(dst: Array, src: Array, order: Counts, sizes: Counts | None = No
 
 
 def _row_index(order: Counts, sizes: Counts) -> Counts:
-    starts = np.cumsum(sizes) - sizes
+    """For each row of the result, which row of the source it is."""
+    source_starts = (np.cumsum(sizes) - sizes)[order]
     counts = sizes[order]
-    shift = np.repeat(starts[order] - (np.cumsum(counts) - counts), counts)
-    return shift + np.arange(counts.sum(), dtype=np.int64)
+    result_starts = np.cumsum(counts) - counts
+    # Inside a block the index grows by 1 as the place in the result does: only the distance of the two differs.
+    distances = np.repeat(source_starts - result_starts, counts)
+    return distances + np.arange(counts.sum(), dtype=np.int64)
 
 
 def _widest_word(src: Array, dst: Array) -> Any:

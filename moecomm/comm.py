@@ -164,6 +164,7 @@ class Comm(Identity, ABC):
             contiguous, _ = self._opened("all_reduce", self._all_reduce_arguments, array)
             if dtype_name(contiguous) not in ("float16", "bfloat16"):
                 return self._all_reduce(contiguous)
+            # A sum of many ranks rounded to 16 bits at each step would depend on the library's order of additions.
             total = self._all_reduce(as_dtype(contiguous, sum_dtype(contiguous)))
             return as_dtype(total, contiguous.dtype)
 
@@ -201,6 +202,7 @@ class Comm(Identity, ABC):
 
     def free(self) -> None:
         """Give back what `split` made. A communicator that the caller brought stays the caller's."""
+        # After a failure the library may still be inside a call: what it holds stays until the process ends.
         if self.failure is None:
             self._free()
             self.failure = "it was freed"
@@ -249,6 +251,7 @@ class Comm(Identity, ABC):
 
     def fail(self, why: str) -> None:
         """Refuse every later call on this Comm and on all that were split from it. Not collective."""
+        # The first reason is the cause; later ones follow from it.
         self.failure = self.failure or why
         for reference in self._groups:
             group = reference()
@@ -290,6 +293,7 @@ class Comm(Identity, ABC):
 
         Later ones are left to `Checked`: to compare whenever a rank changes its rows would hang where another does not.
         """
+        # A transport that compares what arrives, as threads do, needs no message for it.
         if call in self._compared or self._compares_rows:
             return self.checked(call, check, *arguments, same=_rows_text)
         result = self.compared(call, check, *arguments, same=_rows_text)
@@ -307,20 +311,20 @@ class Comm(Identity, ABC):
         texts = self._gather_texts(text)
         if text.startswith("!"):
             return  # the caller raises its own error
-        for rank, other in enumerate(texts):
-            if other.startswith("!"):
+        for rank, told in enumerate(texts):
+            if told.startswith("!"):
                 raise refused(
                     ValueError(
-                        f"{other[1:]}, found by rank {self.world_rank(rank)}; this is rank "
+                        f"{told[1:]}, found by rank {self.world_rank(rank)}; this is rank "
                         f"{self.world_rank(self.rank)}, which gave up with it"
                     )
                 )
-        for rank, other in enumerate(texts):
-            if other != texts[0]:
+        for rank, told in enumerate(texts):
+            if told != texts[0]:
                 raise refused(
                     ValueError(
                         f"the ranks differ: rank {self.world_rank(0)} called {texts[0]}, rank {self.world_rank(rank)} "
-                        f"called {other}{self.where()}"
+                        f"called {told}{self.where()}"
                     )
                 )
 
@@ -332,8 +336,8 @@ class Comm(Identity, ABC):
         with collective(name, self):
             self.check_usable(name)
             texts = self._gather_texts(f"{name}: {text}")
-            for rank, other in enumerate(texts):
-                if other != texts[0]:
+            for rank, told in enumerate(texts):
+                if told != texts[0]:
                     raise refused(
                         ValueError(
                             f"{name} of rank {self.world_rank(rank)} is not that of rank {self.world_rank(0)}; this "
@@ -348,6 +352,7 @@ class Comm(Identity, ABC):
             # A difference behind the cut must not be lost: a digest of the whole text ends it.
             digest = hashlib.blake2b(encoded, digest_size=8).hexdigest().encode()
             encoded = encoded[: TEXT_BYTES - len(digest)] + digest
+        # Rows of one length need no exchange of lengths before.
         row = np.zeros((1, TEXT_BYTES), np.uint8)
         row[0, : len(encoded)] = np.frombuffer(encoded, np.uint8)
         table = np.empty((self.size, TEXT_BYTES), np.uint8)
@@ -518,6 +523,7 @@ def check_out(out: Array, rows: Array, num_rows: int) -> None:
         raise ValueError("out is not contiguous")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
+    # The library may write out while it still reads rows.
     if overlap(out, rows):
         raise ValueError("out shares memory with the rows given")
     if of_torch:

@@ -42,6 +42,7 @@ class collective:  # noqa: N801 - read as a word: with collective("dispatch", co
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or getattr(error, "nothing_was_sent", False):
             return
+        # A CommError says already what has failed; the name of any other exception is part of the reason.
         reason = str(error) if isinstance(error, CommError) else f"{type(error).__name__}: {error}"
         for comm in self._comms:
             comm.fail(f"{self._call} failed: {reason}")
@@ -49,6 +50,7 @@ class collective:  # noqa: N801 - read as a word: with collective("dispatch", co
 
 def refused(error: E) -> E:
     """Mark an error that is raised before anything is sent, or on all ranks alike: the Comm stays usable."""
+    # On the error itself: it may pass through the calls of several Comms on its way up.
     error.nothing_was_sent = True  # type: ignore[attr-defined]
     return error
 

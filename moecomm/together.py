@@ -21,28 +21,33 @@ def together(comm: Comm | None, name: str, call: Callable[[], T]) -> T:
     comm  None: this is the only rank
     name  of what is done, for the error
     """
-    mine, problem = None, ""
+    cause: Exception | None = None
+    report = ""
     try:
         result = call()
     except CommError:
-        raise  # nothing can be told to the others
+        raise  # the Comm is of no use: nothing can be told to the other ranks
     except Exception as error:
         kind = next((kind for kind in KINDS if isinstance(error, kind)), ValueError)
-        mine, problem = error, f"{kind.__name__} {error}"
-    for rank, text in enumerate(gather(comm, problem)):
-        if text:
-            kind_name, _, words = text.partition(" ")
-            where = "" if comm is None else comm.where(rank)
+        cause = error
+        report = f"{kind.__name__} {error}"
+    for rank, problem in enumerate(gather(comm, report)):
+        if problem:
+            # The lowest rank that has failed: all ranks raise the same error.
+            kind_name, _, message = problem.partition(" ")
             kind = next(kind for kind in KINDS if kind.__name__ == kind_name)
-            raise refused(kind(f"{name}: {words}{where}")) from mine
+            where = "" if comm is None else comm.where(rank)
+            raise refused(kind(f"{name}: {message}{where}")) from cause
     return result
 
 
 def gather(comm: Comm | None, text: str) -> list[str]:
-    """The texts of all ranks. Collective."""
+    """The texts of all ranks, of any length. Collective."""
     if comm is None:
         return [text]
-    mine = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)  # as paths that are not UTF-8
-    lengths = comm.all_gather(np.array([len(mine)]))
-    flat, ends = comm.all_gather(mine, lengths), np.cumsum(lengths)
-    return [bytes(flat[end - length : end]).decode() for length, end in zip(lengths, ends, strict=True)]
+    # A path need not be UTF-8; it is shown with escapes.
+    encoded = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
+    lengths = comm.all_gather(np.array([len(encoded)]))
+    letters = comm.all_gather(encoded, lengths)
+    ends = np.cumsum(lengths)
+    return [bytes(letters[end - length : end]).decode() for length, end in zip(lengths, ends, strict=True)]

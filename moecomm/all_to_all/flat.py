@@ -35,4 +35,5 @@ class FlatAllToAll(AllToAll):
         return out
 
     def _send_back(self, rows: Array, route: Route) -> Array:
+        # The way back is the way of the reversed route: there are no hops to undo.
         return self._send(rows, Route(route.recv_counts, route.send_counts))

@@ -206,33 +206,41 @@ class _Forwarding:
         return np.flatnonzero(self.nodes.local_rank % len(self.nodes.ranks[node]) == local)
 
     def hop_inside(self, comm: Comm) -> _Hop:
-        G = comm.size  # noqa: N806
-        forwarder = self.nodes.local_rank % G  # [p]
-        to_each = np.bincount(forwarder, minlength=G)
-        from_each = np.full(G, to_each[self.local])
-        return _Hop(comm, np.argsort(forwarder, kind="stable"), to_each, from_each, int(to_each.max()))
+        """Each rank of the node gets the blocks that it will forward, from all of them alike."""
+        ranks_per_node = comm.size
+        forwarder = self.nodes.local_rank % ranks_per_node  # [p] of each destination
+        order = np.argsort(forwarder, kind="stable")
+        send_blocks = np.bincount(forwarder, minlength=ranks_per_node)
+        recv_blocks = np.full(ranks_per_node, send_blocks[self.local])
+        return _Hop(comm, order, send_blocks, recv_blocks, widest=int(send_blocks.max()))
 
     def hop_between(self, comm: Comm) -> _Hop:
-        G = len(self.nodes.ranks[self.node])  # noqa: N806
+        """A forwarder sends each destination one block from each rank of its node."""
+        ranks_per_node = len(self.nodes.ranks[self.node])
         lane_of_rank = np.array(self._lanes)[self.nodes.local_rank]
         members = np.flatnonzero(lane_of_rank == self.lane)
         destinations = self.forwarded(self.node, self.local)
         # The blocks here are ordered by source and then destination; they are sent by destination and then source.
-        order = np.arange(G * len(destinations)).reshape(G, len(destinations)).T.reshape(-1)
-        send_blocks = np.where(np.isin(members, destinations), G, 0)
+        by_source = np.arange(ranks_per_node * len(destinations)).reshape(ranks_per_node, len(destinations))
+        order = by_source.T.reshape(-1)
+        send_blocks = np.where(np.isin(members, destinations), ranks_per_node, 0)
         recv_blocks = np.array([self._blocks_from(rank) for rank in members.tolist()], np.int64)
-        return _Hop(comm, order, send_blocks, recv_blocks, int(self.nodes.sizes().max()))
+        return _Hop(comm, order, send_blocks, recv_blocks, widest=int(self.nodes.sizes().max()))
 
     def order_by_source(self) -> Counts:
-        """Of the blocks after hop two."""
-        forwarders = [r for r in range(self.nodes.world_size) if self._blocks_from(r)]
-        sources = [s for r in forwarders for s in self.nodes.ranks[self.nodes.node_of[r]]]
+        """The order that sorts the blocks after hop two by their source."""
+        sources: list[int] = []
+        for rank in range(self.nodes.world_size):
+            if self._blocks_from(rank):
+                node = self.nodes.node_of[rank]
+                sources += self.nodes.ranks[node]
         return np.argsort(sources, kind="stable")
 
     def _blocks_from(self, rank: int) -> int:
         """How many blocks `rank` sends here in hop two: one for each rank of its node if it forwards to here."""
-        G = len(self.nodes.ranks[self.nodes.node_of[rank]])  # noqa: N806
-        return G if self.local % G == self.nodes.local_rank[rank] else 0
+        ranks_per_node = len(self.nodes.ranks[self.nodes.node_of[rank]])
+        is_forwarder = self.local % ranks_per_node == self.nodes.local_rank[rank]
+        return ranks_per_node if is_forwarder else 0
 
 
 def _lanes(sizes: Counts) -> list[int]:
@@ -240,12 +248,13 @@ def _lanes(sizes: Counts) -> list[int]:
 
     Each node of size G joins l and l mod G. Nodes of one size: lane = local rank.
     """
-    lane = list(range(int(sizes.max())))
+    lanes = list(range(int(sizes.max())))
     for size in sorted(set(sizes.tolist())):
-        for local in range(len(lane)):
-            old, new = lane[local], lane[local % size]
-            lane = [min(old, new) if value in (old, new) else value for value in lane]
-    return lane
+        for local in range(len(lanes)):
+            # Joining two local ranks joins all that were joined to either, as in a union of sets.
+            pair = {lanes[local], lanes[local % size]}
+            lanes = [min(pair) if lane in pair else lane for lane in lanes]
+    return lanes
 
 
 def _transform(order: Counts) -> Step:
@@ -265,10 +274,12 @@ def _inverse(order: Counts) -> Counts:
 
 
 def _reordered(rows: Array, order: Counts, sizes: Counts) -> Array:
+    # Most hops of nodes in blocks need no transform: then the rows themselves are sent.
     return rows if _is_sorted(order) else _copied(rows, order, sizes, None)
 
 
 def _copied(rows: Array, order: Counts, sizes: Counts, out: Array | None) -> Array:
-    out = empty_rows(rows.shape[0], rows) if out is None else out
+    if out is None:
+        out = empty_rows(rows.shape[0], rows)
     copy_blocks(out, rows, order, sizes)
     return out
