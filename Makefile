@@ -1,5 +1,5 @@
-# Two commands: `make alltoall` runs the main job on 64 ranks, `make test` the whole test suite.
-# Both make .venv with everything they need, MPI included; a second call installs nothing.
+# `make alltoall` runs the main job on 64 ranks, `make test` the whole test suite, `make quick` most of it in less time.
+# All make .venv with everything they need, MPI included; a second call installs nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,28 +12,38 @@ ACTIVATE := . $(BIN)/activate &&
 WITHOUT_VENV_PACKAGE = { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	$(PYTHON) -m pip --python $(BIN)/python install pip; }
 
-.PHONY: alltoall test test-threads test-mpi test-gpu lint figures clean
+.PHONY: alltoall test quick test-threads test-mpi list-gpu test-gpu lint figures clean
 
 alltoall: $(VENV)/.run
 	$(ACTIVATE) mpirun -n $(RANKS) python bench/alltoall.py $(ARGS)
 
 test: test-threads test-mpi
 
+# Ranks of one test wait for each other, which leaves a core idle: so many tests at the same time.
+WORKERS ?= 2
+# Each rank of an MPI job imports the files it is given.
+MPI_TESTS := $(shell grep -l 'pytest.mark.mpi' tests/test_*.py)
+
+# The tests that take a second or less, and MPI on 4 ranks. Before a commit; `make test` before a merge.
+quick: $(VENV)/.test
+	$(ACTIVATE) python -m pytest -n $(WORKERS) -m "not mpi and not slow"
+	$(ACTIVATE) mpirun -n 4 python -m pytest -m "mpi and not slow" --only-mpi $(MPI_TESTS)
+
 test-threads: $(VENV)/.test
-	$(ACTIVATE) python -m pytest -m "not mpi"
+	$(ACTIVATE) python -m pytest -n $(WORKERS) -m "not mpi"
 
 test-mpi: $(VENV)/.test
-	$(ACTIVATE) mpirun -n 4 python -m pytest -m mpi --only-mpi
-	$(ACTIVATE) mpirun -n 8 python -m pytest -m mpi --only-mpi
+	$(ACTIVATE) mpirun -n 4 python -m pytest -m mpi --only-mpi $(MPI_TESTS)
+	$(ACTIVATE) mpirun -n 8 python -m pytest -m mpi --only-mpi $(MPI_TESTS)
 
-# For a machine with GPUs, in an environment that has torch with CUDA and moecomm installed. A failure that depends on
-# the random numbers of a run shows with some of so many seeds.
+# All that needs a GPU: programs that check, and benchmarks.
+list-gpu:
+	@$(PYTHON) tests/programs/gpu.py
+
+# The programs that check. For a machine with GPUs, in an environment that has torch with CUDA and moecomm installed.
 SEEDS ?= 20
 test-gpu:
-	$(PYTHON) tests/programs/gating_cuda.py --seeds $(SEEDS)
-	$(PYTHON) tests/programs/direct.py --threads 1 --seeds $(SEEDS)
-	torchrun --nproc-per-node gpu tests/programs/direct.py --seeds $(SEEDS)
-	torchrun --nproc-per-node gpu tests/programs/nccl.py --seeds $(SEEDS)
+	$(PYTHON) tests/programs/gpu.py --seeds $(SEEDS)
 
 lint: $(VENV)/.test
 	$(ACTIVATE) ruff check . && ruff format --check . && mypy && lint-imports

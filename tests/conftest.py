@@ -1,13 +1,14 @@
 """How the tests start ranks: as threads, as MPI processes (under mpirun), or as forked processes with gloo.
 
 One failing rank must not hang the rest: `mpi_run` and `gloo_run` give every collective a time limit and bring the error
-of one rank to all. pyproject.toml has two limits on the time of a test. At `timeout` seconds the test fails, and the run
-goes on. A test that hangs inside C cannot be failed: at `faulthandler_timeout` seconds its process prints the stack of
-each thread and exits. pytest-xdist then reports that test and starts another worker for the rest; an MPI job ends.
+of one rank to all. pyproject.toml has two limits on the time of a test. At `timeout` seconds the test fails, and the
+run goes on. A test that hangs inside C cannot be failed: at `faulthandler_timeout` seconds its process prints the stack
+of each thread and exits. pytest-xdist then reports that test and starts another worker for the rest; an MPI job ends.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import subprocess
@@ -79,6 +80,7 @@ def _gloo_rank(rank: int, size: int, folder: str, body: Body) -> None:
 
     from moecomm.transports.torch import TorchComm
 
+    faulthandler.dump_traceback_later(0.75 * LIMIT, exit=False)  # shows where the rank is that the others wait for
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     body(TorchComm(dist.group.WORLD, limit=LIMIT))
     dist.barrier()

@@ -65,6 +65,7 @@ def text_of(size_of: Any, get: Any, program: Any) -> str:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", GATES)
+@pytest.mark.slow
 def test_route_compiles(name: str, architecture: int) -> None:
     gate, tokens = GATES[name]
     launch = plan(gate, tokens, MULTIPROCESSORS, architecture)
@@ -72,6 +73,7 @@ def test_route_compiles(name: str, architecture: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.slow
 def test_route_backward_compiles(architecture: int) -> None:
     for macros in BACKWARDS:
         assert compile_for(architecture, Kernel("route_backward.cu", "route_backward", tuple(macros.items()))) == ""
@@ -90,11 +92,13 @@ MOVES = [
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.slow
 def test_moves_of_rows_compile(architecture: int) -> None:
     for name, macros in MOVES:
         assert compile_for(architecture, Kernel(f"{name}.cu", name, tuple(macros.items()))) == ""
 
 
+@pytest.mark.slow
 def test_every_source_is_compiled_here() -> None:
     compiled = {f"{name}.cu" for name, _ in MOVES} | {"route.cu", "route_backward.cu"}
     sources = {path.name for path in (source_folder() / "cuda").glob("*.cu")}

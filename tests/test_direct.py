@@ -25,6 +25,7 @@ LARGE = Shape("float32", False, 16384, 32, 32768, 8, 1024, 132)
     ("architecture", "name"),
     [*((90, name) for name in SHAPES), (80, "float8, tags"), (80, "one rank"), (100, "many rows")],
 )
+@pytest.mark.slow
 def test_kernels_compile(architecture: int, name: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
     from test_cuda_sources import compile_for

@@ -465,6 +465,7 @@ def test_a_teacher_of_the_claims_is_there_when_whole(tmp_path: Path, monkeypatch
     assert torch.load(claims.weights_of(run))
 
 
+@pytest.mark.slow
 def test_the_claims_run_and_staged_distillation_stops_where_told(tmp_path: Path) -> None:
     """Every row of the benchmark in small; called again, it makes what is missing alone."""
     out = tmp_path / "claims.jsonl"

@@ -38,6 +38,7 @@ FOUR = Routing(np.arange(4).reshape(1, 4), np.full((1, 4), 0.25, np.float32))
 
 
 @pytest.mark.parametrize("call", ["all_to_all", "all_reduce", "flat", "hierarchical", "shared", "dispatch"])
+@pytest.mark.slow
 def test_an_interrupted_rank_brings_no_other_rows(call: str) -> None:
     """Rank 1 comes to the first call half a second after rank 0 has left it, and would meet its next one.
 

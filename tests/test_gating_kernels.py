@@ -6,6 +6,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import pytest
 from conftest import PROGRAMS, ROOT
 
 FLAGS = {
@@ -15,6 +16,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources = ROOT / "csrc/cpu"

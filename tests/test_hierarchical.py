@@ -23,7 +23,10 @@ def partitions(p: int) -> Iterator[Nodes]:
     yield Nodes([np.flatnonzero(labels == label) for label in set(labels.tolist())])
 
 
-@pytest.mark.parametrize("p", range(1, 65))
+SIZES = [*range(1, 18), *(pytest.param(p, marks=pytest.mark.slow) for p in range(18, 65))]
+
+
+@pytest.mark.parametrize("p", SIZES)
 def test_bit_equal_to_flat(p: int) -> None:
     matrices = list(testing.count_matrices(p))
     counts = [matrices[2 + p % 4]]

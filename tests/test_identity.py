@@ -102,6 +102,7 @@ def test_over_threads(check: Any) -> None:
 
 
 @CHECKS
+@pytest.mark.slow
 def test_over_gloo(check: Any) -> None:
     pytest.importorskip("torch")
     gloo_run(4, check)

@@ -182,6 +182,7 @@ def test_one_failing_rank_is_reported_and_hangs_nobody() -> None:
     assert job.stdout.count("1 failed") == 1, "every rank printed its own report"
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_raises_on_the_others_and_ends_the_job() -> None:
     job = mpirun(4, str(PROGRAMS / "late_rank.py"), "stays")
     assert job.returncode != 0
@@ -196,6 +197,7 @@ def test_a_killed_rank_ends_the_job() -> None:
 
 
 @pytest.mark.parametrize(("p", "num_nodes"), [(8, 2), (9, 4)])
+@pytest.mark.slow
 def test_nodes_placed_cyclically(p: int, num_nodes: int) -> None:
     """MPICH can pretend that the ranks sit on several nodes; it deals them out like cards."""
     job = mpirun(p, str(PROGRAMS / "fake_nodes.py"), MPIR_CVAR_NUM_CLIQUES=str(num_nodes))

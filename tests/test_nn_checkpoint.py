@@ -81,6 +81,7 @@ def contents(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("config", [CONFIG, LEARNED], ids=["gelu", "swiglu"])
+@pytest.mark.slow
 def test_every_split_continues_what_one_began(config: object, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model, optimizer = build(config)

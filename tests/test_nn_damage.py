@@ -182,6 +182,7 @@ def test_undamaged(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_damaged_bytes(damage: Callable[[bytearray, random.Random], None], damaged: Path) -> None:
     """Anywhere in any file; ranks that have read other files raise with those that have met the damage."""
     files = {path: path.read_bytes() for path in sorted(damaged.iterdir())}
@@ -196,6 +197,7 @@ def test_damaged_bytes(damage: Callable[[bytearray, random.Random], None], damag
         path.write_bytes(files[path])
 
 
+@pytest.mark.slow
 def test_bytes_of_all_numbers(damaged: Path) -> None:
     """One flipped bit in any tensor is noticed, of the model's and of the optimizer's; each third byte is tried."""
     file = damaged / "rank-00001.safetensors"
@@ -234,6 +236,7 @@ def changed_lines(lines: list[list[Any]], draw: random.Random) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.slow
 def test_index_that_contradicts_itself(version: int, damaged: Path) -> None:
     """With a checksum that fits, or without one, as the first version had none."""
     content = json.loads((damaged / "checkpoint.json").read_text())

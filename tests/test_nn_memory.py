@@ -134,6 +134,7 @@ def test_one_rank(config: Config, batch: tuple[int, int]) -> None:
     compare(config, layer_topologies(1, config.experts or (0,)), TransformerLM(config), 0, batch)
 
 
+@pytest.mark.slow
 def test_two_ranks() -> None:
     def body(comm: Comm) -> None:
         for config, sizes in (

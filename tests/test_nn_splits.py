@@ -57,6 +57,7 @@ SPLITS = [
 ]
 
 
+@pytest.mark.slow
 def test_expert_and_tensor_parallel_losses_are_those_of_one_rank() -> None:
     torch.set_num_threads(1)
     wanted = {config: on_one_rank(config) for config, _ in SPLITS}
@@ -69,6 +70,7 @@ def test_expert_and_tensor_parallel_losses_are_those_of_one_rank() -> None:
     gloo_run(4, lambda comm: body(comm, SPLITS[-1:]))
 
 
+@pytest.mark.slow
 def test_all_axes_at_once() -> None:
     """Pipeline 2 x tensor 2 x data 2, the experts over the data ranks; 1F1B."""
     torch.set_num_threads(1)

@@ -85,6 +85,7 @@ def test_the_gradient_of_route_is_its_values_slope(score: str, normalize: str) -
 
 
 @pytest.mark.parametrize("checks", [["route", "route_gradient", "bad_logits", "small"], ["rows", "--case", "30"]])
+@pytest.mark.slow
 def test_the_gates_program_on_a_cpu(checks: list[str]) -> None:
     program = [sys.executable, str(PROGRAMS / "gating_cuda.py"), *checks, "--device", "cpu", "--seed", "0"]
     job = subprocess.run(program, capture_output=True, text=True)

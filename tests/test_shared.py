@@ -51,7 +51,10 @@ RAGGED = (
 # ---- the rows are right --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("p", [*range(1, 20), 24, 33, 64])
+SIZES = [*range(1, 20), *(pytest.param(p, marks=pytest.mark.slow) for p in (24, 33, 64))]
+
+
+@pytest.mark.parametrize("p", SIZES)
 def test_bit_equal_to_flat(p: int, monkeypatch: pytest.MonkeyPatch) -> None:
     use_chunks_of(64 if p % 2 else 4096, monkeypatch)
     counts = list(testing.count_matrices(p))[2 + p % 4]
@@ -82,6 +85,7 @@ def test_conformance(nodes: list[list[int]], chunk_bytes: int, monkeypatch: pyte
         testing.check_all_to_all(threads.run, algorithm, sizes=(partition.world_size,))
 
 
+@pytest.mark.slow
 def test_random_transfers_over_random_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each world makes several all-to-alls over different nodes and calls them in any order."""
     use_chunks_of(64, monkeypatch)
@@ -722,6 +726,7 @@ def in_use(name: str) -> bool:
 
 
 @pytest.mark.parametrize("how", ["stays", "raises"])
+@pytest.mark.slow
 def test_a_rank_that_never_comes_over_mpi(how: str) -> None:
     job = mpirun(4, str(PROGRAMS / "shared_rank.py"), how, "2")
     assert job.returncode != 0

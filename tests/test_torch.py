@@ -23,6 +23,7 @@ def test_conformance(make: testing.Make) -> None:
     testing.check_comm(gloo_run, sizes=(1, 2, 3, 4), make=make)
 
 
+@pytest.mark.slow
 def test_all_to_all_conformance() -> None:
     def body(comm: Comm) -> None:
         for wrapped in (comm, Checked(comm), Timed(comm)):
@@ -113,6 +114,7 @@ def test_a_rank_that_never_comes_ends_the_others(tmp_path: Path) -> None:
         ranks[1].communicate()
 
 
+@pytest.mark.slow
 def test_a_rank_that_connects_to_its_new_group_too_late(tmp_path: Path) -> None:
     program = [sys.executable, str(PROGRAMS / "late_torch_rank.py")]
     ranks = [

@@ -176,6 +176,7 @@ def test_resumed_with_another_seed(book: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.slow
 def test_two_runs_in_one_folder(resume: bool, book: Path, tmp_path: Path) -> None:
     """All ranks of the second say who has it, and write nothing. A killed holder is none."""
     out = tmp_path / "out"
@@ -332,6 +333,7 @@ def torchrun(num_ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*launch, *command], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_lost_rank(book: Path, tmp_path: Path) -> None:
     options = [*TINY, "--text", str(book), "--save-every", "2", "--out", str(tmp_path / "out")]
     job = torchrun(2, str(PROGRAMS / "train_and_lose_a_rank.py"), *options)
