@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,13 +24,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moecomm.comm import Comm
 from moecomm.nn.files import locked, to_disk
 from moecomm.nn.linear import part_in
-from moecomm.nn.optimizer import KINDS, groups, parts, state_dict
+from moecomm.nn.optimizer import (
+    KINDS,
+    Reading,
+    check_groups,
+    group_settings,
+    optimizer_states,
+    state_dict,
+    states_to_read,
+)
 from moecomm.nn.slices import Held, Piece, held
-from moecomm.nn.stored import INDEX, Stored, read_index, write_index
+from moecomm.nn.stored import INDEX, Index, Stored, Target, piece_line, read_index, write_index
 from moecomm.nn.tensor_file import write
 from moecomm.together import gather, together
 
@@ -37,7 +47,7 @@ UNFINISHED = "unfinished"
 
 
 def save(
-    folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
+    folder: str | Path, step: int, model: nn.Module, optimizer: Optimizer | None = None, *,
     comm: Comm | None = None, values: dict[str, Any] | None = None, keep: int | None = None,
 ) -> Path:  # fmt: skip
     """Write folder/step-<step>, and return its path.
@@ -60,28 +70,29 @@ def save(
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"checkpoint.save: got step {step} and keep {keep}, expected >= 0 and >= 1 or None")
     folder, rank = Path(folder), part_in(comm)[0]
-    tensors = _owned(comm, together(comm, "checkpoint", lambda: [*parts(held(model), optimizer)]))
-    name = gather(comm, secrets.token_hex(8))[0]  # in all of its files: those of another save are none of its own
     finished, unfinished = folder / f"step-{step:06d}", folder / UNFINISHED
+    # In all files of this save, so that a file of another save is told from them.
+    identity = gather(comm, secrets.token_hex(8))[0]
+    order, pieces = _owned(comm, together(comm, "checkpoint", lambda: _held_pieces(model, optimizer)))
     with ExitStack() as stack:
         together(comm, "checkpoint", lambda: stack.enter_context(_begun(folder, finished)) if rank == 0 else None)
-        file = f"rank-{rank:05d}.safetensors"
-        by_key = {piece.key(): piece for piece in tensors}
-        values_of = {key: piece.values for key, piece in by_key.items()}
-        checksums = together(comm, "checkpoint", lambda: _write(unfinished / file, values_of, name))
-        lines = [
-            [p.name, p.shape, str(p.values.dtype)[6:], file, p.start, tuple(p.values.shape), checksums[key]]
-            for key, p in by_key.items()
-        ]
-        every = [line for lines in gather(comm, json.dumps(lines)) for line in json.loads(lines)]
-        settings = groups(optimizer) if optimizer else None
-        index = {"id": name, "values": values or {}, "groups": settings, "tensors": every}
+        file = unfinished / f"rank-{rank:05d}.safetensors"
+        written = together(comm, "checkpoint", lambda: _write(file, pieces, identity))
+        lines: dict[str, object] = {}
+        for text in gather(comm, json.dumps({piece.key: piece_line(piece) for piece in written})):
+            lines.update(json.loads(text))
+        index: Index = {
+            "id": identity,
+            "values": values or {},
+            "groups": None if optimizer is None else group_settings(optimizer),
+            "tensors": [lines[key] for key in order],
+        }
         together(comm, "checkpoint", lambda: _finish(unfinished, finished, index, keep) if rank == 0 else None)
     return finished
 
 
 def load(
-    path: str | Path | None, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
+    path: str | Path | None, model: nn.Module, optimizer: Optimizer | None = None, *,
     comm: Comm | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fill model and optimizer from a checkpoint, whatever the split it was saved under. Returns the values saved.
@@ -107,16 +118,17 @@ def load(
         if part_in(comm)[0] == 0 and not stored.with_checksums:
             warnings.warn(f"{path} has no checksums: numbers that have changed are not noticed", stacklevel=2)
         tensors = held(model)
-        read, pieces = together(comm, "checkpoint", lambda: _to_read(tensors, stored))
-        named = {name for names in gather(comm, json.dumps([p.name for p in pieces])) for name in json.loads(names)}
-        unknown = sorted(name for name in stored.tensors.keys() - named if not name.startswith(KINDS))
-        if unknown:
-            raise ValueError(f"{path} has {unknown[0]} ({len(unknown)} such), which the model has on no rank")
-        together(comm, "checkpoint", lambda: stored.fill(pieces))
-        if optimizer is not None:
-            state = together(comm, "checkpoint", lambda: state_dict(optimizer, tensors, index["groups"], stored))
-            _load_state(comm, optimizer, state)
-    together(comm, "checkpoint", lambda: [one.tensor.detach().copy_(values) for one, values in read])
+        copies = together(comm, "checkpoint", lambda: _host_memory(tensors))
+        targets = [target for copy in copies for target in copy.pieces()]
+        readings = together(comm, "checkpoint", lambda: _readings(tensors, targets, optimizer, stored, index))
+        _check_names(comm, stored, targets)
+        together(comm, "checkpoint", lambda: stored.fill(targets))
+    # All ranks have read and compared everything. What fails from here on is undone.
+    if optimizer is not None:
+        groups = index["groups"]
+        state = together(comm, "checkpoint", lambda: state_dict(optimizer, tensors, groups, readings))
+        _load_state(comm, optimizer, state)
+    together(comm, "checkpoint", lambda: _fill_model(tensors, copies))
     return dict(index["values"])
 
 
@@ -125,49 +137,96 @@ def last(folder: str | Path) -> Path | None:
     return max(_steps(Path(folder)), default=None, key=_step)
 
 
-def _to_read(tensors: list[Held], stored: Stored) -> tuple[list[tuple[Held, Tensor]], list[Piece]]:
-    """For each tensor memory of its own on the host, and the pieces of all; the checkpoint has them."""
-    read = []
-    for one in tensors:
-        if one.tensor.is_meta:
-            raise ValueError(f"{one.name} is on the meta device, expected one that has memory")
-        read.append((one, torch.empty(one.tensor.shape, dtype=one.tensor.dtype)))
-    pieces = [piece for one, values in read for piece in one.pieces(values)]
-    stored.check(pieces)
-    return read, pieces
+def _host_memory(tensors: list[Held]) -> list[Held]:
+    """The tensors with new memory on the host, for what is read. Raises ValueError for one without memory."""
+    copies = []
+    for tensor in tensors:
+        if tensor.tensor.is_meta:
+            raise ValueError(f"{tensor.name} is on the meta device, expected one that has memory")
+        copies.append(tensor._replace(tensor=torch.empty(tensor.tensor.shape, dtype=tensor.tensor.dtype)))
+    return copies
 
 
-def _load_state(comm: Comm | None, optimizer: Any, state: dict[str, Any]) -> None:
-    """optimizer.load_state_dict on all ranks, or on none: a device's memory may be too small on one. Collective."""
-    before = optimizer.state, optimizer.param_groups  # which load_state_dict replaces and does not change
+def _readings(
+    tensors: list[Held], targets: list[Target], optimizer: Optimizer | None, stored: Stored, index: Index
+) -> list[Reading]:
+    """The optimizer's states that the checkpoint has, with new memory, whose pieces are added to the model's targets.
+
+    Raises ValueError for what the checkpoint does not have, or has in another shape.
+    """
+    stored.check(targets)
+    if optimizer is None:
+        return []
+    check_groups(stored.path, optimizer, index["groups"])
+    readings = states_to_read(optimizer, tensors, stored)
+    targets += [target for reading in readings for target in reading.target.pieces()]
+    stored.check(targets)
+    return readings
+
+
+def _check_names(comm: Comm | None, stored: Stored, targets: list[Target]) -> None:
+    """Raises ValueError if the checkpoint has a tensor that the model has on no rank. Collective."""
+    names: set[str] = set()
+    for text in gather(comm, json.dumps([piece.name for piece, _ in targets])):
+        names.update(json.loads(text))
+    unknown = sorted(name for name in stored.tensors.keys() - names if not name.startswith(KINDS))
+    if unknown:
+        raise ValueError(f"{stored.path} has {unknown[0]} ({len(unknown)} such), which the model has on no rank")
+
+
+def _fill_model(tensors: list[Held], copies: list[Held]) -> None:
+    for tensor, copy in zip(tensors, copies, strict=True):
+        tensor.tensor.detach().copy_(copy.tensor)
+
+
+def _load_state(comm: Comm | None, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """optimizer.load_state_dict on all ranks, or on none. Collective."""
+    # A device's memory may be too small on one rank. load_state_dict replaces these two and does not change them.
+    former = optimizer.state, optimizer.param_groups
     try:
         together(comm, "checkpoint", lambda: optimizer.load_state_dict(state))
     except BaseException:
-        optimizer.state, optimizer.param_groups = before
+        optimizer.state, optimizer.param_groups = former
         raise
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _owned(comm: Comm | None, parts: list[list[Piece]]) -> list[Piece]:
-    """The pieces that this rank writes: of a part's holders, the one with the fewest numbers so far. Collective."""
-    keys = [part[0].key() for part in parts]
-    first = [part[0] for part in parts]
-    lines = [[key, p.shape, str(p.values.dtype), p.values.numel()] for key, p in zip(keys, first, strict=True)]
-    holders: dict[str, list[int]] = {}
-    looks: dict[str, Any] = {}
+def _held_pieces(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[Piece, Tensor]]:
+    """All that this rank has of a model and an optimizer."""
+    tensors = held(model)
+    states = [] if optimizer is None else optimizer_states(optimizer, tensors)
+    return [piece for tensor in tensors + states for piece in tensor.pieces()]
+
+
+def _owned(comm: Comm | None, pieces: list[tuple[Piece, Tensor]]) -> tuple[list[str], dict[Piece, Tensor]]:
+    """The keys of all ranks, and the pieces that this rank writes. Collective.
+
+    A piece that several ranks have is written by the one that writes the fewest numbers so far. The order of the keys
+    does not depend on that: an optimizer that is loaded gets the states of a parameter in the order they were in.
+
+    Raises ValueError for ranks that have pieces of the same name in other shapes or dtypes.
+    """
+    lines = [[piece.key, values.numel(), piece.shape, f"torch.{piece.dtype}"] for piece, values in pieces]
+    ranks: dict[str, list[int]] = defaultdict(list)
+    forms: dict[str, list[object]] = {}
+    sizes: dict[str, int] = {}
     for rank, text in enumerate(gather(comm, json.dumps(lines))):
-        for key, *look in json.loads(text):
-            if looks.setdefault(key, look) != look:
-                raise ValueError(f"checkpoint.save: {key} is {looks[key][:2]}, but {look[:2]} on rank {rank}")
-            holders.setdefault(key, []).append(rank)
-    mine, size = part_in(comm)
-    load, owner = [0] * size, {}
-    for key, ranks in holders.items():
-        owner[key] = min(ranks, key=load.__getitem__)
-        load[owner[key]] += looks[key][-1]
-    return [piece for key, part in zip(keys, parts, strict=True) if owner[key] == mine for piece in part]
+        for key, size, *form in json.loads(text):
+            if forms.setdefault(key, form) != form:
+                raise ValueError(f"checkpoint.save: {key} is {forms[key]}, but {form} on rank {rank}")
+            ranks[key].append(rank)
+            sizes[key] = size
+    rank, num_ranks = part_in(comm)
+    load = [0] * num_ranks
+    owners = {}
+    # What one rank alone has comes first, then the largest, so that the small ones can even out the load.
+    for key in sorted(ranks, key=lambda key: (len(ranks[key]), -sizes[key])):
+        owners[key] = min(ranks[key], key=load.__getitem__)
+        load[owners[key]] += sizes[key]
+    # A tensor that has two names in the model may have two pieces of one key: they are written once.
+    return list(ranks), {piece: values for piece, values in pieces if owners[piece.key] == rank}
 
 
 @contextmanager
@@ -186,28 +245,40 @@ def _begun(folder: Path, finished: Path) -> Iterator[None]:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write(file: Path, tensors: dict[str, Tensor], name: str) -> dict[str, str]:
-    """A file of the checkpoint with this id; the checksum of each tensor."""
-    if not file.parent.exists():
-        raise OSError(f"{file.parent} is not seen here: the folder must be on a file system that all ranks share")
-    return write(file, tensors, {"id": name})
+def _write(path: Path, pieces: dict[Piece, Tensor], identity: str) -> list[Piece]:
+    """Write a file of the checkpoint with this id. Returns the pieces as they are in it."""
+    if not path.parent.exists():
+        raise OSError(f"{path.parent} is not seen here: the folder must be on a file system that all ranks share")
+    tensors = {piece.key: values for piece, values in pieces.items()}
+    checksums = write(path, tensors, {"id": identity})
+    return [piece._replace(file=path.name, checksum=checksums[piece.key]) for piece in pieces]
 
 
-def _finish(unfinished: Path, finished: Path, index: dict[str, Any], keep: int | None) -> None:
+def _finish(unfinished: Path, finished: Path, index: Index, keep: int | None) -> None:
     """Write the index, give the folder its name, remove old ones."""
     write_index(unfinished / INDEX, index)
+    # The names in a folder reach the disk with the folder, not with the files.
     to_disk(unfinished)
     unfinished.rename(finished)
     to_disk(finished.parent)
-    older = sorted((p for p in _steps(finished.parent) if _step(p) < _step(finished)), key=_step)
-    for path in older[: max(0, len(older) + 1 - keep)] if keep else ():
-        try:
-            _remove(path if path.is_symlink() else path.rename(unfinished))
-        except OSError as error:
-            left = path
-            if os.path.lexists(unfinished):  # the next save needs the name
-                left = unfinished.rename(path.with_name(f"{path.name}-not-removed"))
-            warnings.warn(f"{left} is an old checkpoint that cannot be removed: {error}", stacklevel=2)
+    if keep is None:
+        return
+    older = sorted((path for path in _steps(finished.parent) if _step(path) < _step(finished)), key=_step)
+    for path in older[: max(0, len(older) + 1 - keep)]:
+        _remove_old(path, unfinished)
+
+
+def _remove_old(path: Path, unfinished: Path) -> None:
+    """Remove an old checkpoint, or warn that it cannot be removed: the new one is complete."""
+    try:
+        # Renamed first, so that no folder that is called a step is ever without some of its files.
+        _remove(path if path.is_symlink() else path.rename(unfinished))
+    except OSError as error:
+        left = path
+        # The next save needs the name.
+        if os.path.lexists(unfinished):
+            left = unfinished.rename(path.with_name(f"{path.name}-not-removed"))
+        warnings.warn(f"{left} is an old checkpoint that cannot be removed: {error}", stacklevel=2)
 
 
 def _remove(path: Path) -> None:

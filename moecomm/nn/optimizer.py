@@ -1,114 +1,180 @@
-"""What an optimizer knows of a model's parameters, as pieces that a checkpoint has, and back."""
+"""An optimizer's states of a model's parameters, for a checkpoint, and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from moecomm.nn.slices import Held, Piece
-from moecomm.nn.stored import Stored
+from moecomm.nn.stored import DTYPES, Stored
 
 NOT_SAVED = {"params", "param_names"}
-"""Of a parameter group: which parameters it has is this rank's own business."""
+"""Of a parameter group: which parameters it has depends on the rank."""
 KINDS = ("optimizer/", "number/")
-"""What a name begins with that is no tensor of the model but a tensor, or a number, of the optimizer."""
+"""The prefixes of names that are no tensor of the model: a tensor of the optimizer, or a Python number of it."""
+Settings = dict[str, Any]
+"""Of a parameter group, such as its learning rate."""
 
 
-def groups(optimizer: Any) -> list[dict[str, Any]]:
+def group_settings(optimizer: Optimizer) -> list[Settings]:
     """The settings of each parameter group."""
-    return [{key: group[key] for key in group.keys() - NOT_SAVED} for group in optimizer.param_groups]
+    return [{name: group[name] for name in group.keys() - NOT_SAVED} for group in optimizer.param_groups]
 
 
-def parameters(optimizer: Any, tensors: list[Held]) -> list[Any]:
-    """All of an optimizer, in its order. ValueError if one is not the model's."""
-    found = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not {*map(id, found)} <= {id(one.tensor) for one in tensors}:
-        raise ValueError("the optimizer has a parameter that the model does not have")
-    return found
+def optimizer_states(optimizer: Optimizer, tensors: list[Held]) -> list[Held]:
+    """What an optimizer has of each of its parameters. tensors: the model's.
 
-
-def parts(tensors: list[Held], optimizer: Any) -> Iterator[list[Piece]]:
-    """Each piece of the model on this rank, and behind it what the optimizer knows of it."""
-    states = {id(p): optimizer.state.get(p, {}) for p in parameters(optimizer, tensors)} if optimizer else {}
-    for one in tensors:
-        pieces = one.pieces(one.tensor)
-        known = [[piece] for piece in pieces]
-        for state, value in states.get(id(one.tensor), {}).items():
-            kind = "optimizer" if isinstance(value, Tensor) else "number"
-            if isinstance(value, int | float):
-                value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
-            if not isinstance(value, Tensor) or (value.shape != one.tensor.shape and value.numel() > 1):
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                wanted = f"a number or a tensor {tuple(one.tensor.shape)}"
-                raise ValueError(f"optimizer state {state} of {one.name} is {got}, expected {wanted}")
-            if value.shape == one.tensor.shape:
-                views = [view._replace(name=f"optimizer/{state}/{view.name}") for view in one.pieces(value)]
-            else:  # one for the whole tensor
-                alone = Piece("", tuple(value.shape), (0,) * value.dim(), value.detach())
-                names = [f"{kind}/{state}/{piece.name}" for piece in pieces if not any(piece.start)]
-                views = [alone._replace(name=name, values=alone.values.clone()) for name in names]
-            for part, view in zip(known, views, strict=False):
-                part.append(view)
-        yield from known
-
-
-def state_dict(optimizer: Any, tensors: list[Held], groups: Any, stored: Stored) -> dict[str, Any]:
-    """What optimizer.load_state_dict takes: of each group the settings saved, of each parameter the states.
-
-    Raises ValueError if they are not those of this optimizer, and as `Stored.fill`.
+    Raises ValueError for a parameter that the model does not have, and a state that is no number and has another shape
+    than its parameter.
     """
-    if groups is None:
-        raise ValueError(f"{stored.path} has no optimizer")
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"{stored.path} has {len(groups)} parameter groups, the optimizer {len(optimizer.param_groups)}"
-        )
-    numbers = {id(parameter): number for number, parameter in enumerate(parameters(optimizer, tensors))}
-    by_piece: dict[str, list[str]] = {}
+    numbers = _parameter_numbers(optimizer, tensors)
+    states = []
+    for parameter in tensors:
+        if id(parameter.tensor) in numbers:
+            for name, value in optimizer.state.get(parameter.tensor, {}).items():
+                states.append(_state(parameter, name, value))
+    return states
+
+
+def _state(parameter: Held, name: str, value: object) -> Held:
+    """A state as tensors that are sliced as its parameter, or as a number for each whole tensor of it."""
+    shape = parameter.tensor.shape
+    kind = "optimizer"
+    if isinstance(value, int | float):
+        kind = "number"
+        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    if not isinstance(value, Tensor) or (value.shape != shape and value.numel() > 1):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        expected = f"a number or a tensor {tuple(shape)}"
+        raise ValueError(f"optimizer state {name} of {parameter.name} is {got}, expected {expected}")
+    prefix = f"{kind}/{name}/"
+    if kind == "optimizer" and value.shape == shape:
+        return parameter._replace(tensor=value, prefix=prefix)
+    if parameter.experts is not None:
+        # Each expert gets a copy: those of a bank may be in several banks when the checkpoint is loaded.
+        value = value.expand(len(parameter.experts), *value.shape)
+    return parameter._replace(tensor=value, slice=None, prefix=prefix)
+
+
+class Reading(NamedTuple):
+    """A state to be read from a checkpoint.
+
+    number  of its parameter, in the optimizer's order
+    state   such as exp_avg
+    target  memory for it
+    form    "tensor": shaped as the parameter. "scalar": one number for all of it, "number": a Python number
+    """
+
+    number: int
+    state: str
+    target: Held
+    form: str
+
+    def scalar(self) -> Tensor | float:
+        """The number that has been read. Raises ValueError if it is not the same for all experts of a bank."""
+        value = self.target.tensor
+        if self.target.experts is not None:
+            copies, value = value, value[0]
+            if not torch.equal(copies, value.expand_as(copies)):
+                raise ValueError(f"{self.target.prefix}{self.target.name} is not the same for all experts of a bank")
+        return value.item() if self.form == "number" else value
+
+
+def states_to_read(optimizer: Optimizer, tensors: list[Held], stored: Stored) -> list[Reading]:
+    """The states that a checkpoint has of an optimizer's parameters, with memory for them. tensors: the model's.
+
+    Raises ValueError for a parameter that the model does not have, and states of another shape.
+    """
+    prefixes: dict[str, list[str]] = defaultdict(list)
     for name in stored.tensors:
         if name.startswith(KINDS):
-            kind, state, of = name.split("/", 2)
-            by_piece.setdefault(of, []).append(f"{kind}/{state}/")
-    states = {}
-    for one in tensors:
-        if id(one.tensor) in numbers:
-            pieces = one.pieces(one.tensor)
-            prefixes = by_piece.get(pieces[0].name, []) if pieces else []
-            if prefixes:
-                states[numbers[id(one.tensor)]] = {
-                    prefix.split("/")[1]: _read_state(prefix, one, pieces, stored) for prefix in prefixes
-                }
+            kind, state, weight = name.split("/", 2)
+            prefixes[weight].append(f"{kind}/{state}/")
+    numbers = _parameter_numbers(optimizer, tensors)
+    readings = []
+    for parameter in tensors:
+        if id(parameter.tensor) in numbers:
+            # The experts of a bank have the same states, so the first one says which; an empty bank has none.
+            for piece, _ in parameter.pieces()[:1]:
+                number = numbers[id(parameter.tensor)]
+                readings += _readings(parameter, piece, number, prefixes[piece.name], stored)
+    return readings
+
+
+def _readings(parameter: Held, piece: Piece, number: int, prefixes: list[str], stored: Stored) -> list[Reading]:
+    """The states of one parameter. piece: its first."""
+    readings = []
+    experts = () if parameter.experts is None else (len(parameter.experts),)
+    for prefix in prefixes:
+        kind, state, _ = prefix.split("/")
+        saved = stored.tensors[prefix + piece.name][0]
+        dtype = DTYPES[saved.dtype]
+        if kind == "optimizer" and saved.shape == piece.shape:
+            values = torch.empty(parameter.tensor.shape, dtype=dtype)
+            target = parameter._replace(tensor=values, prefix=prefix)
+            readings.append(Reading(number, state, target, "tensor"))
+        elif math.prod(saved.shape) == 1:
+            values = torch.empty((*experts, *saved.shape), dtype=dtype)
+            target = parameter._replace(tensor=values, slice=None, prefix=prefix)
+            readings.append(Reading(number, state, target, "number" if kind == "number" else "scalar"))
+        else:
+            raise ValueError(f"{saved.name} in {stored.path} has shape {saved.shape}, expected {piece.shape}")
+    return readings
+
+
+def state_dict(
+    optimizer: Optimizer, tensors: list[Held], groups: list[Settings], readings: list[Reading]
+) -> dict[str, object]:
+    """What optimizer.load_state_dict takes: the settings saved of each group, the states read of each parameter."""
+    states: dict[int, dict[str, Tensor | float]] = defaultdict(dict)
+    for reading in readings:
+        value = reading.target.tensor if reading.form == "tensor" else reading.scalar()
+        states[reading.number][reading.state] = value
+    numbers = _parameter_numbers(optimizer, tensors)
     settings = []
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        read = {name: _setting(value, group.get(name)) for name, value in saved.items()}
-        settings.append({**group, **read, "params": [numbers[id(parameter)] for parameter in group["params"]]})
-    return {"state": states, "param_groups": settings}
+        merged = dict(group)
+        for name, value in saved.items():
+            merged[name] = _setting(value, group.get(name))
+        merged["params"] = [numbers[id(parameter)] for parameter in group["params"]]
+        settings.append(merged)
+    return {"state": dict(states), "param_groups": settings}
 
 
-def _setting(saved: Any, now: Any) -> Any:
-    """A setting of a group: a tensor where it was one or is one now, and then on the device of that."""
-    if isinstance(saved, list):  # JSON knows no tuples
-        of_each = now if isinstance(now, tuple) and len(now) == len(saved) else [None] * len(saved)
-        return tuple(map(_setting, saved, of_each))
-    return torch.as_tensor(saved).to(now) if isinstance(now, Tensor) else saved
+def check_groups(path: object, optimizer: Optimizer, groups: list[Settings] | None) -> list[Settings]:
+    """groups, the settings in the checkpoint at path. Raises ValueError if the optimizer has not as many groups."""
+    if groups is None:
+        raise ValueError(f"{path} has no optimizer")
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(f"{path} has {len(groups)} parameter groups, the optimizer {len(optimizer.param_groups)}")
+    return groups
 
 
-def _read_state(prefix: str, one: Held, pieces: list[Piece], stored: Stored) -> Any:
-    """A state of a parameter: shaped as that, or one number for all its pieces."""
-    shape, dtype, _ = stored.tensors[prefix + pieces[0].name]
-    if shape == pieces[0].shape:
-        values = torch.empty(one.tensor.shape, dtype=dtype)
-        of_state = [Piece(prefix + name, *box) for name, *box in one.pieces(values)]
-        stored.check(of_state)
-        stored.fill(of_state)
-        return values
-    if math.prod(shape) != 1:
-        raise ValueError(f"{prefix}{pieces[0].name} in {stored.path} has shape {shape}, expected {pieces[0].shape}")
-    found = [stored.whole(prefix + name) for name in dict.fromkeys(piece.name for piece in pieces)]
-    if not all(torch.equal(other, found[0]) for other in found):
-        raise ValueError(f"{prefix}{pieces[0].name} is not that of the other experts in one bank")
-    return found[0].item() if prefix.startswith("number") else found[0]
+def _parameter_numbers(optimizer: Optimizer, tensors: list[Held]) -> Mapping[int, int]:
+    """id of a parameter -> its number, by which torch's state_dict names it. ValueError if the model has it not."""
+    numbers: dict[int, int] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            numbers[id(parameter)] = len(numbers)
+    of_model = {id(tensor.tensor) for tensor in tensors}
+    if not numbers.keys() <= of_model:
+        raise ValueError("the optimizer has a parameter that the model does not have")
+    return numbers
+
+
+def _setting(saved: object, current: object) -> object:
+    """A saved setting in the form of the current one.
+
+    JSON makes a list of a tuple; and where a setting is a tensor now, it stays one, on its device.
+    """
+    if isinstance(saved, list):
+        matches = isinstance(current, tuple) and len(current) == len(saved)
+        currents: Any = current if matches else [None] * len(saved)
+        return tuple(map(_setting, saved, currents))
+    return torch.as_tensor(saved).to(current) if isinstance(current, Tensor) else saved

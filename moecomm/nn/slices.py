@@ -1,4 +1,4 @@
-"""What of a model is here: each tensor of this rank as pieces of whole ones, by names that no split changes."""
+"""The tensors of a model on this rank, as pieces of whole tensors under names that do not depend on the split."""
 
 from __future__ import annotations
 
@@ -10,49 +10,82 @@ from moecomm.nn.experts import Experts
 from moecomm.nn.part import SUFFIX, Part
 from moecomm.nn.seeds import Slice
 
-
-def key(name: str, shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...]) -> str:
-    """The name of a piece in a file: blocks.0.ffn.up.weight, or blocks.0.ffn.up.weight[0:32,0:16] for a part of it."""
-    if shape == size:
-        return name
-    return f"{name}[{','.join(f'{begin}:{begin + length}' for begin, length in zip(start, size, strict=True))}]"
+Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """A box out of a whole tensor."""
+    """A box of a whole tensor, as a checkpoint knows it.
 
+    key       its name in a file, from `piece_key`
+    name      of the whole tensor. An expert's has its global id: blocks.1.ffn.experts.5.up
+    shape     of the whole tensor
+    dtype     of its numbers, such as bfloat16
+    file      that has the numbers; "": they are in memory
+    start     where in the whole tensor the box begins
+    size      the shape of the box
+    checksum  of its bytes in the file; None: unknown
+    """
+
+    key: str
     name: str
-    """Of the whole tensor; an expert's has its global id: blocks.1.ffn.experts.5.up."""
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    start: tuple[int, ...]
-    """Where in it the piece begins."""
-    values: Tensor
-    """A view of what this rank has of it."""
+    shape: Shape
+    dtype: str
+    file: str
+    start: Shape
+    size: Shape
+    checksum: str | None
 
-    def key(self) -> str:
-        """Its name in a file."""
-        return key(self.name, self.shape, self.start, tuple(self.values.shape))
+
+def piece_key(name: str, start: Shape, size: Shape) -> str:
+    """The key of a box of a tensor: blocks.0.ffn.up.weight[0:32,0:16]. That of a whole tensor is its name."""
+    ranges = [f"{begin}:{begin + length}" for begin, length in zip(start, size, strict=True)]
+    return f"{name}[{','.join(ranges)}]"
 
 
 class Held(NamedTuple):
-    """A parameter or buffer of this rank."""
+    """A parameter or buffer of this rank, or an optimizer's state of a parameter.
+
+    name     in the model
+    tensor   its numbers on this rank
+    slice    which slice of each whole tensor they are; None: all of it
+    experts  the global ids along the first dimension; None: it is no bank of experts
+    prefix   of the names of its pieces; says which state it is
+    """
 
     name: str
     tensor: Tensor
     slice: Slice | None
-    """Which slice of each whole tensor it has; None: all."""
     experts: tuple[int, ...] | None
-    """The global ids along its first dimension; None: it is no bank of experts."""
+    prefix: str = ""
 
-    def pieces(self, values: Tensor) -> list[Piece]:
-        """Views of values, which is shaped as the tensor: itself, or what an optimizer knows of each of its numbers."""
-        values = values.detach()
-        if self.experts is None:
-            return _cut(self.name, values, self.slice)
-        module, _, last = self.name.rpartition(".")
-        banks = zip(self.experts, values.unbind(), strict=True)
-        return [piece for e, one in banks for piece in _cut(f"{module}.{e}.{last}", one, self.slice)]
+    def pieces(self) -> list[tuple[Piece, Tensor]]:
+        """The boxes of whole tensors that this rank has, with views of their numbers."""
+        values = self.tensor.detach()
+        names, tensors = [self.name], [values]
+        if self.experts is not None:
+            # An expert is a whole tensor of its own, since another split has other experts in a bank.
+            bank, _, weight = self.name.rpartition(".")
+            names = [f"{bank}.{expert}.{weight}" for expert in self.experts]
+            tensors = list(values.unbind())
+        number, ranks = (0, 1) if self.slice is None else self.slice.part
+        dtype = str(values.dtype).removeprefix("torch.")
+        pieces = []
+        for weight, tensor in zip(names, tensors, strict=True):
+            name, size = self.prefix + weight, tuple(tensor.shape)
+            if self.slice is None or ranks == 1:
+                origin = (0,) * len(size)
+                pieces.append((Piece(name, name, size, dtype, "", origin, size, None), tensor))
+                continue
+            # Matrices side by side are sliced one by one: this rank has a box of each, and the boxes do not touch.
+            dim = self.slice.dim
+            length = size[dim] // self.slice.blocks
+            shape = (*size[:dim], size[dim] * ranks, *size[dim + 1 :])
+            for block, view in enumerate(tensor.split(length, dim)):
+                start = tuple((block * ranks + number) * length if axis == dim else 0 for axis in range(len(size)))
+                box = tuple(view.shape)
+                key = piece_key(name, start, box)
+                pieces.append((Piece(key, name, shape, dtype, "", start, box, None), view))
+        return pieces
 
 
 def held(model: nn.Module) -> list[Held]:
@@ -62,30 +95,20 @@ def held(model: nn.Module) -> list[Held]:
     """
     slices: dict[str, Slice] = {}
     experts: dict[str, tuple[int, ...]] = {}
-    places = set()  # the names of pieces say it
+    places = set()
     for path, module in model.named_modules():
-        before = f"{path}." if path else ""
-        slices.update({before + name: part for name, part in getattr(module, "slices", {}).items()})
+        prefix = f"{path}." if path else ""
+        for name, of_weight in getattr(module, "slices", {}).items():
+            slices[prefix + name] = of_weight
         if isinstance(module, Experts):
-            experts.update({before + name: module.experts for name, _ in module.named_parameters()})
+            for name, _ in module.named_parameters():
+                experts[prefix + name] = module.experts
         if isinstance(module, Part):
-            places.add(before + SUFFIX)
-    once: dict[int, Held] = {}
+            places.add(prefix + SUFFIX)
+    tensors: dict[int, Held] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        # The place of a Part is left out, since it depends on the split; the names of pieces say the same.
+        # A weight that two modules share is there under its first name.
         if name not in places:
-            once.setdefault(id(tensor), Held(name, tensor, slices.get(name), experts.get(name)))
-    return list(once.values())
-
-
-def _cut(name: str, values: Tensor, of: Slice | None) -> list[Piece]:
-    if of is None or of.part[1] == 1:
-        return [Piece(name, tuple(values.shape), (0,) * values.dim(), values)]
-    number, parts = of.part
-    shape = tuple(size * parts if dim == of.dim else size for dim, size in enumerate(values.shape))
-    length = values.shape[of.dim] // of.blocks
-    found = []
-    for block, view in enumerate(values.split(length, of.dim)):
-        start = [0] * values.dim()
-        start[of.dim] = (block * parts + number) * length
-        found.append(Piece(name, shape, tuple(start), view))
-    return found
+            tensors.setdefault(id(tensor), Held(name, tensor, slices.get(name), experts.get(name)))
+    return list(tensors.values())

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
-from itertools import chain, groupby
-from operator import attrgetter
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moecomm.nn.files import regular, to_disk
-from moecomm.nn.slices import Piece, key
+from moecomm.nn.slices import Piece, Shape, piece_key
 from moecomm.nn.tensor_file import HASH, NAMES, TensorFile, checksum
 
 VERSION = 2
@@ -27,24 +25,34 @@ CHECKSUM = b', "checksum": '
 TENSOR = "moecomm.tensor"
 """The key that says that a value in an index is a tensor: {"moecomm.tensor": [dtype, numbers]}."""
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
+ENTRIES = {"values": dict, "groups": list | None, "tensors": list}
+"""Of an index, and their types."""
+Index = dict[str, Any]
+Target = tuple[Piece, Tensor]
+"""A piece of a model, and the memory on the host that its numbers belong in."""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_index(file: Path, index: dict[str, Any]) -> None:
+def write_index(file: Path, index: Index) -> None:
     """The index with the version and the checksums' names, and at its end its own checksum, on the disk."""
-    told = {"format": "moecomm", "version": VERSION, "hash": HASH, **index}
-    text = json.dumps(told, default=_as_json).encode().removesuffix(b"}")
+    content = {"format": "moecomm", "version": VERSION, "hash": HASH, **index}
+    text = json.dumps(content, default=_as_json).encode().removesuffix(b"}")
     file.write_bytes(text + CHECKSUM + _checksum_entry(text))
     to_disk(file)
+
+
+def piece_line(piece: Piece) -> list[object]:
+    """A piece in a file, as the index has it."""
+    return [piece.name, piece.shape, piece.dtype, piece.file, piece.start, piece.size, piece.checksum]
 
 
 def _checksum_entry(text: bytes) -> bytes:
     return f'"{checksum(text)}"}}'.encode()
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     if isinstance(value, Tensor):
         return {TENSOR: [str(value.dtype).removeprefix("torch."), value.tolist()]}
     if isinstance(value, np.generic):
@@ -52,7 +60,7 @@ def _as_json(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} is nothing that JSON can say")
 
 
-def _from_json(entries: dict[str, Any]) -> Any:
+def _from_json(entries: Index) -> object:
     if entries.keys() != {TENSOR}:
         return entries
     dtype, numbers = entries[TENSOR]
@@ -62,7 +70,7 @@ def _from_json(entries: dict[str, Any]) -> Any:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_index(folder: str | Path | None) -> tuple[Path, dict[str, Any]]:
+def read_index(folder: str | Path | None) -> tuple[Path, Index]:
     """The folder and what its checkpoint.json says. OSError or ValueError if there is none that this version reads."""
     if folder is None:
         raise FileNotFoundError("there is none yet")
@@ -76,18 +84,16 @@ def read_index(folder: str | Path | None) -> tuple[Path, dict[str, Any]]:
         index = json.loads(text, object_hook=_from_json)
         version = index["version"] if index["format"] == "moecomm" else None
     except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, OverflowError):
+        # A damaged byte may make anything of JSON, and of a tensor's dtype and numbers in it.
         pass
     if type(version) is not int or version < 1:
         raise ValueError(f"{path} is no checkpoint of moecomm: it has no usable {INDEX}")
     if version > VERSION:
         raise ValueError(f"{path} was written by a newer moecomm: version {version}, this one reads up to {VERSION}")
+    if version > 1:
+        _check_checksum(path, index, text)
     damaged = f"{path / INDEX} is damaged"
-    if version > 1 and index.get("hash") != HASH:
-        raise ValueError(f"{path}: its checksums are {index.get('hash')}, this version knows {HASH}")
-    before, _, last = text.rpartition(CHECKSUM)
-    if version > 1 and last != _checksum_entry(before):
-        raise ValueError(f"{damaged}: its checksum is not that of what it says")
-    for entry, kinds in {"values": dict, "groups": list | None, "tensors": list}.items():
+    for entry, kinds in ENTRIES.items():
         if entry not in index or not isinstance(index[entry], kinds):
             raise ValueError(f"{damaged}: got {entry} {type(index.get(entry)).__name__}")
     if not all(isinstance(group, dict) for group in index["groups"] or ()):
@@ -95,24 +101,13 @@ def read_index(folder: str | Path | None) -> tuple[Path, dict[str, Any]]:
     return path, dict(index)
 
 
-class Part(NamedTuple):
-    """What one file has of a tensor."""
-
-    file: str
-    key: str
-    """Its name in the file."""
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    checksum: str | None
-    """None: the index has none."""
-
-
-class Whole(NamedTuple):
-    """A tensor of a checkpoint. Its parts have each of its numbers once."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    parts: list[Part]
+def _check_checksum(path: Path, index: Index, text: bytes) -> None:
+    """Raises ValueError unless the text of an index ends with its own checksum."""
+    if index.get("hash") != HASH:
+        raise ValueError(f"{path}: its checksums are {index.get('hash')}, this version knows {HASH}")
+    content, _, entry = text.rpartition(CHECKSUM)
+    if entry != _checksum_entry(content):
+        raise ValueError(f"{path / INDEX} is damaged: its checksum is not that of what it says")
 
 
 class Stored:
@@ -123,129 +118,143 @@ class Stored:
     Raises ValueError if the index contradicts itself.
     """
 
-    def __init__(self, path: Path, index: dict[str, Any], stack: ExitStack) -> None:
+    def __init__(self, path: Path, index: Index, stack: ExitStack) -> None:
         self.path, self.id, self.stack = path, index.get("id"), stack
-        self.tensors: dict[str, Whole] = {}
-        self.shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-        """file -> name there -> shape."""
+        self.tensors: dict[str, list[Piece]] = defaultdict(list)
+        """name -> its pieces, which have each of its numbers once."""
+        self.sizes: dict[str, dict[str, Shape]] = defaultdict(dict)
+        """file -> the pieces' keys in it -> their sizes."""
         self.opened: dict[str, TensorFile] = {}
         self.with_checksums = index["version"] > 1
         damaged = f"{path / INDEX} is damaged"
         try:
-            columns = _columns(index["tensors"], self.with_checksums)
+            pieces = _pieces(index["tensors"], self.with_checksums)
         except (TypeError, ValueError):
             raise ValueError(f"{damaged}: its list of tensors is not one") from None
-        for name, shape, dtype, file, start, size, told in zip(*columns, strict=True):
-            if name not in self.tensors:
-                self.tensors[name] = Whole(shape, DTYPES[dtype], [])
-            whole = self.tensors[name]
-            if whole.shape != shape or whole.dtype != DTYPES[dtype]:
-                raise ValueError(f"{damaged}: {name} has two shapes or dtypes")
-            in_file = key(name, shape, start, size)
-            whole.parts.append(Part(file, in_file, start, size, told))
-            self.shapes[file][in_file] = size
-        for name, (shape, _, parts) in self.tensors.items():
-            first, *others = parts
-            if (first.size != shape or any(first.start)) if not others else not _cut_up(shape, parts):
+        for piece in pieces:
+            self.tensors[piece.name].append(piece)
+            self.sizes[piece.file][piece.key] = piece.size
+            form = self.tensors[piece.name][0]
+            if (piece.shape, piece.dtype) != (form.shape, form.dtype):
+                raise ValueError(f"{damaged}: {piece.name} has two shapes or dtypes")
+        for name, (piece, *others) in self.tensors.items():
+            complete = _is_cut([piece, *others]) if others else piece.size == piece.shape and not any(piece.start)
+            if not complete:
                 raise ValueError(f"{damaged}: the parts of {name} are not each of its numbers once")
 
-    def check(self, pieces: Iterable[Piece]) -> None:
-        """Raises ValueError unless the checkpoint has what pieces are of."""
-        for piece in pieces:
+    def check(self, targets: list[Target]) -> None:
+        """Raises ValueError unless the checkpoint has the tensors that targets are of, in the same shapes."""
+        for piece, _ in targets:
             if piece.name not in self.tensors:
                 raise ValueError(f"{self.path} has no {piece.name}")
-            shape = self.tensors[piece.name].shape
+            shape = self.tensors[piece.name][0].shape
             if shape != piece.shape:
                 raise ValueError(f"{piece.name} in {self.path} has shape {shape}, expected {piece.shape}")
 
-    def fill(self, pieces: Iterable[Piece]) -> None:
-        """Read the numbers of pieces, whose values are on the host, from all parts that overlap with them.
-
-        A part is read as a whole, since its checksum is; once for all pieces of one tensor that follow each other.
+    def fill(self, targets: list[Target]) -> None:
+        """Read the numbers of targets, whose memory is on the host, from all pieces that overlap with them.
 
         Raises ValueError for a file that is not as it was written, OSError for one that cannot be read.
         """
-        for name, group in groupby(pieces, attrgetter("name")):
-            first, *others = group
-            _, dtype, parts = self.tensors[name]
-            for part in parts:
-                values = first.values
-                fits = not others and part.start == first.start and part.size == values.shape
-                if fits and values.dtype == dtype and values.is_contiguous():
-                    self._read(part, values)
-                    continue
-                boxes = [(piece.values, box) for piece in (first, *others) if (box := _overlap(piece, part))]
-                if boxes:
-                    values = torch.empty(part.size, dtype=dtype)
-                    self._read(part, values)
-                    for target, (of_piece, of_part) in boxes:
-                        target[of_piece].copy_(values[of_part])
+        by_name: dict[str, list[Target]] = defaultdict(list)
+        for target in targets:
+            by_name[target[0].name].append(target)
+        for name, (target, *others) in by_name.items():
+            piece, values = target
+            for source in self.tensors[name]:
+                same_box = (source.start, source.size, source.dtype) == (piece.start, piece.size, piece.dtype)
+                if same_box and not others and values.is_contiguous():
+                    self._read(source, values)
+                else:
+                    self._copy(source, [target, *others])
 
-    def whole(self, name: str) -> Tensor:
-        """One tensor. Raises as `check` and `fill`."""
-        if name not in self.tensors:
-            raise ValueError(f"{self.path} has no {name}")
-        shape, dtype, _ = self.tensors[name]
-        values = torch.empty(shape, dtype=dtype)
-        self.fill([Piece(name, shape, (0,) * len(shape), values)])
-        return values
+    def _copy(self, source: Piece, targets: list[Target]) -> None:
+        """What targets have in common with a piece of the checkpoint.
 
-    def _read(self, part: Part, values: Tensor) -> None:
-        """A part into values, contiguous and of its shape and dtype."""
-        if part.file not in self.opened:
-            self.opened[part.file] = self._open(part.file)
-        self.opened[part.file].read(part.key, values, part.checksum)
+        The piece is read as a whole and once for all of them, since its checksum is that of the whole.
+        """
+        boxes = []
+        for piece, values in targets:
+            overlap = _overlap(piece, source)
+            if overlap is not None:
+                boxes.append((values, *overlap))
+        if boxes:
+            numbers = torch.empty(source.size, dtype=DTYPES[source.dtype])
+            self._read(source, numbers)
+            for values, in_target, in_source in boxes:
+                values[in_target].copy_(numbers[in_source])
+
+    def _read(self, source: Piece, values: Tensor) -> None:
+        """A piece into values, contiguous and of its shape and dtype."""
+        if source.file not in self.opened:
+            self.opened[source.file] = self._open(source.file)
+        self.opened[source.file].read(source.key, values, source.checksum)
 
     def _open(self, name: str) -> TensorFile:
-        file = self.stack.enter_context(closing(TensorFile(self.path / name)))
-        shapes = {in_file: entry.shape for in_file, entry in file.entries.items()}
-        if shapes != self.shapes[name] or file.metadata.get("id") != self.id:  # the first ones had none
-            raise ValueError(f"{self.path / name} is not the file that {INDEX} speaks of")
+        """Raises ValueError for a file that is not the one that the index describes."""
+        path = self.path / name
+        file = self.stack.enter_context(closing(TensorFile(path)))
+        sizes = {key: entry.shape for key, entry in file.entries.items()}
+        # A file of another save may have the same names and shapes, but not the id. The first version had no ids.
+        if sizes != self.sizes[name] or file.metadata.get("id") != self.id:
+            raise ValueError(f"{path} is not the file that {INDEX} speaks of")
         return file
 
 
-def _columns(lines: list[Any], with_checksums: bool) -> list[Sequence[Any]]:
-    """Of an index's lines: names, shapes, dtypes, files, starts, sizes, checksums. TypeError or ValueError if wrong."""
+def _pieces(lines: list[Any], with_checksums: bool) -> list[Piece]:
+    """The pieces that an index lists. TypeError or ValueError for a list that is none.
+
+    Checked column by column: a check of each line would take longer than reading the index.
+    """
     columns = [*zip(*lines, strict=True)] or [()] * (6 + with_checksums)
     names, shapes, dtypes, files, starts, sizes, *checksums = columns
-    texts = [*chain(names, dtypes, files, *checksums)]
+    if len(checksums) != with_checksums:
+        raise ValueError("a line has another number of entries")
+    texts = {type(text) for text in chain(names, dtypes, files, *checksums)}
+    if texts - {str} or {*dtypes} - DTYPES.keys():
+        raise ValueError("a name or a dtype is none")
     boxes = [*chain(shapes, starts, sizes)]
     numbers = [*chain.from_iterable(boxes)]
-    if len(checksums) != with_checksums or {*map(type, texts)} - {str} or {*dtypes} - DTYPES.keys():
-        raise ValueError
+    # By type: True is an int for isinstance.
     if {*map(type, boxes)} - {list} or {*map(type, numbers)} - {int} or min(numbers, default=0) < 0:
-        raise ValueError
+        raise ValueError("a shape is none")
     if not [*map(len, shapes)] == [*map(len, starts)] == [*map(len, sizes)]:
-        raise ValueError
+        raise ValueError("a box has another number of dimensions than its tensor")
+    # A path would be read from outside the checkpoint.
     if any(Path(file).name != file for file in {*files}):
-        raise ValueError
-    as_tuples = [[*map(tuple, column)] for column in (shapes, starts, sizes)]
-    told = checksums[0] if with_checksums else [None] * len(names)
-    return [names, as_tuples[0], dtypes, files, as_tuples[1], as_tuples[2], told]
+        raise ValueError("a file's name is a path")
+    pieces = []
+    for name, shape, dtype, file, start, size, *rest in lines:
+        box = tuple(start), tuple(size)
+        key = name if shape == size else piece_key(name, *box)
+        pieces.append(Piece(key, name, tuple(shape), dtype, file, *box, rest[0] if rest else None))
+    return pieces
 
 
-def _cut_up(shape: tuple[int, ...], parts: list[Part]) -> bool:
-    """Whether parts are the tensor cut along one dimension."""
-    cut = [dim for dim, size in enumerate(shape) if any(part.size[dim] != size for part in parts)]
+def _is_cut(pieces: list[Piece]) -> bool:
+    """Whether pieces are their tensor, cut along one dimension."""
+    shape = pieces[0].shape
+    cut = [dim for dim, length in enumerate(shape) if any(piece.size[dim] != length for piece in pieces)]
     if len(cut) != 1:
         return False
-    (dim,), end = cut, 0
-    for part in sorted(parts, key=lambda part: part.start[dim]):
-        if part.start[dim] != end or sum(part.start) != end:
+    dim = cut[0]
+    end = 0
+    for piece in sorted(pieces, key=lambda piece: piece.start[dim]):
+        # The sum of all starts: that of each other dimension must be 0.
+        if piece.start[dim] != end or sum(piece.start) != end:
             return False
-        end += part.size[dim]
+        end += piece.size[dim]
     return end == shape[dim]
 
 
-def _overlap(piece: Piece, part: Part) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """What both have, as slices of each; None if there is nothing."""
-    low = [*map(max, piece.start, part.start)]
-    ends = zip(piece.start, piece.values.shape, part.start, part.size, strict=True)
-    high = [min(a + size, b + other) for a, size, b, other in ends]
-    if any(a >= b for a, b in zip(low, high, strict=True)):
-        return None
-    of_piece, of_part = (
-        tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-        for start in (piece.start, part.start)
-    )
-    return of_piece, of_part
+def _overlap(target: Piece, source: Piece) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """What two boxes of a tensor have in common, as slices of each; None if that is nothing."""
+    in_target, in_source = [], []
+    for dim in range(len(target.shape)):
+        low = max(target.start[dim], source.start[dim])
+        high = min(target.start[dim] + target.size[dim], source.start[dim] + source.size[dim])
+        if low >= high:
+            return None
+        in_target.append(slice(low - target.start[dim], high - target.start[dim]))
+        in_source.append(slice(low - source.start[dim], high - source.start[dim]))
+    return tuple(in_target), tuple(in_source)

@@ -1,8 +1,10 @@
 """One file of tensors, in the safetensors format (https://huggingface.co/docs/safetensors), with a checksum of each.
 
-That package maps files into memory. Here they are read, once: what a disk cannot give is then an OSError and no signal
-that ends the process, and what has been compared with its checksum is what is used. Written is one tensor at a time, so
-that the host has no copy of all that a device holds.
+The package safetensors (0.8) serves the tests only, which read these files with it and load files that it wrote: it
+cannot keep what a checkpoint promises. Its reader maps a file into memory. A sector that the disk cannot read then
+ends the process by a signal, where a read raises OSError, and a page may come from the disk again after its checksum
+was compared. Its parser of bytes takes a file as a whole, of which a rank may need a small piece. Its writer takes all
+tensors at once in host memory, where this one needs room for the largest tensor of a device.
 """
 
 from __future__ import annotations
@@ -11,9 +13,8 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,9 @@ try:
 except ImportError as error:
     raise ImportError(f"checkpoints need xxhash ({error}): pip install 'moecomm[torch]'") from error
 
+checksum = xxh3_128_hexdigest
 HASH = "xxh3_128"
+"""The name of this checksum in an index."""
 NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,13 +50,11 @@ NAMES = {
 
 
 class Entry(NamedTuple):
-    """What a file says of one of its tensors."""
+    """What the header says of a tensor: its dtype as in NAMES, and which bytes of the file it is."""
 
     dtype: str
-    """As in NAMES."""
     shape: tuple[int, ...]
     begin: int
-    """Where in the file its bytes are."""
     end: int
 
 
@@ -62,11 +63,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
 
     Raises OSError, and ValueError for a dtype that the format does not know.
     """
-    if other := [name for name, values in tensors.items() if values.dtype not in NAMES]:
-        known = ", ".join(map(str, NAMES))
-        raise ValueError(f"{other[0]} is {tensors[other[0]].dtype}, expected one of {known}")
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # each at a multiple of its item size
-    header: dict[str, Any] = {"__metadata__": metadata}
+    for name, values in tensors.items():
+        if values.dtype not in NAMES:
+            known = ", ".join(map(str, NAMES))
+            raise ValueError(f"{name} is {values.dtype}, expected one of {known}")
+    # Wide numbers come first, so that each tensor begins at a multiple of its item size.
+    widths = {name: -values.dtype.itemsize for name, values in tensors.items()}
+    order = sorted(tensors, key=widths.__getitem__)
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name in order:
         values = tensors[name]
@@ -79,12 +83,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
         with path.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
-                numbers = memory(tensors[name].cpu().contiguous())
-                file.write(numbers)
+                numbers = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                file.write(numbers.data)
                 checksums[name] = checksum(numbers)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        # A write that fails does not name its file.
         raise OSError(f"{path}: {error.strerror}") from None
     return checksums
 
@@ -112,49 +117,46 @@ class TensorFile:
         self.file.close()
 
     def read(self, name: str, values: Tensor, expected: str | None) -> None:
-        """A tensor into values, contiguous, on the host, of its shape and dtype.
+        """Read a tensor into values, contiguous, on the host, of its shape and dtype.
 
         expected  its checksum; None: any
 
-        Raises ValueError if it has another one, or OSError if it cannot be read.
+        Raises ValueError for another checksum, or OSError if it cannot be read.
         """
-        numbers, entry = memory(values), self.entries[name]
+        numbers = values.reshape(-1).view(torch.uint8).numpy()
+        entry = self.entries[name]
         if (entry.dtype, entry.end - entry.begin) != (NAMES[values.dtype], numbers.nbytes):
             raise ValueError(f"{self.path} is damaged: {name} is {entry}, expected {numbers.nbytes} bytes")
         self.file.seek(entry.begin)
-        if self.file.readinto(numbers) != numbers.nbytes:
+        if self.file.readinto(numbers.data) != numbers.nbytes:
             raise ValueError(f"{self.path} is damaged: it ends within {name}")
+        # Of the memory that is used from now on, not of the file, which might be read differently a second time.
         if expected is not None and checksum(numbers) != expected:
             raise ValueError(f"{self.path} is damaged: {name} has another checksum than it was written with")
 
 
-def checksum(numbers: bytes | memoryview) -> str:
-    """In hexadecimal, by the hash that HASH names."""
-    return xxh3_128_hexdigest(numbers)
-
-
-def memory(values: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host."""
-    numbers: np.ndarray = values.reshape(-1).view(torch.uint8).numpy()
-    return numbers.data
-
-
-def _header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Entry]]:
+def _header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Entry]]:
     """The metadata and the entries. ValueError, TypeError, KeyError or AttributeError for what is no such file."""
-    end = file.seek(0, os.SEEK_END)
+    file_end = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
-    start = 8 + length
-    if start > end:
+    origin = 8 + length
+    # Before the read: a damaged length would ask for more memory than there is.
+    if origin > file_end:
         raise ValueError("it ends within its header")
     header = json.loads(file.read(length))
     metadata = dict(header.pop("__metadata__", {}))
-    spans = sorted(one["data_offsets"] for one in header.values())
-    begins, ends = [span[0] for span in spans], [span[1] for span in spans]
-    if {*map(type, begins + ends)} - {int} or [*begins, end - start] != [0, *ends]:
-        raise ValueError("its numbers do not end where the file ends")
     entries = {}
-    for name, one in header.items():
-        begin, end = one["data_offsets"]
-        entries[name] = Entry(one["dtype"], tuple(one["shape"]), start + begin, start + end)
+    ranges = []
+    for name, fields in header.items():
+        begin, end = fields["data_offsets"]
+        ranges.append((begin, end))
+        entries[name] = Entry(fields["dtype"], tuple(fields["shape"]), origin + begin, origin + end)
+    # The format has no gaps: each byte behind the header is of exactly one tensor.
+    ranges.sort()
+    begins = [begin for begin, _ in ranges]
+    ends = [end for _, end in ranges]
+    types = {type(offset) for offset in begins + ends}
+    if types - {int} or [*begins, file_end - origin] != [0, *ends]:
+        raise ValueError("its numbers do not end where the file ends")
     return metadata, entries
