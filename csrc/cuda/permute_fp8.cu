@@ -33,6 +33,7 @@ extern "C" __global__ void permute_fp8(const ELEMENT* __restrict__ x, const int*
   const int start = group * GROUP + lane * WIDTH;
   const int num = token < num_tokens ? min(WIDTH, max(0, num_values - start)) : 0;
 
+  // Threads beyond the last token have num = 0 and stay: the shuffles below need every lane of the warp.
   P piece = {};
   const ELEMENT* from = x + static_cast<int64>(token) * num_values + start;
   if (ALIGNED && num) piece = load_if<true>(true, reinterpret_cast<const P*>(from));
@@ -43,6 +44,7 @@ extern "C" __global__ void permute_fp8(const ELEMENT* __restrict__ x, const int*
   float amax = 0;
 #pragma unroll
   for (int n = 0; n < WIDTH; ++n) amax = fmaxf(amax, fabsf(to_float(piece.value[n])));
+  // LANES neighbouring lanes hold one group of 128 values.
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2)
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, distance));
@@ -51,6 +53,7 @@ extern "C" __global__ void permute_fp8(const ELEMENT* __restrict__ x, const int*
 #pragma unroll
   for (int n = 0; n < WIDTH; ++n) quantised.value[n] = to_e4m3(to_float(piece.value[n]) / scale);
 
+  // The shuffles are done.
   if (token >= num_tokens) return;
   const int k = TOP_K ? TOP_K : top_k;
   for (int j0 = 0; j0 < k; j0 += BATCH) {

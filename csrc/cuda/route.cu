@@ -5,6 +5,31 @@
 // 3. exchange Blocks publish their counts and read those of all others (route_exchange.cuh).
 // 4. emit     Slots, rows and the tables follow; with a capacity, drops.
 //
+// Shared memory of a block, in this order, in numbers of 4 bytes:
+//
+//   ring       SLOTS rows of x             with BULK: rows on their way (route_copy.cuh)
+//   bits       [WORDS32, E]                bit t of bits[w, e]: token 32 w + t of the block chose expert e
+//   preceding  [WORDS32, E]                how many of the block's tokens before word w chose e
+//   counted    [E]                         how many of the block's tokens chose e
+//   total      [E]                         of all blocks' tokens; with one block it is `counted` itself
+//   before     [E]                         of the tokens of the blocks before this one; with GRID
+//   begin      [E + 1]                     the first row of each expert
+//   pick       [tokens, K]                 the choices, later with their ranks; with SPILL in the output `row`
+//   score      [tokens, K]                 their scores; with SPILL in the output `weight`
+//   part       [PART]                      each warp's sums of counts (Board::collect)
+//   scratch    [WARPS, E + GROUPS]         keys of a token, with GROUPS
+//
+// An example with one block, one word of bits and K = 1:
+//
+//   token  expert        bits[0, e], token 0 on the right   total   begin
+//     0      1           e = 0    1 0 0 0                     1       0        source = 3 0 1 2
+//     1      1           e = 1    0 0 1 1                     2       1        row    = 1 2 3 0
+//     2      2           e = 2    0 1 0 0                     1       3
+//     3      0                                                        4
+//
+// slot = before[e] + preceding[w, e] + the number of bits below t in bits[w, e], and row = begin[e] + slot. Token 1: one
+// bit below it, so slot 1 and row 2. Nothing depends on which thread set its bit first: every run gives the same table.
+//
 // THREADS, BLOCKS   threads of a block; blocks that a multiprocessor must hold, for the compiler's register budget
 // GRID              1: many blocks, which wait for each other: no more than multiprocessors; 0: one block
 // MASK              1: masked tokens get no experts
@@ -78,6 +103,7 @@ __device__ inline void write_weights(const Arguments& a, const float* score, int
         for (int j = 0, token = i - threadIdx.x % K; j < K; ++j) sum = moecomm::add(sum, score[token + j]);
       value = moecomm::choice_weight(score[i], sum, NORMALIZE ? a.floor : 0.0f, a.scale);
     }
+    // All threads have read their scores before one of them writes a weight in their place.
     if (SPILL) __syncthreads();  // score and weight are the same memory
     if (active) weight[i] = value;
   }
@@ -87,6 +113,7 @@ constexpr int EACH = (E + 31) / 32;  // experts of a lane
 
 // The EACH numbers of a lane, 0 beyond the last expert.
 __device__ inline void load_experts(const unsigned* from, int first, unsigned (&value)[EACH]) {
+  // Then each lane's experts are whole words of 16 bytes, at multiples of 16.
   if constexpr (E % 128 == 0) {
 #pragma unroll
     for (int i = 0; i < EACH; i += 4)
@@ -109,6 +136,7 @@ __device__ inline unsigned scan_experts(const unsigned* total, int align, unsign
     if (ALIGNED) size[i] = (size[i] + align - 1) / align * align;
     rows += size[i];
   }
+  // Inclusive prefix sums over lanes: after the step of 2^n a lane has the sum of 2^(n + 1) lanes up to itself.
   unsigned end = rows;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -155,6 +183,7 @@ __device__ inline void write_z(const Arguments& a, uint4 sum, unsigned num_chose
 #endif
 
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(const Arguments a) {
+  // What blocks of a cluster send to each other lies in static shared memory: it has the same address in each of them.
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint4 warp_losses[WARPS], block_losses[CLUSTER ? CLUSTER : 1], words[CLUSTER ? CLUSTER * PACKED : 1];
   __shared__ unsigned long long counts_arrived, losses_arrived;
@@ -179,6 +208,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   float* const score = SPILL ? a.weight + first_assignment : reinterpret_cast<float*>(own + a.tokens_per_block * K);
   unsigned* const part = own + (SPILL ? 0 : 2 * a.tokens_per_block * K);
   float* const scratch = reinterpret_cast<float*>(part + (GRID && !CLUSTER ? PART : 0));
+  // What needs no input comes before wait_for_inputs(): it runs while the kernel before on the stream ends.
   share_out<WORDS32 * E>([&](int i) { bits[i] = 0; });
 #if ROWS
   __shared__ unsigned long long arrived[BULK ? SLOTS : 1];
@@ -189,13 +219,17 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     expect(&counts_arrived, CLUSTER * PACKED * 16);
     expect(&losses_arrived, CLUSTER * 16);
   }
+  // Release: the barriers that `expect` has made exist before a block that has waited below sends to them.
   if (CLUSTER) cluster_arrive();  // its shared memory is ready for what others send
+  // The zeros in bits are there before any warp sets a bit.
   __syncthreads();
   wait_for_inputs();
 
   // ---- select ----
   const ELEMENT* const logits = a.logits + static_cast<int64>(first) * E;
+  // Lanes beyond the last token load its row again: a load is cheaper than a branch, and nothing comes of it.
   const auto row_of = [&](int start) { return logits + static_cast<int64>(min(start + lane / LANES, tokens - 1)) * E; };
+  // The next token's logits are loaded while this one's are looked at.
   Logits ahead[CHUNKS];
   if (warp * TEAMS_OF_WARP < tokens) load_logits(row_of(warp * TEAMS_OF_WARP), member, ahead);
 #if ROWS
@@ -205,11 +239,14 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
 #if GRID && !CLUSTER
   Board board(a.board);
 #endif
+  // `step` is read here and not by the host, so that a CUDA graph draws new numbers at each replay.
   moecomm::Generator generator{a.seed, a.generator_offset};
   if ((NOISE || RANKED) && a.step) generator.offset += static_cast<unsigned long long>(*a.step);
+  // A thread's sums over all tokens that its team chooses for. They become the losses.
   float mean[VALUES] = {}, z = 0.0f;
   bool bad = false;
   const Selection how{a.bias, generator, a.noise_scale, scratch + warp * (E + GROUPS)};
+  // All lanes of a warp stay in the loop as long as one team has a token: they take part in its shuffles.
 #pragma unroll 1
   for (int start = warp * TEAMS_OF_WARP; start < tokens; start += TEAMS) {
     const int local = start + lane / LANES;
@@ -237,20 +274,24 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       if (j >= K) continue;
       pick[local * K + j] = live ? token.expert[s] : NOTHING;
       if (WEIGHTS_LATER) score[local * K + j] = live ? token.score[s] : 0.0f;
+      // Without a capacity nothing is dropped: what was chosen is final, and written while other warps still choose.
       if (!CAPACITY) {
         const int64 assignment = first_assignment + local * K + j;
         a.expert[assignment] = live ? token.expert[s] : -1;
         if (!NORMALIZE) a.weight[assignment] = live ? moecomm::mul(a.scale, token.score[s]) : 0.0f;
       }
+      // Tokens of one word are on several lanes and warps. The order of the atomics leaves no trace in the bits.
       if (DIRECT && live) atomicOr(&bits[local / 32 * E + token.expert[s]], 1u << local % 32);
     }
   }
   if (BIAS)
     share_out<E>([&](int e) { bad |= !(fabsf(a.bias[e]) < INFINITE); });
+  // The barrier below makes bits, choices and these sums of all warps visible to the block.
   z = warp_sum(z);
   const unsigned problems = __any_sync(ALL, bad) ? 1 : 0;
   if (lane == 0) warp_losses[warp] = make_uint4(0, __float_as_uint(z), problems, 0);
   __syncthreads();
+  // With many tokens the rows come after the logits: both share the bandwidth, and only logits are waited for.
 #if ROWS
   if (!at_once) copier.start();
 #endif
@@ -264,10 +305,12 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   };
 #if CLUSTER
   static_assert(EARLY, "a cluster has few tokens");
+  // Acquire: pairs with cluster_arrive above. Every block's barriers exist, so counts may be sent to them.
   cluster_wait();
   share_counts(tokens_of, block, words, &counts_arrived);
 #elif GRID
   if (EARLY) board.publish(0, tokens_of);
+  // Two lanes write two equal words: 32 bytes at once, see VECTORS.
   if (warp == WARPS - 1) {
     const uint4 sum = add_losses(lane < WARPS ? warp_losses[lane] : make_uint4(0, 0, 0, 0));
     if (lane < 2) store_word(&board.losses[block].of_block + lane, make_uint4(0, sum.y, sum.z, board.tag));
@@ -278,6 +321,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   for (int pass = 0; pass < PASSES; ++pass) {
     for (int chunk = 0; chunk < (DIRECT ? 1 : tokens); chunk += 32 * WORDS32) {
       const int chunk_end = min(tokens, chunk + 32 * WORDS32) * K;
+      // The bits hold one chunk of tokens, or one choice of each token, at a time; a rank must be kept before they go.
       if (!DIRECT) {
         share_out<WORDS32 * E>([&](int i) { bits[i] = 0; });
         __syncthreads();
@@ -288,6 +332,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
         }
         __syncthreads();
       }
+      // One thread for an expert: a prefix sum over the words, on top of the chunks before.
       share_out<E>([&](int e) {
         unsigned so_far = counted[e];
 #pragma unroll
@@ -301,6 +346,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       if (!DIRECT)
         for (int i = chunk * K + threadIdx.x; i < chunk_end; i += THREADS) {
           const int local = i / K - chunk, e = pick[i] & 1023, at = local / 32 * E + e;
+          // 10 bits for the expert, 22 for the rank: blocks of up to 2^22 tokens.
           if (pick[i] != NOTHING && (PASSES == 1 || i % K == pass))
             pick[i] = e | (preceding[at] + __popc(bits[at] & ((1u << local % 32) - 1))) << 10;
         }
@@ -316,8 +362,10 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   }
 
   // ---- exchange ----
+  // Weights that do not depend on drops are written while the counts of the other blocks are on their way.
 #if CLUSTER
   if (!CAPACITY && NORMALIZE) write_weights(a, score, n, a.weight + first_assignment);
+  // Acquire: pairs with the completion of each `send`. All counts are in this block's shared memory.
   await(&counts_arrived);
   add_shared_counts(words, block, total, before);
   __syncthreads();
@@ -325,8 +373,11 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   if (!CAPACITY && NORMALIZE) write_weights(a, score, n, a.weight + first_assignment);
 #endif
 #if GRID && !CLUSTER
+  // No fence: what is read after it is tagged words, each of which says itself whether it is there. The wait only
+  // keeps warps from polling hundreds of words while some block still chooses.
   board.wait_for_all<false>();
   for (int pass = 0; pass < PASSES; ++pass) {
+    // Choice-major order: the slots of a pass follow all assignments of the passes before, which `counted` adds up.
     board.collect(pass, total, before, part);
     __syncthreads();
     if (PASSES > 1) {
@@ -345,6 +396,8 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     __syncthreads();
   }
 #endif
+  // aux = sum over experts of (sum of scores) * (tokens that chose it). Each warp adds its own tokens' scores: the sums
+  // over experts never leave the registers.
   float aux = 0.0f;
   if (warp * TEAMS_OF_WARP < tokens) {
 #pragma unroll
@@ -360,6 +413,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   __syncthreads();
 
   // ---- emit ----
+  // `begin`, `num_chosen` and the warps' losses are there for the block.
 #if GRID && !CLUSTER
   unsigned long long share = 0, earlier = 0;
 #endif
@@ -376,6 +430,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
 #endif
   }
 #if GRID && !CLUSTER
+  // z and the problems were published before the counts were exchanged, so most of these words do not have to be waited for.
   if (warp == WARPS - 1 && block == 0) {
     uint4 sum = make_uint4(0, 0, 0, 0);
     for (int other = lane; other < blocks; other += 32) {
@@ -393,11 +448,13 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       if (e < E) a.count[e] = CAPACITY ? min(static_cast<int>(total[e]), a.capacity) : total[e];
       a.offset[e] = CAPACITY ? e * a.capacity : begin[e];
     });
+  // The rank of assignment i among those of the block that chose its expert.
   const auto rank_of = [&](int i) {
     if (!DIRECT) return pick[i] >> 10;
     const int local = i / K, at = local / 32 * E + static_cast<int>(pick[i]);
     return preceding[at] + __popc(bits[at] & ((1u << local % 32) - 1));
   };
+  // Keys go through device memory, since an expert's come from all blocks and one block ranks them.
   if (RANKED) {
     for (int i = threadIdx.x; i < n; i += THREADS)
       if (pick[i] != NOTHING) {
@@ -406,9 +463,11 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
             DROP == 2 ? moecomm::ordered(score[i])
                       : moecomm::random_word(generator, moecomm::kDrop, static_cast<unsigned long long>(first_assignment + i));
       }
+    // Orders every block's writes of key[] before the reads below.
     WAIT_FOR_ALL;
     for (int e = block; e < E; e += blocks)
       if (total[e] > a.capacity) keep_largest(a.key + begin[e], total[e], a.capacity, a.place + begin[e]);
+    // Orders the writes of place[] before the reads below.
     WAIT_FOR_ALL;
   }
 #pragma unroll 1
@@ -435,6 +494,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     if (CAPACITY) a.expert[assignment] = slot < 0 ? -1 : static_cast<int>(picked & 1023);
     a.row[assignment] = to;
   }
+  // A token's choices were handled by several threads. Its weights and its row's copies need all of them.
   if (CAPACITY || ROWS) __syncthreads();
 #if ROWS
   copier.finish(pick, a.rows);
@@ -448,6 +508,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
 #endif
     if (lane == 0) a.source[r] = -1;
   };
+  // Units of work: an expert's rows, or with more blocks than experts a part of them.
   const int parts = max(1, blocks / E);
   if (CAPACITY || ALIGNED)
     for (int unit = block; unit < E * parts; unit += blocks) {
@@ -459,6 +520,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     for (int r = begin[E] + block * WARPS + warp; r < a.num_rows; r += blocks * WARPS) empty_row(r);
 
 #if CLUSTER
+  // Block 0 must not end before: the others write into its shared memory.
   if (block == 0 && warp == 0) {
     await(&losses_arrived);
     const uint4 sum = add_losses(lane < CLUSTER ? block_losses[lane] : make_uint4(0, 0, 0, 0));
@@ -466,6 +528,9 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
     if (lane == 0) write_z(a, sum, num_chosen);
   }
 #elif GRID
+  // The last block to add its share has the sum of all of them in what the atomic returned: no other memory is read, so
+  // the atomic needs no ordering. Every block has read the header by then, and the next launch starts from what is
+  // written here; it is ordered after this one by the stream.
   if (threadIdx.x == 0 && (earlier & 4095) == blocks - 1) {  // the last one
     *a.aux_loss = static_cast<float>((earlier + share) >> 12) * 9.094947017729282e-13f;
     board.close(RANKED ? 3 : 1);

@@ -25,6 +25,7 @@ struct Arguments {
   int num_tokens;
 };
 
+// exp(x - lse), approximately: nothing is decided here, and gradients may differ from the definition by rounding.
 __device__ inline float softmax_of(float x, float lse) {
   float p;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"((x - lse) * 1.44269504f));
@@ -43,14 +44,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
   const int member = threadIdx.x % LANES, team = threadIdx.x / LANES;
   const int first = blockIdx.x * TEAMS * EACH + team;
 
+  // Teams beyond the last token read it again and write nothing: all lanes of a warp take part in the shuffles below.
   Logits ahead[CHUNKS];
   const auto row_of = [&](int token) { return a.logits + static_cast<int64>(min(token, a.num_tokens - 1)) * E; };
   load_logits(row_of(first), member, ahead);
 
   // The weights pull on the scores of a token's choices: written to the team's row, read back by who holds the expert.
+  // With NORMALIZE a mark says which scores were kept, since a kept weight may have no pull.
   __shared__ alignas(16) float pulls[TEAMS][PADDED], kept_marks[NORMALIZE ? TEAMS : 1][PADDED];
   float* const pull_row = pulls[team];
   float* const mark_row = kept_marks[NORMALIZE ? team : 0];
+  // Lanes of one warp alone share a row: __syncwarp orders it, no barrier of the block is needed.
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) {
     pull_row[expert_of(i, member)] = 0.0f;
@@ -65,8 +69,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
     slope[i] = expert_of(i, member) < E ? static_cast<float>(a.load[expert_of(i, member)]) : 0.0f;
     chosen += slope[i];
   }
+  // Masked tokens are not counted. All others have K choices before drops, so the loads tell their number.
   if (MASK) counting = fmaxf(team_sum(chosen) / K, 1.0f);
-  const float aux = *a.grad_aux_loss * (static_cast<float>(E) / K) / counting / counting, z = *a.grad_z_loss * 2.0f / counting;
+  const float aux = *a.grad_aux_loss * (static_cast<float>(E) / K) / counting / counting;
+  const float z = *a.grad_z_loss * 2.0f / counting;
+  // aux_loss = E / K * sum over experts of (scores summed / tokens) * (load / tokens); the loads have no gradient.
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) slope[i] *= aux;
 
@@ -78,7 +85,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
     const bool inside = token < a.num_tokens;
     const int safe = min(token, a.num_tokens - 1);
     const bool live = inside && (!MASK || a.mask[safe]);
-    const float lse = a.lse[safe], of_z = z * lse;
+    // z_loss is the mean of lse ** 2.
+    const float lse = a.lse[safe];
+    const float of_z = z * lse;
+    // A lane knows the choices j = lane, lane + LANES, ..; the experts' scores are elsewhere, so both meet in the row.
     int expert[PER_LANE];
 #pragma unroll
     for (int s = 0; s < PER_LANE; ++s) {
@@ -89,6 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
       pull_row[expert[s]] = a.scale * a.grad_weight[at];
       if (NORMALIZE) mark_row[expert[s]] = 1.0f;
     }
+    // All pulls of the token are in the row.
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) {
@@ -104,12 +115,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
       }
       kept = team_sum(kept);
       product = team_sum(product);
+      // Below the floor the weights are divided by a constant, and nothing goes through the sum.
       const float over = 1.0f / fmaxf(kept, a.floor);
       const float through_sum = kept > a.floor ? product * over * over : 0.0f;
 #pragma unroll
       for (int i = 0; i < VALUES; ++i)
         pull[i] = fmaf(pull[i], over, -through_sum * mark_row[expert_of(i, member)]);
     }
+    // All lanes have read the row: it is cleared for the next token, at the few places that were written.
     __syncwarp();
 #pragma unroll
     for (int s = 0; s < PER_LANE; ++s)
@@ -119,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
       }
 
     float dot = 0.0f, sum = 0.0f;
+    // Softmax: d logit = score * (pull - sum(pull * score)), and lse's gradient is the score.
     if (SCORE == 0) {
 #pragma unroll
       for (int i = 0; i < VALUES; ++i) dot = fmaf(pull[i] += slope[i], grad[i], dot);
@@ -126,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
 #pragma unroll
       for (int i = 0; i < VALUES; ++i) grad[i] *= pull[i] + (of_z - dot);
     } else {
+      // Sigmoid: the aux loss sees scores divided by their sum, so its pull goes through the sum too.
 #pragma unroll
       for (int i = 0; i < VALUES; ++i) {
         dot = fmaf(slope[i], grad[i], dot);
@@ -136,10 +151,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
       const float over = 1.0f / fmaxf(sum, 1e-20f), back = sum > 1e-20f ? dot * over : 0.0f;
 #pragma unroll
       for (int i = 0; i < VALUES; ++i) {
+        // sigmoid(-x) is 1 - score, without the digits that the subtraction would lose where the score is near 1.
         const float of_score = fmaf(slope[i] - back, over, pull[i]);
         grad[i] = fmaf(of_score * grad[i], sigmoid_of(-x[i]), of_z * softmax_of(x[i], lse));
       }
     }
+    // No shuffle follows, so a team without a token may leave.
     if (!inside) continue;
     ELEMENT* const to = a.grad_logits + static_cast<int64>(token) * E;
 #pragma unroll

@@ -28,6 +28,7 @@ struct Copier {
     if (!works()) return;
     for (int d = 0; d < DEPTH; ++d)
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrived + number() * DEPTH + d)));
+    // The copy engine (the async proxy) sees the barriers that this thread has made, before it signals them.
     asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
   }
 
@@ -36,6 +37,7 @@ struct Copier {
     const int token = number() + n * COPIERS, slot = number() * DEPTH + n % DEPTH;
     if (token >= tokens) return;
     const unsigned barrier = shared_address(arrived + slot);
+    // The barrier turns to its next phase when so many bytes have arrived. They are announced before the engine starts.
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(row_bytes) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(ring + static_cast<int64>(slot) * row_bytes)),
@@ -54,11 +56,14 @@ struct Copier {
     for (int n = 0; number() + n * COPIERS < tokens; ++n) {
       const int token = number() + n * COPIERS, slot = number() * DEPTH + n % DEPTH;
       const unsigned from = shared_address(ring + static_cast<int64>(slot) * row_bytes);
+      // Acquire, the default: the row is in the slot. Each use of a slot is one phase, so phases alternate.
       asm volatile(
           "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
               shared_address(arrived + slot)),
           "r"(n / DEPTH & 1)
           : "memory");
+      // The engine reads what the engine wrote: no fence between generic and async accesses is needed. `row` is read by
+      // the thread itself, after a barrier of the block.
       for (int j = 0; j < K; ++j) {
         const int to = static_cast<int>(row[token * K + j]);
         if (to >= 0)
@@ -77,6 +82,7 @@ struct Copier {
         load(n - 1 + DEPTH);
       }
     }
+    // A block's shared memory is given away when it ends: the engine must have read it. Its writes end with the kernel.
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   }
 };

@@ -6,6 +6,29 @@
 // is never cleared: its counters, and with them the tags, go on from launch to launch. A few blocks can instead be a
 // cluster (sm_90), and write into each other's shared memory.
 //
+// The board, in words of 16 bytes:
+//
+//   [0, 2)               Header      arrivals, arrivals_before, aux
+//   [2, 2 + 2 B)         Losses      of each of B blocks: two equal words (-, z, problems, tag)
+//   [2 + 2 B, ...)       counts      [passes, B, VECTORS]: (counts, counts, counts, tag)
+//
+// The tag is the complement of the number of arrivals before the launch. Each launch adds some, so no word of an earlier
+// launch has it (until 2^32 arrivals later, and each launch writes every word that it reads).
+//
+// What is ordered, and by what:
+//
+//   counts and losses    by nothing else than their tags. A word is loaded and stored as 16 bytes that cannot tear
+//                        (ld / st .b128, sm_70 and later), so whoever sees the tag sees the numbers beside it.
+//                        Relaxed is enough: no other memory depends on them.
+//   header.arrivals      relaxed. wait_for_all<true> puts a fence.acq_rel before its arrival and after its wait; the two
+//                        fences and the counter between them order all that any block wrote before (keys, places).
+//   header.aux           relaxed: the sum and the number of blocks are in the one word that the atomic returns.
+//   the rest of header   read at the start and written by the last block at the end of a launch; launches are ordered
+//                        by the stream.
+//
+// In a cluster: cluster_arrive (release) and cluster_wait (acquire) order the making of barriers before words are sent
+// to them; `send` completes bytes on the receiver's barrier and `await` (acquire) waits for them, so the words are there.
+//
 // THREADS     threads of a block
 // CLUSTER     blocks of a cluster; 0: no clusters, the board is used
 // COUNT_BITS  8, 16 or 32: wide enough for the tokens of a block
@@ -40,6 +63,7 @@ struct Losses {
   uint4 of_block, unused;
 };
 
+// One load of 16 bytes. As a pair of 8-byte loads it could see half of a word of this launch, and half of an older one.
 __device__ inline uint4 load_word(const uint4* from) {
   unsigned long long low, high;
   asm volatile("{ .reg .b128 word; ld.relaxed.gpu.global.b128 word, [%2]; mov.b128 {%0, %1}, word; }"
@@ -66,6 +90,7 @@ struct Board {
   __device__ explicit Board(uint4* board)
       : header(reinterpret_cast<Header*>(board)), losses(reinterpret_cast<Losses*>(board + 2)),
         counts(board + 2 + 2 * gridDim.x) {
+    // Loaded once, here: the last block writes the next launch's number into it.
     before = *reinterpret_cast<volatile unsigned*>(&header->arrivals_before);
     tag = ~before;  // 0 after 4 billion arrivals
   }
@@ -82,12 +107,14 @@ struct Board {
   template <bool FENCED>
   __device__ void wait_for_all() {
     ++barriers;
+    // The block's writes are before thread 0 in the barrier's order, and its fence passes them on: fences are cumulative.
     __syncthreads();
     if (threadIdx.x == 0) {
       if (FENCED) asm volatile("fence.acq_rel.gpu;" ::: "memory");
       asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&header->arrivals) : "memory");
       unsigned seen;
       do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(&header->arrivals) : "memory");
+      // As a difference: the counter goes round after 2^32 arrivals.
       while (static_cast<int>(seen - before - barriers * gridDim.x) < 0);
       if (FENCED) asm volatile("fence.acq_rel.gpu;" ::: "memory");
     }
@@ -127,14 +154,19 @@ struct Board {
     constexpr int AT_ONCE = 8;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = gridDim.x;
     const uint4* const rows = counts + static_cast<int64>(pass) * blocks * VECTORS;
+    // Sum s of word v is of this expert. 8-bit counts are added two at a time, in the halves of a number: for a sum
+    // over 256 blocks 16 bits are enough, and its second expert is two further.
     const auto expert = [](int s, int v) { return v * 3 * COUNTS + (COUNT_BITS == 8 ? s / 2 * 4 + s % 2 : s); };
+    // Without room for each warp's sums they are added here, by atomics.
     if (!PART) {
       share_out<E>([&](int e) { total[e] = preceding[e] = 0; });
       __syncthreads();
     }
+    // Lanes go along the words of a block's row, groups of SPREAD lanes along the rows: neighbours read neighbours.
     for (int v = lane % SPREAD; v - lane % SPREAD < VECTORS; v += SPREAD) {
       unsigned all[SUMS] = {}, earlier[SUMS] = {};
       for (int first = threadIdx.x / SPREAD; first < blocks; first += ROWS_AT_ONCE * AT_ONCE) {
+        // All loads are under way before the first is looked at: a round trip to the second cache is paid once.
         uint4 row[AT_ONCE];
         const auto place = [&](int n) { return rows + static_cast<int64>(first + n * ROWS_AT_ONCE) * VECTORS + v; };
 #pragma unroll
@@ -181,6 +213,7 @@ struct Board {
     }
     if (!PART) return;
     __syncthreads();
+    // part[WARPS][2][SUMS][VECTORS]: of each warp the sums of all blocks, then of the blocks before this one.
     share_out<2 * SUMS * VECTORS>([&](int i) {
       unsigned sum = 0;
 #pragma unroll
@@ -222,6 +255,7 @@ __device__ inline void send(int rank, const uint4* to, uint4 word, const unsigne
 }
 
 __device__ inline void await(const unsigned long long* arrived) {
+  // Phase 0 is the only one: a barrier is used once in a launch.
   asm volatile(
       "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0; @!done bra again; }" ::"r"(
           shared_place(arrived))

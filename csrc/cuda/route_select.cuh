@@ -15,6 +15,11 @@
 
 constexpr unsigned ALL = 0xffffffffu;
 #define INFINITE __int_as_float(0x7f800000)
+// CHUNK neighbouring experts belong to one lane, loaded as one word; the lanes' chunks take turns along the row, so that
+// a team's load is contiguous:
+//
+//   expert   0 1 2 3 | 4 5 6 7 | 8 9 10 11 | 12 13 14 15     E = 16, LANES = 2, CHUNK = 4
+//   lane        0         1         0           1            lane 0 holds experts 0 .. 3 and 8 .. 11: CHUNKS = 2
 constexpr int CHUNK = E % 4 == 0 && E >= 4 * LANES ? 4 : E % 2 == 0 && E >= 2 * LANES ? 2 : 1;
 constexpr int CHUNKS = (E + CHUNK * LANES - 1) / (CHUNK * LANES);
 constexpr int VALUES = CHUNK * CHUNKS;
@@ -68,6 +73,8 @@ __device__ inline float largest_of(const float (&x)[VALUES]) {
 
 // The sum of the team's terms. EXACT: the upper half is added onto the lower half of the experts until one is left.
 __device__ inline float sum_of(const float (&term)[VALUES]) {
+  // Experts e and e + half lie on one lane as long as half is a multiple of CHUNK * LANES; then on two lanes; then in
+  // one chunk. So the three loops below are the folds of score.h from the largest half to the smallest.
   if constexpr (EXACT) {
     float part[VALUES];
 #pragma unroll
@@ -98,6 +105,7 @@ __device__ inline float reciprocal(float x) { return EXACT ? moecomm::div(1.0f, 
 
 __device__ inline float softmax_term(float x, float largest) {
   if constexpr (EXACT) return moecomm::softmax_term(x, largest);
+  // e^x as 2^(x / ln 2), by one instruction. These scores become weights, and decide nothing.
   float term;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(term) : "f"((x - largest) * 1.44269504f));
   return term;
@@ -107,9 +115,11 @@ __device__ inline float softmax_term(float x, float largest) {
 
 // NaN marks what cannot be chosen (any more): fmaxf skips it and it equals nothing.
 __device__ inline void choose_by_rounds(float (&key)[VALUES], int lane, int (&expert)[PER_LANE], float (&best)[PER_LANE]) {
+  // Unrolled only where that is little code: K rounds look at VALUES keys each.
 #pragma unroll(K <= 8 && K * VALUES <= 64 ? K : 1)
   for (int j = 0; j < K; ++j) {
     const float largest = largest_of(key);
+    // The lowest expert that has the largest key: from the last one down, so that the lowest is assigned last.
     int first = 1 << 30;
 #pragma unroll
     for (int c = CHUNKS - 1; c >= 0; --c) {
@@ -121,6 +131,7 @@ __device__ inline void choose_by_rounds(float (&key)[VALUES], int lane, int (&ex
     }
     first = over_lanes(first, [](int a, int b) { return min(a, b); });
     first = min(first, E - 1);  // only NaN logits can leave less than K experts to choose from
+    // A loop over all values with constant indices: an index known only at run time would put key[] into local memory.
 #pragma unroll
     for (int i = 0; i < VALUES; ++i)
       if (expert_of(i, lane) == first) key[i] = __int_as_float(0x7fffffff);
@@ -159,13 +170,16 @@ __device__ inline bool choose_from_sorted(const float (&key)[VALUES], int lane, 
 #pragma unroll
   for (int i = 0; i < LENGTH; ++i) {
     word[i] = 0;
+    // The complement of the expert, so that of two equal keys the lower expert makes the larger word. 0: no expert.
     if (i < VALUES && (E % (CHUNK * LANES) == 0 || expert_of(i, lane) < E) && (GROUPS == 1 || key[i] == key[i]))
       word[i] = (moecomm::ordered(key[i]) & ~INDEX_MASK) | (INDEX_MASK - expert_of(i, lane));
   }
   sort_descending(word);
+  // One round more than K, to see whether the K-th and the next best are told apart.
   unsigned mine[PER_LANE] = {};
 #pragma unroll
   for (int j = 0; j < K + !LOSSLESS; ++j) {
+    // One instruction over the warp (sm_80). The words of experts are all different: one lane alone takes its head off.
     const unsigned largest = __reduce_max_sync(ALL, word[0]);
     if (word[0] == largest) {
 #pragma unroll
@@ -179,6 +193,7 @@ __device__ inline bool choose_from_sorted(const float (&key)[VALUES], int lane, 
 #pragma unroll
   for (int s = 0; s < PER_LANE; ++s) expert[s] = min(INDEX_MASK - (mine[s] & INDEX_MASK), E - 1u);
   if (LOSSLESS) return true;  // else lane j has the j-th word, and lane K the best of the rest
+  // Two neighbours in the order that agree in all bits of the key which were kept may be in the wrong order.
   const unsigned previous = __shfl_up_sync(ALL, mine[0], 1);
   return !__any_sync(ALL, lane > 0 && lane <= K && (previous ^ mine[0]) <= INDEX_MASK);
 }
@@ -191,6 +206,7 @@ __device__ inline void keep_best_groups(float (&key)[VALUES], int lane, float* s
   static_assert(GROUPS == 1 || LANES == 32, "groups need a whole warp for a token");
   constexpr int SIZE = E / GROUPS;
   constexpr int PARTS = GROUPS >= 32 ? 1 : 32 >> log2_up(GROUPS);  // lanes that share a group
+  // Groups are contiguous, a lane's experts are not: the keys change lanes through shared memory.
   float* score = scratch + E;
 #pragma unroll
   for (int i = 0; i < VALUES; ++i)
@@ -198,6 +214,7 @@ __device__ inline void keep_best_groups(float (&key)[VALUES], int lane, float* s
   __syncwarp();
   for (int start = 0; start < GROUPS; start += 32 / PARTS) {
     const int group = start + lane / PARTS;
+    // The two largest keys of a lane's part of a group; then lanes that share a group merge theirs.
     float first = -INFINITE, second = -INFINITE;
     if (group < GROUPS)
       for (int n = lane % PARTS; n < SIZE; n += PARTS) {
@@ -214,6 +231,7 @@ __device__ inline void keep_best_groups(float (&key)[VALUES], int lane, float* s
     if (group < GROUPS && lane % PARTS == 0) score[group] = SIZE == 1 || BEST_IN_GROUP == 1 ? first : moecomm::add(first, second);
   }
   __syncwarp();
+  // A group's rank is the number of groups that precede it. All lanes read the same score at a time: one broadcast.
   bool out[VALUES];
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) {
@@ -263,6 +281,7 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
   for (int i = 0; i < VALUES; ++i) {
     key[i] = x[i];
     const int e = expert_of(i, lane);
+    // A word of the stream for each logit, by its index: a token's noise does not depend on the launch's geometry.
     if constexpr (NOISE)
       if (e < E)
         key[i] = moecomm::noisy(key[i], static_cast<moecomm::Noise>(NOISE), how.noise_scale,
@@ -289,11 +308,13 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
       const int e = expert_of(i, lane);
       if constexpr (BIAS)
         if (e < E) key[i] = moecomm::add(key[i], how.bias[e]);
+      // An expert that x rules out must not overtake others through its bias.
       key[i] = moecomm::key_of(x[i], key[i]);
       if (E % (CHUNK * LANES) != 0 && e >= E) key[i] = -INFINITE;
     }
     if constexpr (GROUPS > 1) keep_best_groups(key, lane, how.scratch);
   }
+  // All lanes agree on `chosen`, and go through the rounds together.
   bool chosen = false;
   if constexpr (SORTED) chosen = choose_from_sorted(key, lane, token.expert);
   if (!SORTED || !chosen) {
@@ -308,6 +329,7 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
     if (MASK && live == 0.0f) best[s] = 0.0f;
   }
   if constexpr (!EXACT && !NOISE) {
+    // The first choice is the largest logit: no reduction is needed.
     largest = __shfl_sync(ALL, best[0], 0, LANES);
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) term[i] = softmax_term(x[i], largest);
@@ -315,6 +337,7 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
     inverse = reciprocal(sum);
   }
   token.lse = largest + __logf(sum);  // 1 <= sum <= E
+  // NaN or +inf in any logit makes the sum NaN or infinite; a row of -inf alone has -inf as its largest.
   token.bad = !(sum < INFINITE) || largest == -INFINITE;
   if constexpr (EXACT) {
 #pragma unroll
@@ -329,6 +352,7 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
   } else {
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) term[i] = moecomm::sigmoid(x[i]);
+    // The aux loss takes sigmoids as shares of their sum.
     const float total = sum_of(term);
     const float share = live / (total > 1e-20f ? total : 1e-20f);
 #pragma unroll

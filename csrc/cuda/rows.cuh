@@ -20,6 +20,7 @@ struct float16 {
   unsigned short bits;
 };
 
+// A bfloat16 is the upper half of a float32.
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(bfloat16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
 __device__ inline float to_float(float16 value) {
@@ -48,6 +49,8 @@ struct alignas(sizeof(T) * N) Piece {
 template <bool ONCE, typename P>
 __device__ inline P load_if(bool wanted, const P* from) {
   if constexpr (sizeof(P) == 16) {
+    // As assembly, since the compiler makes a branch of a condition: a predicated load is skipped and waits for nothing.
+    // .nc: x and rows are not written while the kernel runs.
     uint4 bits = {};
     if constexpr (ONCE) {
       unsigned long long evict_first;
@@ -128,6 +131,7 @@ constexpr int ROWS_PER_BLOCK = 256;
 
 template <typename Fill>
 __device__ inline void fill_empty_rows(const int* source, int num_rows, int block, Fill fill) {
+  // Empty rows are few and scattered: they are listed first, so that warps share the work evenly.
   __shared__ int empty[ROWS_PER_BLOCK];
   __shared__ int num_empty;
   if (threadIdx.x == 0) num_empty = 0;

@@ -19,6 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     zero_empty_rows(source, num_rows, pieces_per_row, grad_rows, blockIdx.x - num_tokens);
     return;
   }
+  // A dot product of each choice in the batch: lanes add theirs by shuffles, warps through this memory.
   __shared__ float part[WARPS][BATCH];
   const int k = TOP_K ? TOP_K : top_k;
   const int64 token = blockIdx.x;
@@ -30,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = threadIdx.x; i < pieces_per_row; i += THREADS) {
       P piece[BATCH];
       const P grad = load_if<false>(true, grad_y + token * pieces_per_row + i);
+      // The loads of all choices are under way before the first is used.
 #pragma unroll
       for (int j = 0; j < BATCH; ++j)
         piece[j] = load_if<false>(place[j] >= 0, rows + static_cast<int64>(place[j]) * pieces_per_row + i);
@@ -49,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int j = 0; j < BATCH; ++j) {
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) dot[j] += __shfl_xor_sync(~0u, dot[j], distance);
+      // All lanes have the sum: lane j writes that of choice j, so the stores go to different lanes.
       if (threadIdx.x % 32 == j) part[threadIdx.x / 32][j] = dot[j];
     }
     __syncthreads();
@@ -57,6 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int warp = 0; warp < WARPS; ++warp) sum += part[warp][threadIdx.x];
       grad_weight[token * k + j0 + threadIdx.x] = sum;
     }
+    // Before the next batch writes into part.
     __syncthreads();
   }
 }
