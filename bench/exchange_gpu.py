@@ -112,7 +112,9 @@ def paths(comm: Comm, case: Case, peers: bool) -> Iterator[tuple[int, list[Path]
         return got
 
     def in_place() -> Any:
-        here = exchange.tokens()[:T]
+        place = exchange.tokens()
+        assert place is not None  # asked before this is measured
+        here = place[:T]
         if not torch.cuda.is_current_stream_capturing():
             here.copy_(x)
         got = exchange.dispatch_compact(here, routing)

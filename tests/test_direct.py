@@ -9,16 +9,17 @@ from dataclasses import replace
 
 import pytest
 
-from moecomm.exchange.direct_kernels import Shape
+from moecomm.exchange.direct.kernels import KernelShape
+from moecomm.exchange.direct.memory import layout
 
 SHAPES = {
-    "many rows": Shape("bfloat16", False, 7168, 8, 4096, 2, 128, 132),
-    "float8": Shape("bfloat16", True, 7168, 8, 4096, 8, 32, 24),
-    "tags, rows of any size": Shape("float32", False, 33, 3, 17, 4, 5, 132),
-    "one rank": Shape("float16", False, 1030, 1, 300, 1, 1, 2),
-    "float8, tags": Shape("bfloat16", True, 200, 32, 20, 2, 1024, 132),
+    "many rows": KernelShape("bfloat16", False, 7168, 8, 4096, 2, 128, 132),
+    "float8": KernelShape("bfloat16", True, 7168, 8, 4096, 8, 32, 24),
+    "tags, rows of any size": KernelShape("float32", False, 33, 3, 17, 4, 5, 132),
+    "one rank": KernelShape("float16", False, 1030, 1, 300, 1, 1, 2),
+    "float8, tags": KernelShape("bfloat16", True, 200, 32, 20, 2, 1024, 132),
 }
-LARGE = Shape("float32", False, 16384, 32, 32768, 8, 1024, 132)
+LARGE = KernelShape("float32", False, 16384, 32, 32768, 8, 1024, 132)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_kernels_compile(architecture: int, name: str) -> None:
 def test_loaded_kernels_are_those_that_rows_need() -> None:
     """Rows side by side: all of them start at multiples of 16 bytes, or not all do."""
 
-    def aligned(shape: Shape) -> list[object]:
+    def aligned(shape: KernelShape) -> list[object]:
         return [dict(kernel.macros)["ALIGNED"] for kernel in shape.kernels()]
 
     assert aligned(SHAPES["many rows"]) == [1] * 7
@@ -48,7 +49,7 @@ def test_loaded_kernels_are_those_that_rows_need() -> None:
 
 def test_rows_that_end_within_16_bytes_are_not_aligned() -> None:
     torch = pytest.importorskip("torch")
-    from moecomm.exchange.direct import _aligned
+    from moecomm.exchange.direct.launch import _aligned
 
     def rows(num: int, width: int, stride: int) -> object:
         return torch.zeros(4096, dtype=torch.bfloat16).as_strided((num, width), (stride, 1))
@@ -58,13 +59,13 @@ def test_rows_that_end_within_16_bytes_are_not_aligned() -> None:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), LARGE], ids=[*SHAPES, "large"])
-def test_parts_of_the_buffers_do_not_overlap(shape: Shape) -> None:
-    to, back, num_bytes = shape.layout(3)
-    assert len(to) == len(back) == 3
-    offsets = [offset for buffer in (*to, *back) for offset in buffer.values()]
+def test_parts_of_the_buffers_do_not_overlap(shape: KernelShape) -> None:
+    dispatch, combine, num_bytes = layout(shape, 3)
+    assert len(dispatch) == len(combine) == 3
+    offsets = [offset for buffer in (*dispatch, *combine) for offset in buffer.values()]
     assert offsets == sorted(offsets) and all(offset % 256 == 0 for offset in offsets)
     slots = shape.ranks * shape.max_tokens
-    for buffers, kinds in ((to, ("compact", "expanded", "spread")), (back, ("combine", "combine expanded"))):
+    for buffers, kinds in ((dispatch, ("compact", "expanded", "spread")), (combine, ("combine", "combine expanded"))):
         for buffer in buffers:
             ends = [*offsets, num_bytes]
             room = {name: ends[ends.index(offset) + 1 :] for name, offset in buffer.items()}
@@ -72,23 +73,24 @@ def test_parts_of_the_buffers_do_not_overlap(shape: Shape) -> None:
                 name: min((end for end in room[name] if end > offset), default=0) - offset
                 for name, offset in buffer.items()
             }
-            assert size["arrived"] >= 4 * slots * max(shape.cut(kind).slices for kind in kinds)
+            assert size["arrived"] >= 4 * slots * max(shape.split(kind).slices for kind in kinds)
             assert size["credit"] >= 4 * shape.ranks * shape.num_sms
-            assert size["rows"] >= slots * shape.pieces(shape.fp8 and buffers is to) * 16 * (1 + shape.tagged)
+            assert size["rows"] >= slots * shape.pieces(shape.fp8 and buffers is dispatch) * 16 * (1 + shape.tagged)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), LARGE], ids=[*SHAPES, "large"])
-def test_launches_fit(shape: Shape) -> None:
+def test_launches_fit(shape: KernelShape) -> None:
     for num_sms in (2, 3, 8, 132):
         some = replace(shape, num_sms=num_sms)
         assert 1 <= some.table_blocks < num_sms
         for kind in ("compact", "expanded", "spread"):
-            _, cut, shared = some.dispatch(kind, True)
-            assert 32 <= cut.threads <= 1024 and shared <= 222 * 1024
-            assert cut.threads % (32 * cut.chunk) == 0 and 1 <= cut.pushers <= num_sms - some.table_blocks
+            kernel = some.dispatch(kind, True)
+            split = kernel.split
+            assert kernel.blocks == num_sms and 32 <= split.threads <= 1024 and kernel.shared_bytes <= 222 * 1024
+            assert split.threads % (32 * split.chunk) == 0 and 1 <= split.pushers <= num_sms - some.table_blocks
         for kind in ("combine", "combine expanded"):
-            cut = some.cut(kind)
-            assert cut.threads % (32 * cut.chunk) == 0 and 1 <= cut.pushers <= num_sms
+            split = some.split(kind)
+            assert split.threads % (32 * split.chunk) == 0 and 1 <= split.pushers <= num_sms
 
 
 def test_small_calls_have_tags() -> None:

@@ -24,8 +24,10 @@ from conftest import PROGRAMS
 
 from moecomm import CommError, Routing
 from moecomm.exchange.direct import DirectExchange
-from moecomm.exchange.direct_kernels import Buffer, Buffers, Cut, Memory, Shape
-from moecomm.exchange.direct_plan import DirectPlan
+from moecomm.exchange.direct.kernels import KernelShape, WorkSplit
+from moecomm.exchange.direct.launch import Launcher
+from moecomm.exchange.direct.memory import Buffer, Buffers, Peers, layout
+from moecomm.exchange.direct.plan import DirectPlan
 from moecomm.gating.kernel import Kernel, _argument, read_source
 
 torch = pytest.importorskip("torch")
@@ -175,26 +177,26 @@ def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpus]:
 
 
 @dataclass(frozen=True)
-class SmallShape(Shape):
+class SmallShape(KernelShape):
     """Blocks of a kernel, and how they share its work, as the test says."""
 
     tags: bool
     table: int
-    how: Cut
+    how: WorkSplit
 
     tagged = property(lambda self: self.tags)
     table_blocks = property(lambda self: self.table)
 
-    def cut(self, kind: str) -> Cut:
+    def split(self, kind: str) -> WorkSplit:
         """The same for all kernels but one, which shares a buffer with another."""
         return replace(self.how, chunk=1, slices=1) if kind == "combine" else self.how
 
 
 def exchanges(
-    shape: Shape, limit: float = 0.1, max_rows: int | None = None, num_buffers: int = 2
+    shape: KernelShape, limit: float = 0.1, max_rows: int | None = None, num_buffers: int = 2
 ) -> list[DirectExchange]:
     """One for each rank, in this process, with memory that shows what was written beside its parts."""
-    to, back, num_bytes = shape.layout(num_buffers)
+    to, back, num_bytes = layout(shape, num_buffers)
     parts = [buffer for buffers in (to, back) for buffer in buffers]
     ends = [*(offset for part in parts for offset in part.values()), num_bytes]
     memory = [torch.full((num_bytes + GAP * len(ends),), UNTOUCHED, dtype=torch.uint8) for _ in range(shape.ranks)]
@@ -212,15 +214,16 @@ def exchanges(
         vars(buffers).update(
             symmetric=SimpleNamespace(own=memory[rank]), counters=counters, failed=failed, report=report,
             tiles=torch.zeros((num_buffers, shape.table_blocks * shape.experts), dtype=torch.int32),
-            memory=Memory(pointers, failed.data_ptr(), report.data_ptr(), int(limit * 1e9), rank),
-            to=[Buffer(counters[0, i].data_ptr(), **part) for i, part in enumerate(to)],
-            back=[Buffer(counters[1, i].data_ptr(), **part) for i, part in enumerate(back)],
+            peers=Peers(pointers, failed.data_ptr(), report.data_ptr(), int(limit * 1e9), rank),
+            dispatch=[Buffer(counters[0, i].data_ptr(), **part) for i, part in enumerate(to)],
+            combine=[Buffer(counters[1, i].data_ptr(), **part) for i, part in enumerate(back)],
         )  # fmt: skip
+        comm, room = SimpleNamespace(rank=rank, where=str), max_rows or shape.slots * shape.top_k
         vars(exchange).update(
-            comm=SimpleNamespace(rank=rank, where=str), shape=shape, dtype=getattr(torch, shape.dtype),
+            comm=comm, shape=shape, dtype=getattr(torch, shape.dtype),
             fp8=torch.float8_e4m3fn if shape.fp8 else None, num_experts=shape.ranks * shape.experts,
-            max_rows=max_rows or shape.ranks * shape.max_tokens * shape.top_k, _buffers=buffers,
-            _held=[None] * num_buffers, _calls=[0, 0], failure=None,
+            max_rows=room, num_local_experts=shape.experts, device=None, _stream=None,
+            _launcher=Launcher(comm, shape, buffers, room),
         )  # fmt: skip
         made.append(exchange)
     return made
@@ -228,16 +231,16 @@ def exchanges(
 
 def untouched(exchange: DirectExchange, num_buffers: int = 2) -> bool:
     """Whether nothing was written between the parts."""
-    to, back, num_bytes = exchange.shape.layout(num_buffers)
+    to, back, num_bytes = layout(exchange.shape, num_buffers)
     ends = [*(offset for part in (*to, *back) for offset in part.values()), num_bytes]
-    own = exchange._buffers.symmetric.own
+    own = exchange._launcher.buffers.symmetric.own
     return all((own[end + GAP * i : end + GAP * (i + 1)] == UNTOUCHED).all() for i, end in enumerate(ends))
 
 
 # ---- what is wanted --------------------------------------------------------------------------------------------------
 
 
-def inputs(shape: Shape, seed: int) -> list[tuple[Any, Any, Any, Any]]:
+def inputs(shape: KernelShape, seed: int) -> list[tuple[Any, Any, Any, Any]]:
     """x, expert, weight and the gradient of y of each rank: ragged, empty, skewed, dropped, ids of no expert."""
     generator = torch.Generator().manual_seed(seed)
     E, k, world = shape.ranks * shape.experts, shape.top_k, []  # noqa: N806
@@ -264,7 +267,7 @@ def inputs(shape: Shape, seed: int) -> list[tuple[Any, Any, Any, Any]]:
 class Wanted:
     """The table of each rank, by plain loops."""
 
-    def __init__(self, shape: Shape, world: Any, max_rows: int) -> None:
+    def __init__(self, shape: KernelShape, world: Any, max_rows: int) -> None:
         self.shape, self.world, self.max_rows = shape, world, max_rows
         size = shape.ranks * shape.max_tokens, shape.top_k
         self.place = [torch.full(size, -1, dtype=torch.int32) for _ in world]
@@ -326,15 +329,15 @@ def factor(row: Any) -> Any:
 def queue(gpus: Gpus, exchange: DirectExchange, x: Any, expert: Any, weight: Any, grad_y: Any) -> SimpleNamespace:
     """All calls of one rank."""
     got, rank, fp8 = SimpleNamespace(), exchange.comm.rank, exchange.fp8 is not None
-    got.rows, got.plan = plan = exchange.send(x, expert, weight, False)
+    got.rows, got.plan = plan = exchange._launcher.send(x, expert, weight, False)
     plan = got.plan
     if not fp8:
         answers, factors = torch.zeros_like(got.rows), factor(torch.arange(len(got.rows)))[:, None]
         gpus.host(rank, lambda: answers.copy_(got.rows * factors))
-        got.y, _ = exchange.give_back(answers, plan, plan.weight)
-        got.grad_rows, got.grad_weight = exchange.spread(grad_y, answers, plan)
-        got.grad_x, got.returned = exchange.give_back(got.grad_rows, plan, None, got.grad_weight)
-    held, compact = exchange.send(x, expert, weight, True)
+        got.y, _ = exchange._launcher.give_back(answers, plan, weighted=True)
+        got.grad_rows, got.grad_weight = exchange._launcher.spread(grad_y, answers, plan)
+        got.grad_x, got.returned = exchange._launcher.give_back(got.grad_rows, plan, False, got.grad_weight)
+    held, compact = exchange._launcher.send(x, expert, weight, True)
     got.compact = compact
     gpus.host(rank, lambda: vars(got).update(held=held.clone(), scales=None if not fp8 else compact.scales.clone()))
     if fp8:
@@ -348,13 +351,13 @@ def queue(gpus: Gpus, exchange: DirectExchange, x: Any, expert: Any, weight: Any
         sums[slots] = (held[slots] * factors[slots]).to(x.dtype)
 
     gpus.host(rank, weigh)
-    got.y_compact, _ = exchange.give_back(sums, compact, None)
+    got.y_compact, _ = exchange._launcher.give_back(sums, compact, weighted=False)
     into = exchange.tokens()
     if into is not None:  # what is not copied
         gpus.host(rank, lambda: into[: len(x)].copy_(x))
     own = x if into is None else into[: len(x)]
-    held_again, got.compact_again = exchange.send(own, expert, weight, True)
-    got.y_once, _ = exchange.give_back(held_again, got.compact_again, None)
+    held_again, got.compact_again = exchange._launcher.send(own, expert, weight, True)
+    got.y_once, _ = exchange._launcher.give_back(held_again, got.compact_again, weighted=False)
     return got
 
 
@@ -407,20 +410,20 @@ def check(got: SimpleNamespace, wanted: Wanted, rank: int) -> None:
 
 # fmt: off
 CASES = {
-    # fp8, hidden, top_k, max_tokens, ranks, experts, blocks, tags, table blocks; a Cut
-    "1 rank, tags": SmallShape("float32", False, 33, 3, 5, 1, 4, 3, True, 1, Cut(32, 1, 1, 2, 2)),
-    "1 rank, flags": SmallShape("bfloat16", False, 64, 1, 17, 1, 3, 2, False, 1, Cut(64, 2, 1, 1, 1)),
-    "2 ranks, tags, slices": SmallShape("bfloat16", False, 808, 8, 3, 2, 3, 4, True, 2, Cut(64, 1, 2, 1, 2)),
-    "2 ranks, tickets": SmallShape("bfloat16", False, 77, 3, 35, 2, 2, 4, False, 2, Cut(64, 2, 1, 2, 2)),
-    "2 ranks, slices": SmallShape("float32", False, 300, 1, 7, 2, 1, 3, False, 1, Cut(64, 2, 2, 1, 2)),
-    "2 ranks, float8": SmallShape("bfloat16", True, 840, 8, 11, 2, 5, 3, False, 1, Cut(64, 2, 1, 2, 2)),
-    "2 ranks, float8, slices apart": SmallShape("bfloat16", True, 1100, 1, 3, 2, 2, 4, False, 1, Cut(32, 1, 2, 1, 3)),
-    "4 ranks, tags": SmallShape("float32", False, 36, 3, 6, 4, 2, 3, True, 1, Cut(64, 1, 1, 1, 2)),
-    "4 ranks, chunks of 4": SmallShape("float32", False, 132, 3, 30, 4, 3, 3, False, 1, Cut(128, 4, 1, 2, 2)),
-    "4 ranks, slices": SmallShape("bfloat16", False, 520, 8, 9, 4, 2, 4, False, 2, Cut(64, 2, 2, 2, 2)),
-    "4 ranks, float8, tags": SmallShape("float32", True, 200, 3, 5, 4, 2, 3, True, 1, Cut(32, 1, 1, 2, 2)),
-    "8 ranks, tags": SmallShape("float32", False, 5, 8, 3, 8, 1, 2, True, 1, Cut(32, 1, 1, 1, 1)),
-    "8 ranks, flags": SmallShape("bfloat16", False, 20, 3, 8, 8, 2, 3, False, 1, Cut(32, 1, 1, 1, 1)),
+    # fp8, hidden, top_k, max_tokens, ranks, experts, blocks, tags, table blocks; a WorkSplit
+    "1 rank, tags": SmallShape("float32", False, 33, 3, 5, 1, 4, 3, True, 1, WorkSplit(32, 1, 1, 2, 2)),
+    "1 rank, flags": SmallShape("bfloat16", False, 64, 1, 17, 1, 3, 2, False, 1, WorkSplit(64, 2, 1, 1, 1)),
+    "2 ranks, tags, slices": SmallShape("bfloat16", False, 808, 8, 3, 2, 3, 4, True, 2, WorkSplit(64, 1, 2, 1, 2)),
+    "2 ranks, tickets": SmallShape("bfloat16", False, 77, 3, 35, 2, 2, 4, False, 2, WorkSplit(64, 2, 1, 2, 2)),
+    "2 ranks, slices": SmallShape("float32", False, 300, 1, 7, 2, 1, 3, False, 1, WorkSplit(64, 2, 2, 1, 2)),
+    "2 ranks, float8": SmallShape("bfloat16", True, 840, 8, 11, 2, 5, 3, False, 1, WorkSplit(64, 2, 1, 2, 2)),
+    "2 ranks, fp8, far slices": SmallShape("bfloat16", True, 1100, 1, 3, 2, 2, 4, False, 1, WorkSplit(32, 1, 2, 1, 3)),
+    "4 ranks, tags": SmallShape("float32", False, 36, 3, 6, 4, 2, 3, True, 1, WorkSplit(64, 1, 1, 1, 2)),
+    "4 ranks, chunks of 4": SmallShape("float32", False, 132, 3, 30, 4, 3, 3, False, 1, WorkSplit(128, 4, 1, 2, 2)),
+    "4 ranks, slices": SmallShape("bfloat16", False, 520, 8, 9, 4, 2, 4, False, 2, WorkSplit(64, 2, 2, 2, 2)),
+    "4 ranks, float8, tags": SmallShape("float32", True, 200, 3, 5, 4, 2, 3, True, 1, WorkSplit(32, 1, 1, 2, 2)),
+    "8 ranks, tags": SmallShape("float32", False, 5, 8, 3, 8, 1, 2, True, 1, WorkSplit(32, 1, 1, 1, 1)),
+    "8 ranks, flags": SmallShape("bfloat16", False, 20, 3, 8, 8, 2, 3, False, 1, WorkSplit(32, 1, 1, 1, 1)),
 }
 # fmt: on
 
@@ -441,10 +444,38 @@ def test_all_calls(gpus: Gpus, name: str, max_rows: int | None) -> None:
         all_wanted = [Wanted(shape, world, exchange.max_rows) for world in worlds]
         lost = dispatches * sum(wanted.lost[rank] for wanted in all_wanted)
         unknown = dispatches * sum(wanted.unknown[rank] for wanted in all_wanted)
-        assert exchange._buffers.report.tolist() == [0, lost, unknown]
+        assert exchange._launcher.buffers.report.tolist() == [0, lost, unknown]
         for wanted, result in zip(all_wanted, results, strict=True):
             check(result, wanted, rank)
         assert untouched(exchange, num_buffers)
+
+
+@pytest.mark.parametrize("name", ["1 rank, flags", "2 ranks, tickets", "4 ranks, tags"])
+def test_gradients_by_autograd(gpus: Gpus, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """dispatch and combine, and backward passes through them, launch what `queue` launches step by step."""
+    shape = CASES[name]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    made, kept = exchanges(shape), []
+    for seed in range(3):
+        world = inputs(shape, seed)
+        for exchange, (x, expert, weight, grad_y) in zip(made, world, strict=True):
+            x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            rows, plan = exchange.dispatch(x, Routing(expert, weight))
+            assert rows.requires_grad and plan.weight.requires_grad
+            y = exchange.combine(rows, plan)
+            grads = torch.autograd.grad(y, (x, weight), grad_y)
+            kept.append((world, exchange.comm.rank, rows, plan, y, grads))
+    gpus.run(len(name))
+    for world, rank, rows, _, y, (grad_x, grad_weight) in kept:
+        wanted = Wanted(shape, world, len(rows))
+        x, expert, weight, grad_y = world[rank]
+        weights = [theirs[2] for theirs in world]
+        same(y, wanted.sums(rank, lambda other, t, j, row: weights[rank][t, j] * x[t].float(), True))  # noqa: B023
+        back = lambda other, t, j, row: (weights[rank][t, j].to(x.dtype) * grad_y[t]).float()  # noqa: B023, E731
+        same(grad_x, wanted.sums(rank, back, True))
+        known = (expert >= 0) & (expert < exchange.num_experts)
+        same(grad_weight, (grad_y * x).float().sum(1, keepdim=True) * known)
 
 
 @pytest.mark.parametrize("name", ["1 rank, tags", "2 ranks, slices", "4 ranks, slices", "8 ranks, flags"])
@@ -456,18 +487,18 @@ def test_sums_of_any_numbers(gpus: Gpus, name: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         for exchange, (x, expert, weight, _) in zip(made, inputs(shape, seed), strict=True):
             x, grad_y = torch.randn((2, *x.shape), generator=generator).to(x.dtype)
-            rows, plan = exchange.send(x, expert, weight, False)
+            rows, plan = exchange._launcher.send(x, expert, weight, False)
             answers = torch.zeros_like(rows)
             gpus.host(exchange.comm.rank, lambda rows=rows, answers=answers: answers.copy_(direct.answer(rows)))
-            y, _ = exchange.give_back(answers, plan, plan.weight)
-            grad_answers, grad_weight = exchange.spread(grad_y, answers, plan)
+            y, _ = exchange._launcher.give_back(answers, plan, weighted=True)
+            grad_answers, grad_weight = exchange._launcher.spread(grad_y, answers, plan)
             grad_rows = torch.zeros_like(rows)
 
             def back(rows: Any = rows, grad_answers: Any = grad_answers, grad_rows: Any = grad_rows) -> None:
                 grad_rows.copy_(grad_answers * (rows.abs() <= 1))
 
             gpus.host(exchange.comm.rank, back)
-            grads = exchange.give_back(grad_rows, plan, None, grad_weight)
+            grads = exchange._launcher.give_back(grad_rows, plan, False, grad_weight)
             known = (expert >= 0) & (expert < exchange.num_experts)
             kept.append((y, grads, x, Routing(torch.where(known, expert, -1), weight), grad_y, (rows, answers, plan)))
     gpus.run(0)
@@ -486,9 +517,9 @@ def test_a_rank_that_does_not_come(gpus: Gpus, name: str) -> None:
     gpus.run(0)
     assert len(results) == 2 * (shape.ranks - 1)
     for exchange in made[1:]:
-        assert int(exchange._buffers.report[0]) >> 32 == 1
+        assert int(exchange._launcher.buffers.report[0]) >> 32 == 1
         with pytest.raises(CommError, match=r"waited 0\.1 s for rank 0 to s"):
-            exchange._usable("dispatch")
+            exchange._launcher.check_usable("dispatch")
         assert untouched(exchange)
     for result in results:
         check_range(result.plan, shape)
@@ -498,21 +529,21 @@ def test_a_rank_that_does_not_come(gpus: Gpus, name: str) -> None:
 @pytest.mark.parametrize("compact", [True, False])
 def test_a_rank_that_dies_after_its_first_words(gpus: Gpus, compact: bool) -> None:
     """It said how many tokens it has, but never where they go: some blocks make their part of the table, others not."""
-    shape = SmallShape("float32", False, 20, 1, 256, 2, 4, 5, False, 3, Cut(32, 1, 1, 1, 1))
+    shape = SmallShape("float32", False, 20, 1, 256, 2, 4, 5, False, 3, WorkSplit(32, 1, 1, 1, 1))
     for seed in range(3):
         _, exchange = exchanges(shape)
-        tokens = exchange._buffers.part(exchange._buffers.to[0].tokens, (2,), torch.int32)
+        tokens = exchange._launcher.buffers.view(exchange._launcher.buffers.dispatch[0].tokens, (2,), torch.int32)
         tokens[0], tokens[1] = 256, 1  # of rank 0, with the tag of the first use
         given = torch.ones(256, 20), torch.full((256, 1), 5, dtype=torch.int32), torch.ones(256, 1)
-        rows, plan = exchange.send(*given, compact)
+        rows, plan = exchange._launcher.send(*given, compact)
         gpus.run(seed)
         check_range(plan, shape)
         assert len(rows) == 2 * 256
         with pytest.raises(CommError, match=r"for rank 0 to say where its tokens go"):
-            exchange._usable("dispatch")
+            exchange._launcher.check_usable("dispatch")
 
 
-def check_range(plan: Any, shape: Shape) -> None:
+def check_range(plan: Any, shape: KernelShape) -> None:
     """What a caller would read or write by this plan is there."""
     num_rows, slots = len(plan.slot), shape.ranks * shape.max_tokens
     assert plan.offset[0] == 0 and (plan.offset.diff() >= 0).all() and plan.offset[-1] <= num_rows
@@ -527,9 +558,9 @@ def test_choices_may_change_after_dispatch(gpus: Gpus) -> None:
     for exchange in made:
         x, weight = torch.ones((4, 77), dtype=torch.bfloat16), torch.ones(4, 3)
         expert = torch.full((4, 3), 3, dtype=torch.int32)
-        rows, plan = exchange.send(x, expert, weight, False)
+        rows, plan = exchange._launcher.send(x, expert, weight, False)
         gpus.host(exchange.comm.rank, lambda expert=expert: expert.fill_(-1))
-        y, _ = exchange.give_back(rows, plan, plan.weight)
+        y, _ = exchange._launcher.give_back(rows, plan, weighted=True)
         kept.append((y, x, weight, rows, plan))  # all that the kernels will use
     gpus.run(0)
     for y, x, *_ in kept:
@@ -543,11 +574,11 @@ def test_fewer_answers_than_rows(gpus: Gpus, name: str) -> None:
     made, world, kept = exchanges(shape), inputs(shape, 1), []
     given = 3
     for exchange, (x, expert, weight, grad_y) in zip(made, world, strict=True):
-        rows, plan = exchange.send(x, expert, weight, False)
+        rows, plan = exchange._launcher.send(x, expert, weight, False)
         backing = torch.full_like(rows, 5)  # the answers, all ones, and what lies behind them
         backing[:given] = 1
-        y, _ = exchange.give_back(backing[:given], plan, plan.weight)
-        grad_rows, grad_weight = exchange.spread(grad_y, backing[:given], plan)
+        y, _ = exchange._launcher.give_back(backing[:given], plan, weighted=True)
+        grad_rows, grad_weight = exchange._launcher.spread(grad_y, backing[:given], plan)
         kept.append((plan, y, grad_rows, grad_weight, (rows, backing)))
     gpus.run(0)
     wanted = Wanted(shape, world, given)
@@ -555,7 +586,7 @@ def test_fewer_answers_than_rows(gpus: Gpus, name: str) -> None:
         rank, weight = exchange.comm.rank, world[exchange.comm.rank][2]
         ones = lambda other, token, choice, row, weight=weight: weight[token, choice] * torch.ones(shape.hidden)  # noqa: E731
         same(y, wanted.sums(rank, ones, True))
-        assert exchange._buffers.report.tolist()[:2] == [0, wanted.lost[rank]] and len(x) == len(y)
+        assert exchange._launcher.buffers.report.tolist()[:2] == [0, wanted.lost[rank]] and len(x) == len(y)
         assert grad_rows.shape[0] == given and untouched(exchange)
         assert (grad_weight[plan.place >= given] == 0).all()
 
@@ -563,8 +594,8 @@ def test_fewer_answers_than_rows(gpus: Gpus, name: str) -> None:
 def test_combine_refuses_what_has_no_gradients() -> None:
     (exchange,), (other,) = (exchanges(CASES["1 rank, flags"]) for _ in range(2))
     (float8, _), rows = exchanges(CASES["2 ranks, float8"]), torch.zeros((3, 64)).requires_grad_()
-    plan = DirectPlan(*[None] * 4, torch.zeros(3), *[None] * 3, exchange, 0, True)
-    for refuses, its in ((exchange, plan), (float8, replace(plan, exchange=float8, compact=False))):
+    plan = DirectPlan(*[None] * 4, torch.zeros(3), *[None] * 3, exchange._launcher, 0, True)
+    for refuses, its in ((exchange, plan), (float8, replace(plan, launcher=float8._launcher, compact=False))):
         with pytest.raises(RuntimeError, match=r"combine: rows or plan.* for a gradient"):
             refuses.combine(rows, its)
     for call in (lambda: other.combine(rows, plan), lambda: other.free_rows(plan)):
@@ -581,7 +612,7 @@ def test_a_late_rank_keeps_its_rows(gpus: Gpus) -> None:
     plans = []
     for exchange in made:
         for world in worlds[: 1 if exchange is made[0] else 2]:
-            rows, plan = exchange.send(*world[exchange.comm.rank][:3], True)
+            rows, plan = exchange._launcher.send(*world[exchange.comm.rank][:3], True)
             plans.append(plan)
             if exchange is made[0]:
                 late = rows
@@ -593,18 +624,18 @@ def test_a_late_rank_keeps_its_rows(gpus: Gpus) -> None:
     same(late[reached], torch.cat([x for x, _, _, _ in worlds[0]])[reached])  # each rank has max_tokens
     for exchange in made[1:]:
         with pytest.raises(CommError, match=r"for rank 0 to have read .* \(use 2"):
-            exchange._usable("dispatch")
+            exchange._launcher.check_usable("dispatch")
 
 
 def test_a_plan_frees_its_rows_once(gpus: Gpus) -> None:
     """A second combine of it leaves those alone that lie in the same buffer since."""
     shape = CASES["1 rank, flags"]
     (exchange,), (some,) = exchanges(shape, num_buffers=1), inputs(shape, 1)
-    rows, first = exchange.send(*some[:3], True)
+    rows, first = exchange._launcher.send(*some[:3], True)
     answers = torch.zeros_like(rows)
-    exchange.give_back(answers, first, None)
-    _, second = exchange.send(*some[:3], True)
-    exchange.give_back(answers, first, None)
+    exchange._launcher.give_back(answers, first, weighted=False)
+    _, second = exchange._launcher.send(*some[:3], True)
+    exchange._launcher.give_back(answers, first, weighted=False)
     with pytest.raises(RuntimeError, match="all 1 buffers hold"):
         exchange.tokens()
     exchange.free_rows(second)
@@ -618,14 +649,15 @@ def test_a_buffer_that_is_used_up(gpus: Gpus) -> None:
     for call in ("send", "give_back"):
         made, world, kept = exchanges(shape), inputs(shape, 1), []
         for exchange, (x, expert, weight, _) in zip(made, world, strict=True):
-            rows, plan = exchange.send(x, expert, weight, False)
-            used = exchange._buffers.counters[["send", "give_back"].index(call), :, 4:]
+            rows, plan = exchange._launcher.send(x, expert, weight, False)
+            used = exchange._launcher.buffers.counters[["send", "give_back"].index(call), :, 4:]
             gpus.host(exchange.comm.rank, lambda used=used: used.fill_(-1))
             kept.append((rows, plan, used))
-            kept.append(
-                exchange.send(x, expert, weight, False) if call == "send" else exchange.give_back(rows, plan, None)
-            )
+            if call == "send":
+                kept.append(exchange._launcher.send(x, expert, weight, False))
+            else:
+                kept.append(exchange._launcher.give_back(rows, plan, weighted=False))
         gpus.run(0)
         for exchange in made:
             with pytest.raises(CommError, match="used 2"):
-                exchange._usable("check")
+                exchange._launcher.check_usable("check")

@@ -2,7 +2,7 @@
 
 from moecomm.exchange.contract import Exchange
 from moecomm.exchange.direct import DirectExchange
-from moecomm.exchange.direct_plan import DirectPlan
+from moecomm.exchange.direct.plan import DirectPlan
 from moecomm.exchange.hierarchical import HierarchicalExchange, RelayPlan
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange

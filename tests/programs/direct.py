@@ -26,7 +26,7 @@ from seeds import add_seeds, repeated_by, seeds_of
 
 from moecomm import Comm, CommError, FlatAllToAll, RoutedExchange, Routing
 from moecomm.exchange import DirectExchange
-from moecomm.exchange.direct_kernels import Shape
+from moecomm.exchange.direct.kernels import KernelShape
 from moecomm.exchange.symmetric import ipc_memory, torch_memory
 
 F8 = torch.float8_e4m3fn
@@ -320,7 +320,7 @@ def load(size: int, num_sms: int, cases: list[Case]) -> None:
     """Compile what the cases need at once, on all cores."""
     kernels = []
     for case in cases:
-        shape = Shape(
+        shape = KernelShape(
             str(case.dtype)[6:],
             case.fp8 is not None,
             case.hidden,
