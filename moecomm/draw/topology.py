@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moecomm.draw.svg import MARGIN, PALE, Box, Canvas, Key, color_of, mixed
+from moecomm.draw.svg import MARGIN, PALE, PALETTE, Box, Canvas, Key, color_of, mixed
 from moecomm.draw.words import counted, topology_in_words
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
@@ -27,35 +27,46 @@ def topology_svg(topology: Topology, *axes: str, ranks_per_node: int | None = No
     """
     groups = topology.groups(*axes)
     subtitle = f"{counted(len(groups), 'group')} of {len(groups[0])} along {' x '.join(axes)}"
-    each = "" if ranks_per_node is None else f"; a frame is a node of {ranks_per_node}"
-    canvas = Canvas(topology_in_words(topology), subtitle + each)
+    if ranks_per_node is not None:
+        subtitle += f"; a frame is a node of {ranks_per_node}"
+    canvas = Canvas(topology_in_words(topology), subtitle)
     _draw_ranks(canvas, groups, ranks_per_node)
     keys = []
     for i, group in enumerate(groups):
-        shown = group if len(group) <= 8 else [*group[:3], "…", group[-1]]
-        keys.append(Key(f"g{i}: {', '.join(map(str, shown))}", color_of(i), mixed(color_of(i), share_of(i))))
+        members = list(map(str, group))
+        if len(group) > 8:
+            members[3:-1] = "…"
+        color = color_of(i)
+        keys.append(Key(f"g{i}: {', '.join(members)}", color, mixed(color, share_of(i))))
     canvas.legend(keys)
     return canvas.svg()
 
 
 def share_of(group: int) -> float:
     """How much of its colour fills a group's ranks: little, and much in every other round of the palette."""
-    return PALE if group // 8 % 2 == 0 else 0.8
+    return PALE if group // len(PALETTE) % 2 == 0 else 0.8
 
 
 def _draw_ranks(canvas: Canvas, groups: list[list[int]], ranks_per_node: int | None) -> None:
-    """The frames from left to right and then downward, the ranks in them the same way."""
+    """Draw the frames from left to right and then downward, and the ranks in each frame the same way."""
     group_of = {rank: i for i, group in enumerate(groups) for rank in group}
-    nodes = Nodes.of_size(len(group_of) if ranks_per_node is None else ranks_per_node, len(group_of))
-    per_row = min(len(nodes.ranks[0]), LONGEST_ROW)
-    width = per_row * PITCH - (PITCH - SIDE) + 2 * PAD
-    height = HEADER + -(-len(nodes.ranks[0]) // per_row) * PITCH - (PITCH - SIDE) + PAD
-    per_line = max(1, WIDEST // (width + SPACE))
+    p = len(group_of)
+    nodes = Nodes.of_size(p if ranks_per_node is None else ranks_per_node, p)
+    # The first node has most ranks: all frames are as large as its frame, so that they are aligned.
+    size = len(nodes.ranks[0])
+    columns = min(size, LONGEST_ROW)
+    rows = -(-size // columns)
+    gap = PITCH - SIDE
+    width = columns * PITCH - gap + 2 * PAD
+    height = HEADER + rows * PITCH - gap + PAD
+    frames_in_row = max(1, WIDEST // (width + SPACE))
     top = canvas.bottom + SPACE
     for node, ranks in enumerate(nodes.ranks):
-        x, y = MARGIN + node % per_line * (width + SPACE), top + node // per_line * (height + SPACE)
-        canvas.frame(Box(x, y, width, height), "all ranks" if ranks_per_node is None else f"node {node}")
+        row, column = divmod(node, frames_in_row)
+        frame = Box(MARGIN + column * (width + SPACE), top + row * (height + SPACE), width, height)
+        canvas.frame(frame, "all ranks" if ranks_per_node is None else f"node {node}")
         for i, rank in enumerate(ranks):
-            box = Box(x + PAD + i % per_row * PITCH, y + HEADER + i // per_row * PITCH, SIDE, SIDE)
+            row, column = divmod(i, columns)
+            box = Box(*frame.at(PAD + column * PITCH, HEADER + row * PITCH), SIDE, SIDE)
             group = group_of[rank]
             canvas.rank(box, rank, color_of(group), share_of(group), f"g{group}")

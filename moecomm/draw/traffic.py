@@ -45,7 +45,7 @@ def traffic_svg(nodes: Nodes, counts: ArrayLike | None = None) -> str:
         canvas.text((x, y), name, 14, bold=True)
         canvas.text((x, y + 18), "from ↓ to →", 11, color=MUTED)
         grid = _draw_matrix(canvas, nodes, matrix, most, (x + 26, y + 38))
-        _draw_totals(canvas, nodes, matrix, (grid.x, grid.y + grid.height + 20))
+        _draw_totals(canvas, nodes, matrix, grid.at(0, grid.height + 20))
         x = grid.x + max(grid.width, SIDE) + 24
     canvas.legend(_keys(np.unique(list(matrices.values())), most))
     return canvas.svg()
@@ -86,16 +86,17 @@ def _draw_matrix(canvas: Canvas, nodes: Nodes, matrix: Rows, most: int, corner: 
     step = math.ceil(text_width(str(p), 10) / cell)
     for i in range(0, p, step):
         middle = (i + 0.5) * cell
-        canvas.text((grid.x + middle, grid.y - 5), str(order[i]), 10, "middle", MUTED)
-        canvas.text((grid.x - 5, grid.y + middle + 3.5), str(order[i]), 10, "end", MUTED)
+        rank = str(order[i])
+        canvas.text(grid.at(middle, -5), rank, 10, "middle", MUTED)
+        canvas.text(grid.at(-5, middle + 3.5), rank, 10, "end", MUTED)
     # -1 marks the diagonal: no count is negative, and 0 is an empty cell
     marked = matrix[np.ix_(order, order)] - np.eye(p, dtype=np.int64)
     gap = int(cell >= 8)
     labelled = text_width(f"{most:,}", 10) <= cell - 2
     # One path for all cells of a value keeps the file small: a large world has thousands of equal cells.
     for value in np.unique(marked[marked != 0]).tolist():
-        places = np.argwhere(marked == value) * cell
-        corners = [(grid.x + x + gap / 2, grid.y + y + gap / 2) for y, x in places]
+        places = np.argwhere(marked == value) * cell + gap / 2
+        corners = [grid.at(x, y) for y, x in places]
         if value < 0:
             canvas.cells(corners, cell - gap, STAYS)
         else:
