@@ -1,6 +1,6 @@
 """The command line: `topology` and `plan` look ahead, `info` says what this machine has.
 
-Nothing here is needed to use the library.
+The library does not need it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # Without a command the help is printed, as for --help.
+    parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(metavar="command")
     for name, command in (("topology", topology), ("plan", plan), ("info", machine)):
-        of_command = commands.add_parser(
+        subparser = commands.add_parser(
             name,
             help=command.SUMMARY,
             description=f"{name}: {command.SUMMARY}.",
             epilog=command.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_options(of_command)
-        of_command.set_defaults(run=command.run, parser=of_command)
+        command.add_options(subparser)
+        # The subparser, so that `run` can refuse values in the words in which argparse does.
+        subparser.set_defaults(run=command.run, parser=subparser)
     options = parser.parse_args(arguments)
     try:
-        if hasattr(options, "run"):
-            options.run(options)
-        else:
-            parser.print_help()
+        options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough; what is left goes nowhere, or Python would try again at its end
+    except BrokenPipeError:
+        # `| head` has read enough. Python would write what is left at its exit, and fail again, unless it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -1,4 +1,4 @@
-"""python -m moecomm info: what this machine has. Whatever is missing is named, with the extra that brings it."""
+"""python -m moecomm info: what this machine has. What is missing is named, with the extra that brings it."""
 
 from __future__ import annotations
 
@@ -37,20 +37,19 @@ def run(_: argparse.Namespace) -> None:
     if rank > 0:
         return
     lines = {
-        "moecomm": found("imported from its source", lambda: version("moecomm")),
+        "moecomm": report(lambda: version("moecomm"), "imported from its source"),
         "Python": f"{platform.python_version()}, {platform.platform()}",
         "numpy": np.__version__,
-        "cores": found(ON_LINUX, lambda: f"{os.cpu_count()}, {len(os.sched_getaffinity(0))} of them for this process"),
-        "memory": found(
-            ON_LINUX, lambda: f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-        ),
-        "MPI": found(MPI_EXTRAS, mpi),
-        "torch": found(TORCH_EXTRA, torch),
-        "cupy": found(CUDA_EXTRAS, cupy),
+        "cores": report(cores, ON_LINUX),
+        "memory": report(memory, ON_LINUX),
+        "MPI": report(mpi, MPI_EXTRAS),
+        "torch": report(torch, TORCH_EXTRA),
+        "cupy": report(cupy, CUDA_EXTRAS),
         "nodes": nodes_in_words(nodes),
-        **{f"  node {i}": ranks_in_words(ranks) for i, ranks in enumerate(nodes.ranks)},
     }
-    print(*(f"{name:8}  {text}" for name, text in lines.items()), sep="\n", flush=True)
+    for i, ranks in enumerate(nodes.ranks):
+        lines[f"  node {i}"] = ranks_in_words(ranks)
+    print("\n".join(f"{name:8}  {text}" for name, text in lines.items()))
 
 
 def place() -> tuple[int, Nodes]:
@@ -58,7 +57,8 @@ def place() -> tuple[int, Nodes]:
     try:
         comm = world()
         return comm.rank, Nodes.discover(comm)
-    except Exception:  # `mpi` says which
+    except Exception:
+        # The reason is printed on the line of MPI.
         return 0, Nodes([[0]])
 
 
@@ -71,18 +71,30 @@ def world() -> Comm:
     return MpiComm(MPI.COMM_WORLD)
 
 
-def found(how_to_install: str, look: Callable[[], str]) -> str:
-    """What `look` finds, or why it finds nothing: what is broken must not hide the rest."""
+def report(look: Callable[[], str], remedy: str) -> str:
+    """The text that `look` returns, or why it fails, with the remedy."""
     try:
         return look()
     except ModuleNotFoundError:
-        return f"not installed; {how_to_install}"
+        return f"not installed; {remedy}"
     except Exception as error:
-        return f"cannot be used: {' '.join(str(error).split())}; {how_to_install}"
+        # Any error: one library that is broken must not hide the rest of the machine.
+        return f"cannot be used: {' '.join(str(error).split())}; {remedy}"
+
+
+def cores() -> str:
+    """The cores of the machine, and those that this process may use."""
+    return f"{os.cpu_count()}, {len(os.sched_getaffinity(0))} of them for this process"
+
+
+def memory() -> str:
+    """The memory of the machine."""
+    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
 
 
 def mpi() -> str:
-    """The MPI library that mpi4py loads, if it is the one of the mpirun in use."""
+    """The MPI library that mpi4py loads, if it belongs to the mpirun in use."""
+    # Raises if mpirun is of another library: then each process would be a world of its own.
     world()
     release = importlib.import_module("mpi4py").__version__
     name, numbers = importlib.import_module("mpi4py.MPI").get_vendor()
@@ -94,21 +106,27 @@ def torch() -> str:
     import torch
     import torch.distributed as dist
 
-    backends = ["gloo"] if dist.is_available() and dist.is_gloo_available() else []
-    if dist.is_available() and dist.is_nccl_available():
-        backends.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    backends = []
+    # A build without distributed has neither of the two questions below.
+    if dist.is_available():
+        if dist.is_gloo_available():
+            backends.append("gloo")
+        if dist.is_nccl_available():
+            backends.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{torch.__version__}, {' and '.join(backends) or 'without gloo and NCCL'}, {gpus(names)}"
 
 
 def cupy() -> str:
     """The version, its NCCL, and the GPUs that it sees."""
-    cupy, number = importlib.import_module("cupy"), importlib.import_module("cupy.cuda.nccl").get_version()
+    cupy = importlib.import_module("cupy")
+    nccl = importlib.import_module("cupy.cuda.nccl").get_version()
     runtime = cupy.cuda.runtime
     names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())]
-    return f"{cupy.__version__}, NCCL {number // 10000}.{number // 100 % 100}.{number % 100}, {gpus(names)}"
+    return f"{cupy.__version__}, NCCL {nccl // 10000}.{nccl // 100 % 100}.{nccl % 100}, {gpus(names)}"
 
 
 def gpus(names: list[str]) -> str:
-    """GPUs: 8 x this, 1 x that."""
-    return f"GPUs: {', '.join(f'{number} x {name}' for name, number in Counter(names).items()) or 'none'}"
+    """How many GPUs there are of each name."""
+    counts = [f"{count} x {name}" for name, count in Counter(names).items()]
+    return f"GPUs: {', '.join(counts) or 'none'}"

@@ -76,7 +76,9 @@ def two_hops_svg(nodes: Nodes, source: int = 0) -> str:
     hop_one, hop_two = hop_traffic(nodes, from_source)
     steps = [
         Step("hop 1: inside the node, to the rank in the row of the destination", _arrows(hop_one), dashed=True),
-        Step("hop 2: between nodes, to the destination, with the rows of the whole node", _arrows(hop_two), dashed=False),
+        Step(
+            "hop 2: between nodes, to the destination, with the rows of the whole node", _arrows(hop_two), dashed=False
+        ),
     ]
     title = f"Hierarchical all-to-all, seen from rank {source}"
     canvas = Canvas(title, f"{nodes_in_words(nodes)}; every rank does the same at once")
