@@ -95,8 +95,11 @@ def call(op: Any, *arguments: Any) -> Any:
     """
     fields: list[Any] = []
     for argument in arguments:
-        # The records are the tuples among the arguments.
-        fields += argument if isinstance(argument, tuple) else [argument]
+        # The records are the tuples among the arguments. Appended one by one: the compiler of torch 2.11 knows no sum
+        # of a list and a named tuple.
+        record = argument if isinstance(argument, tuple) else (argument,)
+        for field in record:
+            fields.append(field)  # noqa: PERF402
     if torch.compiler.is_compiling():
         return op(*fields)
     if torch.is_grad_enabled() and any(isinstance(field, Tensor) and field.requires_grad for field in fields):
