@@ -99,7 +99,7 @@ def call(op: Any, *arguments: Any) -> Any:
         # of a list and a named tuple.
         record = argument if isinstance(argument, tuple) else (argument,)
         for field in record:
-            fields.append(field)  # noqa: PERF402
+            fields.append(field)
     if torch.compiler.is_compiling():
         return op(*fields)
     if torch.is_grad_enabled() and any(isinstance(field, Tensor) and field.requires_grad for field in fields):
