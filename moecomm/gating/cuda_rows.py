@@ -99,8 +99,8 @@ def unpermute(rows: Tensor, row: Tensor, weight: Tensor | None, residual: Tensor
     pieces = rows.shape[1] // width
     top_k = _special(row, weight)
     threads, unroll = BLOCKS_BY_TOP_K.get(top_k, (256, 1))
-    # Rows that have been read make room in the second cache, where that is faster. With 4 choices or more and 1 GiB it is
-    # not: 559 us, and 540 without (H200, 32768 tokens, k = 8).
+    # Rows that have been read make room in the second cache, where that is faster. With 4 choices or more and 1 GiB it
+    # is not: 559 us, and 540 without (H200, 32768 tokens, k = 8).
     read_once = row.shape[1] < 4 or rows.nbytes < 2**30
     macros = (
         ("ELEMENT", element(rows)),
