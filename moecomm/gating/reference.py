@@ -41,53 +41,89 @@ def route(
     T, E = logits.shape
     mask = np.ones(T, bool) if mask is None else mask
     clean = logits.astype(np.float32)
-    noisy = clean if noise is None or generator is None else add_noise(clean, noise, generator)
-    keys = noisy
+    keys = clean
+    if noise is not None and generator is not None:
+        keys = add_noise(clean, noise, generator)
     if score == "sigmoid" or bias is not None or num_groups > 1:
-        keys = scores32(noisy, score) + np.float32(0 if bias is None else bias)
+        keys = scores32(keys, score) + np.float32(0 if bias is None else bias)
+        # Not -inf: a group with more experts to choose from must have the larger sum.
         keys = np.where(clean == -np.inf, np.finfo(np.float32).min, keys)
     chosen = np.full((T, top_k), -1, np.int32)
     for token in np.flatnonzero(mask):
         chosen[token] = best(allowed(keys[token], num_groups, top_groups, best_in_group), top_k)
     load = np.bincount(chosen[mask].ravel(), minlength=E).astype(np.int32)
 
-    # Who stays, then the places in line.
-    words = np.zeros((T, top_k))
-    if drop == "probability":
-        words = np.take_along_axis(scores32(clean, score), np.maximum(chosen, 0), 1)
-    elif drop == "random" and generator is not None:
-        words = random_words(generator, 1, T * top_k).reshape(T, top_k)
-    expert = chosen.copy()
-    if capacity is not None and drop in ("probability", "random"):
-        for e in range(E):
-            of_e = np.flatnonzero(chosen == e)  # flat indices, in order
-            expert.flat[of_e[np.argsort(-words.flat[of_e].astype(np.float64), kind="stable")[capacity:]]] = -1
-    slot = np.full((T, top_k), -1, np.int32)
-    count = np.zeros(E, np.int32)
-    in_line = [(t, k) for k in range(top_k) for t in range(T)] if drop == "choice" else list(np.ndindex(T, top_k))
-    for t, k in in_line:
-        to = expert[t, k]
-        if to >= 0 and capacity is not None and count[to] == capacity:
-            expert[t, k] = -1
-        elif to >= 0:
-            slot[t, k] = count[to]
-            count[to] += 1
+    expert = chosen
+    if capacity is not None and drop == "probability":
+        priority = np.take_along_axis(scores32(clean, score), np.maximum(chosen, 0), 1)
+        expert = keep_best(chosen, priority, E, capacity)
+    elif capacity is not None and drop == "random" and generator is not None:
+        priority = random_words(generator, 1, T * top_k).reshape(T, top_k)
+        expert = keep_best(chosen, priority, E, capacity)
+    # What is left over the capacity is dropped by its place in the line.
+    expert, slot, count = stand_in_line(expert, E, capacity, by_choice=drop == "choice")
 
-    rows_each = -(-count // align) * align if capacity is None else np.full(E, capacity)
-    offset = np.concatenate([[0], np.cumsum(rows_each)]).astype(np.int32)
+    rows_of_expert = -(-count // align) * align if capacity is None else np.full(E, capacity)
+    offset = np.concatenate([[0], np.cumsum(rows_of_expert)]).astype(np.int32)
     row = np.where(expert >= 0, offset[expert] + slot, -1).astype(np.int32)
     source = np.full(num_rows(T, E, top_k, capacity, align), -1, np.int32)
     source[row[row >= 0]] = np.flatnonzero(row >= 0)
     weight, aux_loss, z_loss, lse = values(logits, expert, load, mask, score, normalize, scale)
-    status = np.int32(0)
     return Routing(
-        expert, weight, slot, row, source, count, offset, load, aux_loss, z_loss, lse, np.asarray(status), capacity
+        expert=expert,
+        weight=weight,
+        slot=slot,
+        row=row,
+        source=source,
+        count=count,
+        offset=offset,
+        load=load,
+        aux_loss=aux_loss,
+        z_loss=z_loss,
+        lse=lse,
+        status=np.zeros((), np.int32),
+        capacity=capacity,
     )
+
+
+def keep_best(chosen: NDArray, priority: NDArray, E: int, capacity: int) -> NDArray:
+    """chosen [T, K], -1 for all but the `capacity` assignments of highest priority of each expert."""
+    kept = chosen.copy()
+    for e in range(E):
+        assignments = np.flatnonzero(chosen == e)
+        # Stable: of equal priorities the lower assignment stays.
+        order = np.argsort(-priority.flat[assignments].astype(np.float64), kind="stable")
+        kept.flat[assignments[order[capacity:]]] = -1
+    return kept
+
+
+def stand_in_line(chosen: NDArray, E: int, capacity: int | None, by_choice: bool) -> tuple[NDArray, NDArray, NDArray]:
+    """expert [T, K], slot [T, K] and count [E]: each expert takes assignments in order until it is full."""
+    T, K = chosen.shape
+    expert = chosen.copy()
+    slot = np.full((T, K), -1, np.int32)
+    count = np.zeros(E, np.int32)
+    line = list(np.ndindex(T, K))
+    if by_choice:
+        line.sort(key=lambda assignment: assignment[1])
+    for t, k in line:
+        e = expert[t, k]
+        if e < 0:
+            continue
+        if count[e] == capacity:
+            expert[t, k] = -1
+        else:
+            slot[t, k] = count[e]
+            count[e] += 1
+    return expert, slot, count
 
 
 def num_rows(T: int, E: int, K: int, capacity: int | None, align: int) -> int:
     """N: the most rows that any routing of this size has."""
-    return E * capacity if capacity is not None else (T * K + min(E, T * K) * (align - 1)) // align * align
+    if capacity is not None:
+        return E * capacity
+    padding = min(E, T * K) * (align - 1)
+    return (T * K + padding) // align * align
 
 
 def allowed(keys: NDArray, num_groups: int, top_groups: int, best_in_group: int) -> NDArray:
@@ -121,6 +157,7 @@ def values(
     lse[mask] = (largest + np.log(total))[:, 0]
     scores = np.zeros_like(logits)
     scores[mask] = terms / total if score == "softmax" else 1 / (1 + np.exp(-x))
+    # A dropped assignment has weight 0, and no part in the sum of its token's weights.
     kept = np.where(expert >= 0, np.take_along_axis(scores, np.maximum(expert, 0), 1), 0)
     if normalize == "selected":
         kept = kept / np.maximum(kept.sum(1, keepdims=True), FLOOR[score])
@@ -146,9 +183,11 @@ def unpermute(rows: NDArray, routing: Routing, residual: NDArray | None = None) 
     wide = np.float64 if rows.dtype == np.float64 else np.float32
     T, K = routing.row.shape
     y = np.zeros((T, rows.shape[1]), wide) if residual is None else residual.astype(wide)
+    # In order of choice, as the kernels add: float sums depend on it.
     for k in range(K):
         kept = np.flatnonzero(routing.row[:, k] >= 0)
-        y[kept] += routing.weight[kept, k, None].astype(wide) * rows[routing.row[kept, k]].astype(wide)
+        weight = routing.weight[kept, k, None].astype(wide)
+        y[kept] += weight * rows[routing.row[kept, k]].astype(wide)
     return y.astype(rows.dtype)
 
 
@@ -159,8 +198,10 @@ def to_e4m3(x: NDArray) -> tuple[NDArray, NDArray]:
     blocks[:, :H] = x
     blocks = blocks.reshape(N, -(-H // 128), 128)
     amax = np.abs(blocks).max(2)
+    # 448 is the largest e4m3; below 2^-100 the scale would be subnormal.
     scale = np.where(amax > 0, np.maximum(amax, np.float32(2.0**-100)) / np.float32(448), np.float32(1))
     quotient = np.minimum(np.abs(blocks / scale[:, :, None]), 448).astype(np.float64)
+    # e4m3 has 3 bits after the leading one, and none smaller than 2^-9.
     step = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(quotient, 2.0**-9))), -6) - 3)
     rounded = np.copysign(np.rint(quotient / step) * step, blocks)  # rint: ties to even
     return rounded.reshape(N, scale.shape[1] * 128)[:, :H].astype(np.float32), scale
@@ -172,6 +213,7 @@ def to_e4m3(x: NDArray) -> tuple[NDArray, NDArray]:
 def scores32(logits: NDArray, score: str) -> NDArray:
     """[T, E] float32: the scores that keys are made of."""
     if score == "sigmoid":
+        # exp of a number <= 0 cannot overflow.
         z = exp32(-np.abs(logits))
         inverse = np.float32(1) / (np.float32(1) + z)
         return np.where(logits < 0, z * inverse, inverse)
@@ -193,6 +235,7 @@ def folded_sum(terms: NDArray) -> NDArray:
 
 def exp32(x: NDArray) -> NDArray:
     """exp(x) of float32 x <= 0; 0 below -80."""
+    # Adding 1.5 * 2^23 rounds x / ln 2 to an integer n, in the low bits: exp(x) = 2^n * exp(r), r = x - n ln 2.
     shift = np.float32(12582912)
     clamped = np.where(x < -80, np.float32(-80), x)
     shifted = fma32(clamped, 1.44269504, shift)
@@ -207,6 +250,7 @@ def exp32(x: NDArray) -> NDArray:
 
 def log32(x: NDArray) -> NDArray:
     """log(x) of normal float32 x > 0."""
+    # x = 2^n * (1 + r), with 1 + r in [sqrt(1/2), sqrt(2)).
     half = np.uint32(0x3F3504F3)
     from_half = x.view(np.uint32) - half
     n = (from_half.view(np.int32) >> 23).astype(np.float32)
@@ -227,9 +271,11 @@ def fma32(a: Any, b: Any, c: Any) -> NDArray:
     a, b, c = (np.asarray(v, np.float32).astype(np.float64) for v in (a, b, c))
     product = a * b  # exact: 24 + 24 bits
     total = product + c
+    # What the sum lost by rounding (Knuth's two-sum).
     with np.errstate(invalid="ignore"):
         rest = total - product
         error = (product - (total - rest)) + (c - rest)
+    # Where the sum was inexact and its last bit is 0, the neighbour towards the exact sum has a last bit of 1.
     bits = np.atleast_1d(total).view(np.int64)
     step = np.where((error > 0) == (total > 0), 1, -1)
     odd = np.where((error != 0) & np.isfinite(total) & (bits % 2 == 0), bits + step, bits)
@@ -250,16 +296,21 @@ def random_words(generator: Generator, stream: int, num: int) -> NDArray:
     blocks = np.arange(-(-num // 4), dtype=np.uint64)
     low = np.uint64(0xFFFFFFFF)
     offset, seed = int(generator.offset), generator.seed
+    # The counter: 4 words of 32 bits, in 64 bits each for the products below.
     c = [
         blocks,
-        np.uint64(stream) + 0 * blocks,
-        np.uint64(offset & 0xFFFFFFFF) + 0 * blocks,
-        np.uint64(offset >> 32) + 0 * blocks,
+        np.full_like(blocks, stream),
+        np.full_like(blocks, offset & 0xFFFFFFFF),
+        np.full_like(blocks, offset >> 32),
     ]
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    k0 = seed & 0xFFFFFFFF
+    k1 = seed >> 32
     for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        high0, high1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
+        p0 = np.uint64(0xD2511F53) * c[0]
+        p1 = np.uint64(0xCD9E8D57) * c[2]
+        high0 = p0 >> np.uint64(32)
+        high1 = p1 >> np.uint64(32)
         c = [high1 ^ c[1] ^ np.uint64(k0), p1 & low, high0 ^ c[3] ^ np.uint64(k1), p0 & low]
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return np.stack(c, 1).astype(np.uint32).ravel()[:num]
