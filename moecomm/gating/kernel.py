@@ -31,9 +31,13 @@ class _Config(ctypes.Structure):
     """CUlaunchConfig of cuda.h."""
 
     _fields_ = [
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint),
-    ]  # fmt: skip
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
 
 
 _STARTS_EARLY = _Attribute(6, (ctypes.c_int * 17)(0, 1))
@@ -50,22 +54,28 @@ def source_folder() -> Path:
 @cache
 def read_source(name: str) -> str:
     """The text of csrc/cuda/<name>, the project's own #include files written out, so that a cache sees them change."""
-    seen: set[Path] = set()
+    included: set[Path] = set()
 
     def text(path: Path) -> str:
-        if path in seen:
+        # Each file once, as with #pragma once.
+        if path in included:
             return ""
-        seen.add(path)
-        return re.sub(
-            r'^#include "(.+)"$', lambda found: text((path.parent / found[1]).resolve()), path.read_text(), flags=re.M
-        ).replace("#pragma once\n", "")
+        included.add(path)
+
+        def text_of_include(match: re.Match[str]) -> str:
+            return text((path.parent / match[1]).resolve())
+
+        written_out = re.sub(r'^#include "(.+)"$', text_of_include, path.read_text(), flags=re.M)
+        return written_out.replace("#pragma once\n", "")
 
     return text((source_folder() / "cuda" / name).resolve())
 
 
 def compiler_options(macros: Macros) -> tuple[str, ...]:
     """The options of NVRTC for these macros. Sources contract a * b + c only where they say so."""
-    return ("-std=c++17", "--fmad=false", "-diag-suppress=177", *(f"-D{name}={value}" for name, value in macros))
+    defines = [f"-D{name}={value}" for name, value in macros]
+    # Diagnostic 177: a constant or function that these macros leave unused.
+    return ("-std=c++17", "--fmad=false", "-diag-suppress=177", *defines)
 
 
 def power_of_two(n: int) -> int:
@@ -86,6 +96,7 @@ def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, boo
     import torch
     from cupy_backends.cuda.api import driver
 
+    # Loading allocates device memory, which would end the capture with an error that does not name the kernel.
     if torch.cuda.is_current_stream_capturing():
         described = " ".join(f"{key}={value}" for key, value in macros)
         raise RuntimeError(
@@ -96,11 +107,14 @@ def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, boo
     with cupy.cuda.Device(device):
         module = cupy.RawModule(code=read_source(source), options=compiler_options(macros), backend="nvrtc")
         function = int(module.get_function(name).kernel.ptr)
-        # All the shared memory that a block may ask for (CU_FUNC_ATTRIBUTE_ and cudaDevAttr numbers).
-        most = cupy.cuda.runtime.deviceGetAttribute(97, device) - driver.funcGetAttribute(1, function)
+        # A block may ask for all the dynamic shared memory that the kernel's static one leaves: attributes 97 of the
+        # device (cudaDevAttrMaxSharedMemoryPerBlockOptin), 1 and 8 of the function (static and most dynamic bytes).
+        static_bytes = driver.funcGetAttribute(1, function)
+        most = cupy.cuda.runtime.deviceGetAttribute(97, device) - static_bytes
         driver.funcSetAttribute(function, 8, most)
     waits = "wait_for_inputs();" in read_source(source)
-    return function, waits and torch.cuda.get_device_capability(device)[0] >= 9, module
+    starts_early = waits and torch.cuda.get_device_capability(device)[0] >= 9
+    return function, starts_early, module
 
 
 @dataclass(frozen=True)
@@ -131,12 +145,16 @@ class Kernel:
         """
         import torch
 
-        function, early = self._loaded()
+        function, starts_early = self._loaded()
         _enter_context()
+        # The driver reads each argument through a pointer: `values` must live until the call returns.
         values = [_argument(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream().cuda_stream
-        config = _Config((grid, 1, 1), (block, 1, 1), shared_bytes, stream, ctypes.pointer(_STARTS_EARLY), int(early))
+        # One attribute if the kernel may start early, else none.
+        config = _Config(
+            (grid, 1, 1), (block, 1, 1), shared_bytes, stream, ctypes.pointer(_STARTS_EARLY), int(starts_early)
+        )
         error = libcuda().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None)
         if error:
             raise RuntimeError(f"{self.name}: cuLaunchKernelEx failed with CUresult {error}; expected 0")
@@ -160,4 +178,6 @@ def _argument(value: Any) -> Any:
         return ctypes.c_longlong(value)
     if isinstance(value, float):
         return ctypes.c_float(value)
-    return value if isinstance(value, (ctypes._SimpleCData, ctypes.Structure)) else ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, (ctypes._SimpleCData, ctypes.Structure)):
+        return value
+    return ctypes.c_void_p(value.data_ptr())

@@ -114,6 +114,7 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, *, factor: fl
             f"expert_capacity: got num_tokens {num_tokens}, num_experts {num_experts}, top_k {top_k}, factor {factor}, "
             f"least {least}; expected num_experts and top_k >= 1, the others >= 0"
         )
+    # In DeepSpeed's order of operations: another one may round to another integer.
     return max(math.ceil(num_tokens / num_experts * (factor * top_k)), least)
 
 
@@ -217,6 +218,7 @@ def contiguous(name: str, array: Array) -> Array:
     """array, or a copy of it where its numbers lie apart. Raises TypeError for numpy arrays of other than numbers."""
     if not isinstance(array, np.ndarray):
         return array.contiguous()
+    # numpy would take a masked array for a plain one, and the masked numbers for good ones.
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost, expected a plain one")
     if array.dtype.char not in NUMBERS or not array.dtype.isnative:
@@ -235,6 +237,7 @@ def _logits_shape(logits: Array) -> tuple[int, int]:
 
 
 def _within(name: str, value: Any, least: int, most: int) -> None:
+    # bool is an int to Python: threads=True is a mistake all the same.
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"route: {name} is {value!r}, expected an int")
     if not least <= value <= most:
@@ -251,6 +254,7 @@ def _beside(name: str, array: Any, logits: Array, dtype: str, length: int) -> An
     """array, contiguous, if it is [length] of that dtype, of logits' kind and on its device."""
     if array is None:
         return None
+    # Nothing is converted: a mask of ints or a bias in float64 may be meant for something else.
     if isinstance(array, np.ndarray) != isinstance(logits, np.ndarray) or not hasattr(array, "shape"):
         raise TypeError(f"route: {name} is a {type(array).__name__}, expected a {type(logits).__name__} as logits is")
     if tuple(array.shape) != (length,) or dtype_name(array) != dtype:
