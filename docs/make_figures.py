@@ -14,6 +14,7 @@ import exchange_figure
 import pr_moe_figure
 import scaling_figures
 import students_figure
+from architecture_figure import architecture_svg
 from gating_figure import gating_svg
 from models_figure import models_svg
 
@@ -34,6 +35,7 @@ STAGES = Topology(16, pipeline=2, expert=4)
 def draw() -> dict[str, str]:
     """Name of each file -> its text."""
     figures = {
+        "architecture": architecture_svg(),
         "two_hops": two_hops_svg(EQUAL),
         "two_hops_unequal": two_hops_svg(UNEQUAL, source=8),
         "traffic": traffic_svg(EQUAL),

@@ -23,7 +23,7 @@ import pytest
 
 from moecomm import Comm
 
-LIMIT = 40.0
+LIMIT = 100.0
 """Seconds that a collective of `mpi_run` or `gloo_run` waits for the other ranks."""
 Body = Callable[[Comm], object]
 

@@ -1,6 +1,6 @@
 """The same losses however the model is split: over experts, slices of experts, tensor, data and pipeline ranks.
 
-One rank computes all micro-batches one after the other; that is the definition. 20 steps in float32; losses must agree
+One rank computes all micro-batches one after the other; that is the definition. 12 steps in float32; losses must agree
 within 1e-5 of their value. The optimizer is SGD: Adam does not notice a gradient that is several times too large. One
 layer has 2 experts and one 4, so that with expert=4 they have different topologies.
 """
@@ -23,7 +23,7 @@ from moecomm.nn import CONFIGS, TransformerLM, layer_groups, reduce_gradients  #
 from moecomm.nn.pipeline import pipeline_stage, stage_loss  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
-STEPS, MICRO_BATCHES, MICRO_BATCH, LENGTH = 20, 4, 2, 12
+STEPS, MICRO_BATCHES, MICRO_BATCH, LENGTH = 12, 4, 2, 12
 CONFIG = replace(CONFIGS["tiny"], std=0.2, experts=(2, 4), z_loss=0.001, capacity_factor=1.25)
 TOP_2 = replace(CONFIG, residual="none", top_k=2, experts=(4, 4))
 
