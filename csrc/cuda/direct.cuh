@@ -4,6 +4,30 @@
 // Each use of a buffer has a number, its tag: words that say "arrived" hold the tag, so nothing is ever reset. A rank
 // pushes into a peer's buffer for the n-th time when the peer has given credit for the (n - 1)-th: it has read it all.
 //
+// A buffer in the symmetric memory of rank r. Peers write it, each its own part, and the kernels of rank r read it:
+//
+//   rows     | from rank 0: token 0 | token 1 | .. | token MAX_TOKENS - 1 | from rank 1: token 0 | ..    PIECES of 16 bytes
+//   scales   | as rows                                                                                   SCALES floats
+//   choices  | as rows                              TOP_K of 16 bytes: | expert | tag | weight | tag |
+//   tokens   | from rank 0 | from rank 1 | ..                            8 bytes: | number | tag |
+//   arrived  | from rank 0: item 0 | item 1 | ..   | from rank 1: ..   a word: the tag, when the item's rows are there
+//   credit   | of rank 0: block 0 | block 1 | ..   | of rank 1: ..   a word: the last use that the rank has read of its own buffer
+//
+//   a piece if TAGGED:  | 4 bytes | tag | 4 bytes | tag | 4 bytes | tag | 4 bytes | tag |, two stores of 16 bytes
+//
+// The order of memory operations between threads rests on these pairs, and on nothing else:
+//
+//   writer                                reader                                 orders
+//   announce: st.release.sys              wait_for_item: ld.acquire.sys          a block's rows (and scales) before its flag
+//   put_tagged, put_pair: one store       peek_tagged, peek_pair: one load       nothing: each 8 bytes hold data and its tag
+//   give_credit: st.relaxed.sys           enter_to_push: ld.relaxed.sys          reads of use n before writes of use n + 1
+//   meet: __threadfence, atomicAdd        meet: ld.acquire                       a table block's counts before the sums
+//   end of make_table: the same           direct_dispatch: ld.acquire            the table before the copies of rows
+//
+// A flag is written and read by one thread of a block. __syncthreads joins the other threads to it: release and acquire
+// are cumulative, so what they wrote before the barrier is visible with the flag. Counters that one kernel leaves to the
+// next need no pair: a kernel begins after the one before it on the stream has ended.
+//
 // ELEMENT     float, bfloat16, float16: of the caller's rows
 // FP8         1: rows travel as e4m3, with a scale for each 128 values
 // HIDDEN, TOP_K, MAX_TOKENS (a rank), RANKS, EXPERTS (a rank)
@@ -32,17 +56,18 @@ constexpr int NUM_EXPERTS = RANKS * EXPERTS;
 constexpr int MOST_SLICES = 16;                     // for which Shape.layout has room
 static_assert(SLICES <= MOST_SLICES && (SLICES - 1) * LANES < PIECES, "a slice has no room, or no piece");
 
-// These structs are those of exchange/direct_kernels.py.
+// These structs are those of moecomm/exchange/direct/memory.py.
 struct Counters {
   unsigned finished;      // blocks of the kernel that runs
   unsigned tickets;       // pieces of work that its blocks have taken
   unsigned tables;        // blocks that have made their part of the table, in all uses
   unsigned tiles;         // blocks that have counted their part, in all uses
+  // A count for each block, not one for all: a block knows the tag of its use without asking the others.
   unsigned uses[BLOCKS];  // of the buffer, finished by each block
 };
 
-struct Memory {
-  char* of[8];                  // each rank's symmetric memory, as this rank sees it
+struct Peers {
+  char* memory[8];              // each rank's symmetric memory, as this rank sees it
   unsigned* failed;             // not 0: this rank has given up
   unsigned long long* report;   // on the host: [0] why, [1] rows that found no room, [2] ids of experts that are none
   long long limit;              // nanoseconds that a rank may wait for another
@@ -59,8 +84,8 @@ struct Buffer {
   long long credit;    // [RANKS, BLOCKS] words: the last use that the rank's block has read
 };
 
-// What dispatch found out and combine needs. A slot is source rank * MAX_TOKENS + token.
-struct Table {
+// What dispatch finds out and combine needs: the tensors of a DirectPlan. A slot is source rank * MAX_TOKENS + token.
+struct PlanTable {
   int* place;        // [slots, TOP_K] row among those ordered by expert; -1: not of this rank; -2: no room
   float* weight;     // [slots, TOP_K]
   int* slot;         // [max_rows] the slot that each of those rows is of
@@ -72,23 +97,36 @@ struct Table {
   long long max_rows;  // that there is room for; in combine and its backward, that the caller has given
 };
 
+// What a rank waits for: PHASES of moecomm/exchange/direct/launch.py.
 enum Phase { CREDIT = 1, TOKENS = 2, CHOICES = 3, ROWS = 4, INSIDE = 5, WEIGHTS = 6, USES = 7 };
 
 // ---- words that others write ------------------------------------------------------------------------------------------
 
+// All are of .sys scope where another GPU may write: .gpu scope orders nothing between GPUs.
+
+// A load that orders nothing, of what another thread may write at the same time.
 __device__ inline unsigned peek(const unsigned* word) {
   unsigned value;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
+
+// What the thread reads after it sees the value is what the writer had written before its release.
 __device__ inline unsigned acquire(const unsigned* word) {
   unsigned value;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
+
 __device__ inline void release(unsigned* word, unsigned value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
+
+// Data and tag in one store of 8 or 16 bytes, without a fence. A reader that sees the tag in an aligned 8 bytes takes the
+// 4 bytes beside it for the data of the same store. PTX promises less: it lets a vector access fall into its elements.
+// But the hardware keeps an aligned 8 bytes of one store together, in its caches and over NVLink: NCCL's LL protocol
+// relies on the same with the same instructions (`storeLL`, `readLL`). So the tag is in every 8 bytes, not in every 16.
+// Volatile, so that the compiler neither keeps an old value nor leaves out a store or splits it.
 __device__ inline void put_pair(uint2* to, unsigned value, unsigned tag) {
   asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(value), "r"(tag) : "memory");
 }
@@ -110,10 +148,11 @@ __device__ inline uint4 peek_tagged(const uint4* from) {
 }
 
 template <typename T>
-__device__ inline T* at(const Memory& memory, int rank, long long offset) {
-  return reinterpret_cast<T*>(memory.of[rank] + offset);
+__device__ inline T* at(const Peers& peers, int rank, long long offset) {
+  return reinterpret_cast<T*>(peers.memory[rank] + offset);
 }
 
+// Nanoseconds of a clock that all multiprocessors share.
 __device__ inline long long now() {
   long long nanoseconds;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(nanoseconds));
@@ -121,9 +160,10 @@ __device__ inline long long now() {
 }
 
 // The first failure of a rank is the one that its host reads; from then on nothing waits any more.
-__device__ inline void fail(const Memory& memory, int phase, int peer, unsigned tag) {
-  if (atomicExch(memory.failed, 1u) != 0) return;
-  *reinterpret_cast<volatile unsigned long long*>(memory.report) =
+__device__ inline void fail(const Peers& peers, int phase, int peer, unsigned tag) {
+  if (atomicExch(peers.failed, 1u) != 0) return;
+  // One store of 8 bytes: the host polls this word and must not see half of it.
+  *reinterpret_cast<volatile unsigned long long*>(peers.report) =
       static_cast<unsigned long long>(tag) << 32 | peer << 8 | phase;
   __threadfence_system();
 }
@@ -133,33 +173,37 @@ struct Patience {
   long long start = 0;
 
   // Whether this rank has given up, which it does when a peer lets it wait too long.
-  __device__ bool over(const Memory& memory, int phase, int peer, unsigned tag) {
-    if (peek(memory.failed)) return true;
+  __device__ bool over(const Peers& peers, int phase, int peer, unsigned tag) {
+    if (peek(peers.failed)) return true;
     const long long time = now();
+    // The clock is not read before the first wait in vain: most waits are over at once.
     if (start == 0) start = time;
-    if (time - start <= (phase == INSIDE ? 2 : 1) * memory.limit) return false;  // its own blocks may wait for a peer
-    fail(memory, phase, peer, tag);
+    // A block of this rank may itself be waiting for a peer, and must be the one that names it.
+    if (time - start <= (phase == INSIDE ? 2 : 1) * peers.limit) return false;
+    fail(peers, phase, peer, tag);
     return true;
   }
 };
 
-// Spins until ready(). False if the rank has given up.
+// Spins until ready(). False if the rank has given up. Looks 64 times between two looks at the clock and at `failed`,
+// which cost more than ready().
 template <typename Ready>
-__device__ inline bool wait(const Memory& memory, int phase, int peer, unsigned tag, Ready ready) {
+__device__ inline bool wait(const Peers& peers, int phase, int peer, unsigned tag, Ready ready) {
   for (Patience patience;;) {
     for (int i = 0; i < 64; ++i)
       if (ready()) return true;
-    if (patience.over(memory, phase, peer, tag)) return false;
+    if (patience.over(peers, phase, peer, tag)) return false;
   }
 }
 
 // The same for a whole warp, whose threads call ready() together and get the same answer.
 template <typename Ready>
-__device__ inline bool wait_together(const Memory& memory, int phase, int peer, unsigned tag, Ready ready) {
+__device__ inline bool wait_together(const Peers& peers, int phase, int peer, unsigned tag, Ready ready) {
   for (Patience patience;;) {
     for (int i = 0; i < 64; ++i)
       if (ready()) return true;
-    if (__any_sync(~0u, patience.over(memory, phase, peer, tag))) return false;
+    // Lanes read the clock at different times: one that has lost patience takes the whole warp along.
+    if (__any_sync(~0u, patience.over(peers, phase, peer, tag))) return false;
   }
 }
 
@@ -170,6 +214,7 @@ template <typename T>
 __device__ inline uint4 load_piece(const T* row, int i) {
   constexpr int N = 16 / sizeof(T);
   if constexpr (ALIGNED) {
+    // The kernel does not write what it loads by this function: __ldg may use the read-only path.
     return i * N < HIDDEN ? __ldg(reinterpret_cast<const uint4*>(row) + i) : uint4{};
   } else {
     Piece<T, N> piece = {};
@@ -184,6 +229,7 @@ template <typename T>
 __device__ inline void store_piece(T* row, int i, uint4 piece) {
   constexpr int N = 16 / sizeof(T);
   if constexpr (ALIGNED && HIDDEN % N == 0) {
+    // Streaming: rows are larger than the cache, and nobody in this kernel reads them again.
     if (i * N < HIDDEN) __stcs(reinterpret_cast<uint4*>(row) + i, piece);
   } else {
     const auto& values = *reinterpret_cast<const Piece<T, N>*>(&piece);
@@ -195,46 +241,50 @@ __device__ inline void store_piece(T* row, int i, uint4 piece) {
 
 // Pieces first .. first + 31 of the row in a slot of a rank's buffer, one from each lane; a whole warp. TAGGED ones
 // change lanes, so that what a warp stores at a time is in one stretch.
-__device__ inline void push(const Memory& memory, const Buffer& buffer, int rank, long long slot, int first,
+__device__ inline void push(const Peers& peers, const Buffer& buffer, int rank, long long slot, int first,
                             uint4 piece, unsigned tag) {
   const int lane = threadIdx.x % 32;
   if constexpr (TAGGED) {
-    uint4* to = at<uint4>(memory, rank, buffer.rows) + (slot * PIECES + first) * 2;
+    uint4* to = at<uint4>(peers, rank, buffer.rows) + (slot * PIECES + first) * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      // Lanes 2n and 2n + 1 store the halves of the piece of lane `from`: 32 lanes fill 512 bytes without a gap.
       const int from = half * 16 + lane / 2;
       const unsigned x = __shfl_sync(~0u, piece.x, from), y = __shfl_sync(~0u, piece.y, from);
       const unsigned z = __shfl_sync(~0u, piece.z, from), w = __shfl_sync(~0u, piece.w, from);
       if (first + from < PIECES) put_tagged(to + half * 32 + lane, lane % 2 ? z : x, lane % 2 ? w : y, tag);
     }
   } else if (first + lane < PIECES) {
-    at<uint4>(memory, rank, buffer.rows)[slot * PIECES + first + lane] = piece;
+    at<uint4>(peers, rank, buffer.rows)[slot * PIECES + first + lane] = piece;
   }
 }
 
 // Piece `index` of this rank's buffer, which `from` has pushed. Unless TAGGED the caller has waited for it.
-__device__ inline uint4 pushed(const Memory& memory, const Buffer& buffer, int from, long long index, unsigned tag) {
-  const uint4* rows = at<uint4>(memory, memory.rank, buffer.rows);
+__device__ inline uint4 pushed(const Peers& peers, const Buffer& buffer, int from, long long index, unsigned tag) {
+  const uint4* rows = at<uint4>(peers, peers.rank, buffer.rows);
   if constexpr (TAGGED) {
     uint4 a, b;
-    wait(memory, ROWS, from, tag, [&] {
+    wait(peers, ROWS, from, tag, [&] {
       a = peek_tagged(rows + 2 * index);
       b = peek_tagged(rows + 2 * index + 1);
       return a.y == tag && a.w == tag && b.y == tag && b.w == tag;
     });
     return {a.x, a.z, b.x, b.z};
   } else {
+    // Past the first cache, which may hold a line of an earlier use of the buffer.
     return __ldcg(rows + index);
   }
 }
 
+// The float of a pair of data and tag.
 __device__ inline float to_float(const uint2& pair) { return __uint_as_float(pair.x); }
 
-__device__ inline uint2 wait_for_pair(const Memory& memory, int phase, int from, long long offset, long long index,
+// The pair at `index` of an array of this rank's buffer; zeros if the rank has given up.
+__device__ inline uint2 wait_for_pair(const Peers& peers, int phase, int from, long long offset, long long index,
                                       unsigned tag) {
   uint2 pair = {};
-  wait(memory, phase, from, tag, [&] {
-    pair = peek_pair(at<uint2>(memory, memory.rank, offset) + index);
+  wait(peers, phase, from, tag, [&] {
+    pair = peek_pair(at<uint2>(peers, peers.rank, offset) + index);
     return pair.y == tag;
   });
   return pair.y == tag ? pair : uint2{};
@@ -244,7 +294,8 @@ __device__ inline uint2 wait_for_pair(const Memory& memory, int phase, int from,
 
 __device__ constexpr int num_items(int num_tokens) { return (num_tokens + CHUNK - 1) / CHUNK * SLICES; }
 
-// With few items each block has its own; else blocks take tickets.
+// With few items each block has its own; else blocks take tickets, because those that push begin to receive later than the
+// others. TAGGED rows are few, and an atomic operation would take longer than what it balances.
 constexpr bool TICKETS = !TAGGED && num_items(MAX_TOKENS) > 2 * BLOCKS;
 
 // What a block works on at a time: a slice of CHUNK rows. Each thread has one of these tokens, and of its row the
@@ -258,7 +309,8 @@ struct Item {
     first = number % SLICES * LANES + lane;
   }
   __device__ bool leads() const { return number % SLICES == 0; }  // the slice that has a token's single numbers
-  // The first scale that the thread copies; the next one is STEP further. Together, those of this slice's pieces.
+  // The first scale that the thread copies; the next one is STEP further. Together, those of this slice's pieces: a block
+  // waits for the flag of its own slice alone, so it must not copy scales that another slice brings.
   __device__ int first_scale() const {
     constexpr int EACH = LANES * WIDTH / GROUP;
     return number % SLICES * EACH + lane / EACH * EACH * SLICES + lane % EACH;
@@ -267,18 +319,21 @@ struct Item {
 
 // The words of the items that come from a rank. They are that rank's however its kernels slice rows: what it announces
 // and nobody waits for can be late, and must not fall on another rank's.
-__device__ inline unsigned* words_of(const Memory& memory, const Buffer& buffer, int at_rank, int from) {
-  return at<unsigned>(memory, at_rank, buffer.arrived) + static_cast<long long>(from) * MAX_TOKENS * MOST_SLICES;
+__device__ inline unsigned* words_of(const Peers& peers, const Buffer& buffer, int at_rank, int from) {
+  return at<unsigned>(peers, at_rank, buffer.arrived) + static_cast<long long>(from) * MAX_TOKENS * MOST_SLICES;
 }
 
 // Tells `to` that this block has pushed item `number` of what goes from this rank to it. All threads of the block.
-__device__ inline void announce(const Memory& memory, const Buffer& buffer, int to, int number, unsigned tag) {
-  release(words_of(memory, buffer, to, memory.rank) + number, tag);
+__device__ inline void announce(const Peers& peers, const Buffer& buffer, int to, int number, unsigned tag) {
+  // Pairs with the acquire of wait_for_item. The block's other threads have stored their pieces before the caller's
+  // __syncthreads, so the release covers these too.
+  release(words_of(peers, buffer, to, peers.rank) + number, tag);
 }
 
-__device__ inline void wait_for_item(const Memory& memory, const Buffer& buffer, int from, int number, unsigned tag) {
-  const unsigned* word = words_of(memory, buffer, memory.rank, from) + number;
-  wait(memory, ROWS, from, tag, [&] { return acquire(word) == tag; });
+__device__ inline void wait_for_item(const Peers& peers, const Buffer& buffer, int from, int number, unsigned tag) {
+  // Pairs with the release of announce. The caller's __syncthreads then lets the block's other threads read the rows.
+  const unsigned* word = words_of(peers, buffer, peers.rank, from) + number;
+  wait(peers, ROWS, from, tag, [&] { return acquire(word) == tag; });
 }
 
 // Which ranks hold experts of this token, as bits.
@@ -294,27 +349,30 @@ __device__ inline unsigned ranks_of(const int* expert, int token) {
 // The tag of this use, once peers have given credit for the last one; 0 if the rank has given up. All threads of the
 // block, after they have started the loads of what they will push: all these loads are under way at the same time. (What
 // is pushed depends on the credit, so it cannot go ahead of it, acquire or not.)
-__device__ inline unsigned enter_to_push(const Memory& memory, const Buffer& buffer) {
-  const unsigned* credit = at<unsigned>(memory, memory.rank, buffer.credit);
+__device__ inline unsigned enter_to_push(const Peers& peers, const Buffer& buffer) {
+  const unsigned* credit = at<unsigned>(peers, peers.rank, buffer.credit);
   const unsigned uses = peek(&buffer.counters->uses[blockIdx.x]);
-  bool failed = peek(memory.failed);
-  if (uses + 1 == 0) fail(memory, USES, memory.rank, 0);  // tag 0 is none
-  for (int i = threadIdx.x; i < RANKS * BLOCKS; i += THREADS)  // without credit nothing is pushed: a late peer may read
-    failed |= !wait(memory, CREDIT, i / BLOCKS, uses + 1, [&] { return static_cast<int>(peek(credit + i) - uses) >= 0; });
+  bool failed = peek(peers.failed);
+  if (uses + 1 == 0) fail(peers, USES, peers.rank, 0);  // tag 0 is none
+  // Without credit nothing is pushed: a late peer may still read. The difference, not the values, is compared, because a
+  // peer may be ahead.
+  for (int i = threadIdx.x; i < RANKS * BLOCKS; i += THREADS)
+    failed |= !wait(peers, CREDIT, i / BLOCKS, uses + 1, [&] { return static_cast<int>(peek(credit + i) - uses) >= 0; });
   return __syncthreads_or(failed) ? 0 : uses + 1;
 }
 
 // The same for a block that only receives.
-__device__ inline unsigned enter(const Memory& memory, const Buffer& buffer) {
-  const unsigned failed = peek(memory.failed), uses = peek(&buffer.counters->uses[blockIdx.x]);
-  if (uses + 1 == 0) fail(memory, USES, memory.rank, 0);
+__device__ inline unsigned enter(const Peers& peers, const Buffer& buffer) {
+  const unsigned failed = peek(peers.failed), uses = peek(&buffer.counters->uses[blockIdx.x]);
+  if (uses + 1 == 0) fail(peers, USES, peers.rank, 0);
   return __syncthreads_or(failed) ? 0 : uses + 1;
 }
 
-// This block has read what it needs of a buffer. One thread.
-__device__ inline void give_credit(const Memory& memory, long long credit, int block, unsigned use) {
+// This block has read what it needs of a buffer. One thread, after `finish`. Relaxed is enough: what the block has read is
+// in its registers or was stored from there, so its loads are over; and a peer's stores depend on this word.
+__device__ inline void give_credit(const Peers& peers, long long credit, int block, unsigned use) {
   for (int rank = 0; rank < RANKS; ++rank)
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at<unsigned>(memory, rank, credit) + memory.rank * BLOCKS + block),
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at<unsigned>(peers, rank, credit) + peers.rank * BLOCKS + block),
                  "r"(use)
                  : "memory");
 }
@@ -327,6 +385,7 @@ __device__ inline bool finish(const Buffer& buffer, unsigned tag) {
   if (threadIdx.x != 0) return false;
   Counters& counters = *buffer.counters;
   counters.uses[blockIdx.x] = tag;
+  // The last block resets the tickets: all blocks have taken their last one by then, and the next kernel begins later.
   if (TOOK_TICKETS && atomicAdd(&counters.finished, 1u) + 1 == BLOCKS) counters.finished = counters.tickets = 0;
   return true;
 }
@@ -335,6 +394,7 @@ __device__ inline bool finish(const Buffer& buffer, unsigned tag) {
 __device__ inline int next_ticket(const Buffer& buffer, int n) {
   if (!TICKETS) return n * BLOCKS + blockIdx.x;
   __shared__ int ticket;
+  // Nobody may still read the ticket of the round before.
   __syncthreads();
   if (threadIdx.x == 0) ticket = static_cast<int>(atomicAdd(&buffer.counters->tickets, 1u));
   __syncthreads();
