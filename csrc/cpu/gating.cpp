@@ -46,6 +46,7 @@ public:
         return first < n_;
     }
 
+    // False once close() has been called: the caller may have returned, and its lambdas are gone.
     bool enter() {
         const std::lock_guard<std::mutex> lock(mutex_);
         working_ += !closed_;
@@ -58,6 +59,7 @@ public:
         left_.notify_one();
     }
 
+    // Waits for the threads that have entered, and keeps the others out.
     void close() {
         std::unique_lock<std::mutex> lock(mutex_);
         closed_ = true;
@@ -80,6 +82,8 @@ void in_parts(std::int64_t n, int threads, std::int64_t grain, const Body& body)
     const auto pieces = std::make_shared<Pieces>(n, parts == 1 ? n : std::max<std::int64_t>(1, n / (8 * parts)));
     const auto take = [p = pieces.get()](std::int64_t& first, std::int64_t& last) { return p->take(first, last); };
     for (std::int64_t part = 1; part < parts; ++part)
+        // `pieces` is shared: a thread that starts late still asks it whether there is work. Detached, since waiting for such
+        // a thread to start could take longer than the work.
         std::thread([pieces, &take, &body] {
             if (!pieces->enter()) return;  // take and body are gone
             body(take);
@@ -110,6 +114,7 @@ void drop_by_priority(const Route& a) {
     for (int e = 0; e < a.E; ++e) start[e + 1] = start[e] + (a.load[e] > a.capacity ? a.load[e] : 0);
     if (start[a.E] == 0) return;
     std::vector<std::uint64_t> queued(static_cast<std::size_t>(start[a.E])), least(static_cast<std::size_t>(a.E), 0);
+    // Only the queues of overloaded experts are filled; the others keep all they have.
     auto next = start;
     for (std::int64_t i = 0; i < a.T * a.K; ++i)
         if (const int e = a.expert[i]; e >= 0 && a.load[e] > a.capacity) queued[next[e]++] = priority(a, i);
@@ -118,6 +123,7 @@ void drop_by_priority(const Route& a) {
             least[e] = ~std::uint64_t{0};
             if (a.capacity == 0) continue;
             const auto first = queued.begin() + start[e], stays = first + (a.capacity - 1);
+            // Priorities are all different, so a threshold keeps exactly `capacity` of them.
             std::nth_element(first, stays, queued.begin() + start[e + 1], std::greater<>());
             least[e] = *stays;
         }
@@ -146,6 +152,7 @@ void place(const Route& a, std::int64_t first, std::int64_t last, std::int32_t* 
             a.source[a.row[i]] = static_cast<std::int32_t>(i);
             kept_sum = add(kept_sum, a.weight[i]);
         }
+        // weight holds scores until here: the sum of those that were kept is complete.
         for (int k = 0; k < a.K; ++k) {
             const std::int64_t i = t * a.K + k;
             if (a.expert[i] >= 0) a.weight[i] = choice_weight(a.weight[i], kept_sum, a.floor, a.scale);
@@ -163,64 +170,106 @@ void lay_out_rows(const Route& a) {
     std::fill(a.source + a.offset[a.E], a.source + a.N, -1);
 }
 
+// ---- route: chunks of tokens, counted apart -------------------------------------------------------------------------
+
+// A chunk is one thread's work at a time. What is counted or summed in one is its own, and joined in order of chunks: no
+// result depends on the number of threads.
+struct Chunks {
+    std::int64_t lines;              // in which an expert's assignments stand: one, or with drop by choice K
+    std::int64_t counts;             // numbers of a chunk in `next`: lines * E
+    std::vector<std::int32_t> next;  // [chunk][line][E]: first how many, then the first free place
+    std::vector<float> share;        // [chunk][E]
+    std::vector<Chunk> chunk;
+
+    explicit Chunks(const Route& a) : lines(a.drop == kByChoice ? a.K : 1), counts(lines * a.E) {
+        const std::int64_t num_chunks = (a.T + kChunk - 1) / kChunk;
+        next.resize(static_cast<std::size_t>(num_chunks * counts));
+        share.resize(static_cast<std::size_t>(num_chunks * a.E));
+        chunk.resize(static_cast<std::size_t>(num_chunks));
+        for (std::int64_t c = 0; c < num_chunks; ++c)
+            chunk[c] = {c * kChunk, std::min(a.T, (c + 1) * kChunk), &next[c * counts], &share[c * a.E], 0.0, false};
+    }
+
+    std::int64_t size() const { return static_cast<std::int64_t>(chunk.size()); }
+};
+
+// Scores and choices of all tokens. False if a logit is unusable.
+bool select_all(const Route& a, Chunks& chunks) {
+    const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (kChunk * a.E));
+    in_parts(chunks.size(), a.threads, grain, [&](const auto& take) {
+        const Floats scratch(scratch_floats(a.E));
+        for (std::int64_t first, last; take(first, last);)
+            for (std::int64_t c = first; c < last; ++c) kernels().select(a, chunks.chunk[c], scratch.get());
+    });
+    return std::none_of(chunks.chunk.begin(), chunks.chunk.end(), [](const Chunk& c) { return c.bad; });
+}
+
+// load, aux_loss and z_loss: of what was chosen, before drops.
+void write_losses(const Route& a, const Chunks& chunks) {
+    std::int64_t choices = 0;
+    for (int e = 0; e < a.E; ++e) {
+        std::int32_t chosen = 0;
+        for (std::int64_t i = e; i < chunks.size() * chunks.counts; i += a.E) chosen += chunks.next[i];
+        a.load[e] = chosen;
+        choices += chosen;
+    }
+    // Tokens that are not masked; each has K choices.
+    const double num_tokens = std::max(1.0, static_cast<double>(choices) / a.K);
+    double lse_squared = 0, balance = 0;
+    for (int e = 0; e < a.E; ++e) {
+        double sum = 0;
+        for (std::int64_t c = 0; c < chunks.size(); ++c) sum += chunks.share[c * a.E + e];
+        balance += sum / num_tokens * (a.load[e] / num_tokens);
+    }
+    for (const Chunk& c : chunks.chunk) lse_squared += c.lse_squared;
+    *a.aux_loss = static_cast<float>(balance * a.E / a.K);
+    *a.z_loss = static_cast<float>(lse_squared / num_tokens);
+}
+
+// Counts what each chunk has left after drops by priority. There is one line then.
+void count_again(const Route& a, Chunks& chunks) {
+    std::fill(chunks.next.begin(), chunks.next.end(), 0);
+    for (std::int64_t i = 0; i < a.T * a.K; ++i)
+        if (a.expert[i] >= 0) ++chunks.next[i / (a.K * kChunk) * chunks.counts + a.expert[i]];
+}
+
+// Turns each chunk's counts into its first free places: line by line, in each line chunk by chunk. Writes count.
+void find_first_places(const Route& a, Chunks& chunks) {
+    for (int e = 0; e < a.E; ++e) {
+        std::int32_t free = 0;
+        for (std::int64_t line = 0; line < chunks.lines; ++line)
+            for (std::int64_t c = 0; c < chunks.size(); ++c) {
+                std::int32_t& next = chunks.next[c * chunks.counts + line * a.E + e];
+                const std::int32_t in_chunk = next;
+                next = free;
+                free += in_chunk;
+            }
+        // More may stand in the line than there are places: `place` drops them.
+        a.count[e] = a.capacity < 0 ? free : static_cast<std::int32_t>(std::min<std::int64_t>(free, a.capacity));
+    }
+}
+
 }  // namespace
 
 int route(const Route& a) {
     if (a.bias != nullptr && !std::all_of(a.bias, a.bias + a.E, [](float b) { return std::isfinite(b); })) return 2;
-    const std::int64_t num_chunks = (a.T + kChunk - 1) / kChunk;
-    const std::int64_t lines = a.drop == kByChoice ? a.K : 1, counts = lines * a.E;
-    std::vector<std::int32_t> next(static_cast<std::size_t>(num_chunks * counts), 0);  // [chunk][line][E]
-    std::vector<float> share(static_cast<std::size_t>(num_chunks * a.E));
-    std::vector<Chunk> chunks(static_cast<std::size_t>(num_chunks));
-    for (std::int64_t c = 0; c < num_chunks; ++c)
-        chunks[c] = {c * kChunk, std::min(a.T, (c + 1) * kChunk), &next[c * counts], &share[c * a.E], 0.0, false};
-
-    const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (kChunk * a.E));
-    in_parts(num_chunks, a.threads, grain, [&](const auto& take) {
-        const Floats scratch(scratch_floats(a.E));
-        for (std::int64_t first, last; take(first, last);)
-            for (std::int64_t c = first; c < last; ++c) kernels().select(a, chunks[c], scratch.get());
-    });
-    if (std::any_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return c.bad; })) return 1;
-
-    std::int64_t choices = 0;
-    double lse_squared = 0, balance = 0;
-    for (int e = 0; e < a.E; ++e) {
-        std::int32_t chosen = 0;
-        for (std::int64_t i = e; i < num_chunks * counts; i += a.E) chosen += next[i];
-        a.load[e] = chosen;
-        choices += chosen;
-    }
-    const double num_tokens = std::max(1.0, static_cast<double>(choices) / a.K);
-    for (int e = 0; e < a.E; ++e) {
-        double sum = 0;
-        for (std::int64_t c = 0; c < num_chunks; ++c) sum += share[c * a.E + e];
-        balance += sum / num_tokens * (a.load[e] / num_tokens);
-    }
-    for (const Chunk& c : chunks) lse_squared += c.lse_squared;
-    *a.aux_loss = static_cast<float>(balance * a.E / a.K);
-    *a.z_loss = static_cast<float>(lse_squared / num_tokens);
-
+    Chunks chunks(a);
+    if (!select_all(a, chunks)) return 1;
+    write_losses(a, chunks);
     if (a.capacity >= 0 && (a.drop == kByProbability || a.drop == kByRandom)) {
         drop_by_priority(a);
-        std::fill(next.begin(), next.end(), 0);
-        for (std::int64_t i = 0; i < a.T * a.K; ++i)
-            if (a.expert[i] >= 0) ++next[i / (a.K * kChunk) * counts + a.expert[i]];
+        count_again(a, chunks);
     }
-    for (int e = 0; e < a.E; ++e) {  // counts -> first free places, line by line, in each line chunk by chunk
-        std::int32_t free = 0;
-        for (std::int64_t line = 0; line < lines; ++line)
-            for (std::int64_t c = 0; c < num_chunks; ++c) {
-                const std::int32_t here = next[c * counts + line * a.E + e];
-                next[c * counts + line * a.E + e] = free;
-                free += here;
-            }
-        a.count[e] = a.capacity < 0 ? free : static_cast<std::int32_t>(std::min<std::int64_t>(free, a.capacity));
-    }
+    find_first_places(a, chunks);
     lay_out_rows(a);
-    in_parts(num_chunks, a.threads, std::max<std::int64_t>(1, (1 << 16) / (kChunk * a.K)), [&](const auto& take) {
+    // Every chunk knows its first places, so chunks need not wait for each other.
+    const std::int64_t grain = std::max<std::int64_t>(1, (1 << 16) / (kChunk * a.K));
+    in_parts(chunks.size(), a.threads, grain, [&](const auto& take) {
         for (std::int64_t first, last; take(first, last);)
-            for (std::int64_t c = first; c < last; ++c) place(a, chunks[c].first, chunks[c].last, chunks[c].chosen);
+            for (std::int64_t c = first; c < last; ++c) {
+                const Chunk& chunk = chunks.chunk[c];
+                place(a, chunk.first, chunk.last, chunk.chosen);
+            }
     });
     return 0;
 }

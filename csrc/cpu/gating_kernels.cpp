@@ -147,6 +147,7 @@ bool largest_logits(float* largest, float* x, int E) {
         Floats m = floats(x + l);
         for (int e = 0; e < E; ++e) {
             const Floats v = floats(x + e * kLanes + l);
+            // False for NaN and for +inf.
             bad |= ~(v < __builtin_inff());
             m = v > m ? v : m;
         }
@@ -162,6 +163,7 @@ bool largest_logits(float* largest, float* x, int E) {
 void softmax_terms(float* term, float* total, const float* x, const float* largest, int E, float* work) {
     for (int e = 0; e < E; ++e)
         for (int l = 0; l < kLanes; ++l) term[e * kLanes + l] = softmax_term(x[e * kLanes + l], largest[l]);
+    // The fold of score.h with E padded by zeros: the padding is left out, since adding 0 changes no bit.
     int half = 1;
     while (2 * half < E) half *= 2;
     const float* terms = term;
@@ -193,6 +195,7 @@ inline std::int32_t to_key(float x) { return static_cast<std::int32_t>(ordered(x
 // The index [16] of the largest of n keys [n][16], ties to the lowest; then those keys are taken.
 void take_best(std::int32_t* index, std::int32_t* key, int n) {
     for (int l = 0; l < kLanes; l += kWidth) {
+        // Strictly larger: of equal keys the first stays.
         Ints top = ints(key + l), at = {};
         for (int e = 1; e < n; ++e) {
             const Ints k = ints(key + e * kLanes + l);
@@ -214,6 +217,7 @@ void take_best(std::int32_t* index, std::int32_t* key, int n) {
 void keep_top_groups(std::int32_t* key, const float* value, const Route& a, float* work) {
     const int E = a.E, num_groups = a.num_groups, members = E / num_groups;
     const bool adds_two = a.best_in_group == 2 && members > 1;
+    // The best groups are taken as experts are, and a group that was taken is one that stays.
     auto* group_key = reinterpret_cast<std::int32_t*>(work);
     for (int g = 0; g < num_groups; ++g)
         for (int l = 0; l < kLanes; ++l) {
@@ -242,6 +246,7 @@ void add_noise(float* row, const Route& a, std::int64_t t) {
         const Words w = philox(a.generator, kNoise, first + static_cast<unsigned>(b));
         for (int i = 0; i < 4; ++i) words[4 * b + i] = w.word[i];
     }
+    // The kind is a constant in each loop: no branch inside.
     if (a.noise == kGumbel)
         for (int e = 0; e < a.E; ++e) row[e] = noisy(row[e], kGumbel, a.noise_scale, words[skip + e]);
     else
@@ -270,8 +275,10 @@ void load_block(float* x, const Block& b, const void* logits, Type type, int E, 
     const float* row[kLanes];
     for (int l = 0; l < kLanes; ++l) {
         row[l] = kZeros;
+        // Not what a masked row holds: NaN there would reach the sums, and +inf would count as a bad logit.
         if (!b.used[l]) continue;
         const std::int64_t start = (b.t + l) * E;
+        // transpose reads 4 experts at a time: such a row can be read where it lies.
         if (type == kFloat32 && E % 4 == 0 && with_noise == nullptr) {
             row[l] = static_cast<const float*>(logits) + start;
             continue;
@@ -303,6 +310,7 @@ void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) 
     load_block(s.x, b, a.logits, a.type, E, s.rows, nullptr);
     alignas(64) float largest[kLanes], total[kLanes], inverse[kLanes], lse[kLanes];
     out.bad |= largest_logits(largest, s.x, E);
+    // The whole call is given up then: nothing that follows would mean anything.
     if (out.bad) return;
     softmax_terms(s.term, total, s.x, largest, E, s.work);
     for (int l = 0; l < kLanes; ++l) {
@@ -327,6 +335,7 @@ void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) 
     if (a.score == kSigmoid || a.bias != nullptr || a.num_groups > 1) {
         value = s.term;  // no longer needed
         if (a.noise != kNoNoise) scores(a.score, value, seen, E, s.work);
+        // Noise changes what selects, never the weights: those come from s.score.
         const float* score = a.noise != kNoNoise ? value : s.score;
         for (int e = 0; e < E; ++e) {
             const float bias = a.bias != nullptr ? a.bias[e] : 0.0f;
@@ -371,6 +380,7 @@ void weight_backward(const RouteBackward& a, std::int64_t t, const float* score,
             total += s;
             dot += dw[k] * s;
         }
+    // d (s / total) = ds / total - s * dtotal / total ** 2; below the floor the divisor is a constant.
     const bool normalised = a.floor > 0.0f;
     const float inverse = normalised ? 1.0f / (total > a.floor ? total : a.floor) : 1.0f;
     const float through_total = normalised && total > a.floor ? dot * inverse * inverse : 0.0f;
@@ -394,6 +404,7 @@ void route_backward(const RouteBackward& a, std::int64_t first, std::int64_t las
         scores(kSoftmax, s.term, s.x, E, s.work);  // exp(x - lse) would be less exact where lse is large
         float* score = s.term;  // softmax
         if (a.score == kSigmoid) scores(kSigmoid, score = s.score, s.x, E, s.work);
+        // The weights' pull on the scores goes to few experts; the losses' pull, to all, is added below.
         std::memset(s.key, 0, sizeof(float) * kLanes * static_cast<std::size_t>(E));
         float* grad = s.key;
         for (int l = 0; l < kLanes; ++l)
