@@ -186,8 +186,8 @@ def counting(gate: Gate, cut: Geometry) -> Counting:
     numbers = (2 * words + (4 if cut.blocks > 1 else 2)) * experts + 1
     if cut.blocks > 1 and not cut.cluster:
         # PART of route_exchange.cuh: the sums of each warp, unless they are too large.
-        part = 2 * warps * vectors * (3 if count_bits == 32 else 6)
-        numbers += part if part <= 16384 else 0
+        sums = 2 * warps * vectors * (3 if count_bits == 32 else 6)
+        numbers += sums if sums <= 16384 else 0
     if gate.num_groups > 1:
         # Each warp's keys, and the scores of its groups.
         numbers += warps * (experts + gate.num_groups)

@@ -119,6 +119,7 @@ def _numpy(tensor: Tensor | None) -> Any:
 
 def _tensor(array: Any, like: Tensor) -> Tensor:
     tensor = torch.from_numpy(array)
+    # uint16 are the bits of bfloat16.
     return tensor if tensor.dtype == like.dtype else tensor.view(like.dtype)
 
 
@@ -132,6 +133,7 @@ def route(inputs: Inputs, choices: Choices) -> Fields:
         from moecomm.gating import cuda
 
         return cuda.route(inputs, choices)
+    # The C++ kernels take numbers alone: on a CPU nothing is waited for when one is read from a tensor.
     if inputs.step is not None:
         choices = choices._replace(offset=choices.offset + int(inputs.step))
     arrays = host.route(Inputs._make(map(_numpy, inputs)), choices)
@@ -154,6 +156,7 @@ def _fake_route(inputs: Inputs, choices: Choices) -> Fields:
 @operator(returns="Tensor")
 def route_backward(grads: Gradients, saved: Saved, choices: Choices) -> Tensor:
     """grad_logits [T, E]."""
+    # A sum's gradient is one number in a view of all places: the kernels read plain memory.
     grads = grads._replace(grad_weight=grads.grad_weight.contiguous())
     if saved.logits.is_cuda:
         from moecomm.gating import cuda
@@ -207,10 +210,15 @@ def permute(x: Tensor, row: Tensor, source: Tensor, threads: int) -> Tensor:
         from moecomm.gating import cuda_rows
 
         return cuda_rows.permute(x, row, source)
-    if not (x.numel() and len(source)):
-        return x.new_zeros(len(source), x.shape[1])  # numpy's strides of nothing are none that view takes
-    words = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().view(torch.uint8)
-    return torch.from_numpy(host.permute(words.numpy(), row.numpy(), source.numpy(), threads)).view(x.dtype)
+    if x.numel() == 0 or len(source) == 0:
+        # numpy gives empty arrays strides that Tensor.view refuses.
+        return x.new_zeros(len(source), x.shape[1])
+    words = x.detach()
+    if x.dtype not in (torch.float32, torch.float64):
+        # Rows are only moved: as bytes they need no dtype that numpy knows.
+        words = words.view(torch.uint8)
+    rows = host.permute(words.numpy(), row.numpy(), source.numpy(), threads)
+    return torch.from_numpy(rows).view(x.dtype)
 
 
 @permute.register_fake
@@ -235,12 +243,15 @@ def _(grad_rows: Tensor, row: Tensor, threads: int) -> Tensor:
 
 
 def _save_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, row, _, ctx.threads = inputs
+    _, row, _, threads = inputs
+    ctx.threads = threads
     ctx.save_for_backward(row)
 
 
-def _permute_gradient(ctx: Any, grad_rows: Tensor) -> tuple[Any, ...]:
-    return permute_backward(grad_rows, *ctx.saved_tensors, ctx.threads), None, None, None
+def _permute_gradient(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+    (row,) = ctx.saved_tensors
+    grad_x = permute_backward(grad_rows, row, ctx.threads)
+    return grad_x, None, None, None
 
 
 permute.register_autograd(_permute_gradient, setup_context=_save_permute)
@@ -259,9 +270,11 @@ def permute_fp8(x: Tensor, row: Tensor, source: Tensor, threads: int) -> tuple[T
 
 @permute_fp8.register_fake
 def _(x: Tensor, row: Tensor, source: Tensor, threads: int) -> tuple[Tensor, Tensor]:
-    N, H = source.shape[0], x.shape[1]
+    N = source.shape[0]
+    H = x.shape[1]
     rows = x.new_empty((N, H), dtype=torch.float8_e4m3fn)
-    return rows, x.new_empty((N, (H + 127) // 128), dtype=torch.float32)
+    scales = x.new_empty((N, (H + 127) // 128), dtype=torch.float32)
+    return rows, scales
 
 
 @operator(returns="Tensor")
@@ -273,12 +286,13 @@ def unpermute(
         from moecomm.gating import cuda_rows
 
         return cuda_rows.unpermute(rows, row, weight, residual)
-    y = host.unpermute(_numpy(rows), row.numpy(), _numpy(weight.contiguous()), _numpy(residual), threads)
+    weight = weight.contiguous()
+    y = host.unpermute(_numpy(rows), row.numpy(), _numpy(weight), _numpy(residual), threads)
     return _tensor(y, rows)
 
 
 @unpermute.register_fake
-def _(rows: Tensor, row: Tensor, *rest: Any) -> Tensor:
+def _(rows: Tensor, row: Tensor, *_: Any) -> Tensor:
     return rows.new_empty((row.shape[0], rows.shape[1]))
 
 
@@ -287,30 +301,37 @@ def unpermute_backward(
     grad_y: Tensor, rows: Tensor, row: Tensor, weight: Tensor, source: Tensor, threads: int
 ) -> tuple[Tensor, Tensor]:
     """grad_rows [N, H], grad_weight [T, K]."""
-    grad_y, weight = grad_y.contiguous(), weight.contiguous()
+    # As in route_backward.
+    grad_y = grad_y.contiguous()
+    weight = weight.contiguous()
     if rows.is_cuda:
         from moecomm.gating import cuda_rows
 
         return cuda_rows.unpermute_backward(grad_y, rows, row, weight, source)
-    arrays = map(_numpy, (grad_y, rows, row, weight, source))
-    grads = host.unpermute_backward(*(*arrays, threads))
-    return _tensor(grads[0], rows), torch.from_numpy(grads[1])
+    grad_rows, grad_weight = host.unpermute_backward(
+        _numpy(grad_y), _numpy(rows), row.numpy(), _numpy(weight), source.numpy(), threads
+    )
+    return _tensor(grad_rows, rows), torch.from_numpy(grad_weight)
 
 
 @unpermute_backward.register_fake
-def _(grad_y: Tensor, rows: Tensor, row: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(grad_y: Tensor, rows: Tensor, row: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), weight.new_empty(row.shape)
 
 
 def _save_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, row, weight, source, residual, ctx.threads = inputs
+    rows, row, weight, source, residual, threads = inputs
+    ctx.threads = threads
     ctx.has_residual = residual is not None
     ctx.save_for_backward(rows, row, weight, source)
 
 
-def _unpermute_gradient(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    grad_rows, grad_weight = unpermute_backward(grad_y, *ctx.saved_tensors, ctx.threads)
-    return grad_rows, None, grad_weight, None, grad_y if ctx.has_residual else None, None
+def _unpermute_gradient(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    rows, row, weight, source = ctx.saved_tensors
+    grad_rows, grad_weight = unpermute_backward(grad_y, rows, row, weight, source, ctx.threads)
+    # y is the residual plus a sum: the residual's gradient is y's.
+    grad_residual = grad_y if ctx.has_residual else None
+    return grad_rows, None, grad_weight, None, grad_residual, None
 
 
 unpermute.register_autograd(_unpermute_gradient, setup_context=_save_unpermute)

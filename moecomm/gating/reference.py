@@ -88,13 +88,13 @@ def route(
 
 def keep_best(chosen: NDArray, priority: NDArray, E: int, capacity: int) -> NDArray:
     """chosen [T, K], -1 for all but the `capacity` assignments of highest priority of each expert."""
-    kept = chosen.copy()
+    expert = chosen.copy()
     for e in range(E):
         assignments = np.flatnonzero(chosen == e)
         # Stable: of equal priorities the lower assignment stays.
         order = np.argsort(-priority.flat[assignments].astype(np.float64), kind="stable")
-        kept.flat[assignments[order[capacity:]]] = -1
-    return kept
+        expert.flat[assignments[order[capacity:]]] = -1
+    return expert
 
 
 def stand_in_line(chosen: NDArray, E: int, capacity: int | None, by_choice: bool) -> tuple[NDArray, NDArray, NDArray]:
@@ -134,9 +134,9 @@ def allowed(keys: NDArray, num_groups: int, top_groups: int, best_in_group: int)
     with np.errstate(over="ignore"):  # a group without any expert to choose from: -inf
         group_keys = np.sort(grouped, axis=1)[:, -best_in_group:].sum(1, dtype=np.float32)
     outside = np.setdiff1d(np.arange(num_groups), best(group_keys, top_groups))
-    kept = grouped.copy()
-    kept[outside] = -np.inf
-    return kept.ravel()
+    eligible = grouped.copy()
+    eligible[outside] = -np.inf
+    return eligible.ravel()
 
 
 def best(keys: NDArray, k: int) -> NDArray:
@@ -158,13 +158,18 @@ def values(
     scores = np.zeros_like(logits)
     scores[mask] = terms / total if score == "softmax" else 1 / (1 + np.exp(-x))
     # A dropped assignment has weight 0, and no part in the sum of its token's weights.
-    kept = np.where(expert >= 0, np.take_along_axis(scores, np.maximum(expert, 0), 1), 0)
+    weight = np.where(expert >= 0, np.take_along_axis(scores, np.maximum(expert, 0), 1), 0)
     if normalize == "selected":
-        kept = kept / np.maximum(kept.sum(1, keepdims=True), FLOOR[score])
+        weight = weight / np.maximum(weight.sum(1, keepdims=True), FLOOR[score])
     num_tokens = max(int(mask.sum()), 1)
-    share = scores if score == "softmax" else scores / np.maximum(scores.sum(1, keepdims=True), 1e-20)
-    aux_loss = E / K * ((share.sum(0) / num_tokens) * (load / num_tokens)).sum()
-    return scale * kept, aux_loss, (lse**2).sum() / num_tokens, lse
+    share = scores
+    if score == "sigmoid":
+        # Sigmoids need not sum to 1. Only their shares have a loss of 1 when balanced.
+        share = scores / np.maximum(scores.sum(1, keepdims=True), 1e-20)
+    mean_share = share.sum(0) / num_tokens
+    aux_loss = E / K * (mean_share * (load / num_tokens)).sum()
+    z_loss = (lse**2).sum() / num_tokens
+    return scale * weight, aux_loss, z_loss, lse
 
 
 # ---- moving rows ---------------------------------------------------------------------------------------------------
@@ -185,9 +190,9 @@ def unpermute(rows: NDArray, routing: Routing, residual: NDArray | None = None) 
     y = np.zeros((T, rows.shape[1]), wide) if residual is None else residual.astype(wide)
     # In order of choice, as the kernels add: float sums depend on it.
     for k in range(K):
-        kept = np.flatnonzero(routing.row[:, k] >= 0)
-        weight = routing.weight[kept, k, None].astype(wide)
-        y[kept] += weight * rows[routing.row[kept, k]].astype(wide)
+        tokens = np.flatnonzero(routing.row[:, k] >= 0)
+        weight = routing.weight[tokens, k, None].astype(wide)
+        y[tokens] += weight * rows[routing.row[tokens, k]].astype(wide)
     return y.astype(rows.dtype)
 
 

@@ -258,8 +258,7 @@ def _beside(name: str, array: Any, logits: Array, dtype: str, length: int) -> An
     if isinstance(array, np.ndarray) != isinstance(logits, np.ndarray) or not hasattr(array, "shape"):
         raise TypeError(f"route: {name} is a {type(array).__name__}, expected a {type(logits).__name__} as logits is")
     if tuple(array.shape) != (length,) or dtype_name(array) != dtype:
-        got = f"{dtype_name(array)} {tuple(array.shape)}"
-        raise ValueError(f"route: {name} is {got}, expected {dtype} ({length},)")
+        raise ValueError(f"route: {name} is {dtype_name(array)} {tuple(array.shape)}, expected {dtype} ({length},)")
     if not isinstance(array, np.ndarray) and array.device != logits.device:
         raise ValueError(f"route: {name} is on {array.device}, expected {logits.device} as logits is")
     return contiguous(f"route: {name}", array)
