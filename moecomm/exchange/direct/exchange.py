@@ -104,6 +104,7 @@ class DirectExchange(Exchange[DirectPlan], Identity):
             return shape, max_rows, num_buffers, torch.cuda.current_device(), str(gpu.uuid)
 
         shape, self.max_rows, num_buffers, self.device, gpu_name = together(self.comm, "DirectExchange", checked)
+        # By name: the same GPU has different numbers in processes that see different devices.
         self._check_gpus(gather(self.comm, gpu_name))
         arguments = f"{shape} {fp8} {self.max_rows} {num_buffers} {limit} {getattr(memory, '__name__', '')}"
         self.comm.agree("DirectExchange: the arguments", arguments)
@@ -112,7 +113,7 @@ class DirectExchange(Exchange[DirectPlan], Identity):
         self.fp8 = fp8
         self.num_experts = shape.ranks * shape.experts
         experts = range(self.num_experts)
-        self.experts = [list(experts[first : first + shape.experts]) for first in experts[:: shape.experts]]
+        self.experts = [list(experts[start : start + shape.experts]) for start in experts[:: shape.experts]]
         self.local_experts = self.experts[self.comm.rank]
         self.num_local_experts = shape.experts
         """Experts of this rank."""
@@ -165,8 +166,8 @@ class DirectExchange(Exchange[DirectPlan], Identity):
         row_bytes = shape.hidden * shape.itemsize
         if shape.tagged or shape.fp8 or row_bytes % 16:
             return None
-        first = buffer.rows + self.comm.rank * shape.max_tokens * row_bytes
-        return self._launcher.buffers.view(first, (shape.max_tokens, shape.hidden), self.dtype)
+        start = buffer.rows + self.comm.rank * shape.max_tokens * row_bytes
+        return self._launcher.buffers.view(start, (shape.max_tokens, shape.hidden), self.dtype)
 
     def combine(self, rows: Tensor, plan: DirectPlan) -> Tensor:
         """Bring the experts' answers home: for each token, their weighted sum.
@@ -205,6 +206,7 @@ class DirectExchange(Exchange[DirectPlan], Identity):
             raise RuntimeError(f"start: torch records gradients, expected torch.no_grad(){self.comm.where()}")
         if self._stream is None:
             self._stream = torch.cuda.Stream()
+        # The arguments may still be computed by work queued on the caller's stream.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             result = call(*arguments)
@@ -275,6 +277,7 @@ class DirectExchange(Exchange[DirectPlan], Identity):
         from moecomm.exchange.autograd import new_thread
         from moecomm.exchange.direct.autograd import Dispatch
 
+        # The output `weight` is the tensor through which combine's gradient reaches routing.weight.
         rows, weight, plan = Dispatch.apply(x, weight, new_thread(x), expert, self._launcher)
         return rows, replace(plan, weight=weight)
 
@@ -283,10 +286,10 @@ class DirectExchange(Exchange[DirectPlan], Identity):
     def _check_gpus(self, names: list[str]) -> None:
         """names: of the GPU of each rank."""
         for rank, name in enumerate(names):
-            first = names.index(name)
-            if first < rank:
+            owner = names.index(name)
+            if owner < rank:
                 raise ValueError(
-                    f"DirectExchange: ranks {first} and {rank} have the same GPU, expected one each: a kernel waits "
+                    f"DirectExchange: ranks {owner} and {rank} have the same GPU, expected one each: a kernel waits "
                     "for those of all ranks, which a GPU need not run at the same time" + self.comm.where()
                 )
 
@@ -339,8 +342,8 @@ class DirectExchange(Exchange[DirectPlan], Identity):
         self._check_plan("combine", plan)
         self._check_gradients("combine", plan.compact, {"rows": rows, "plan.weight": plan.weight})
         if not is_torch(rows) or not rows.is_cuda or rows.dtype != self.dtype or rows.ndim != 2:
-            got = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if is_torch(rows) else type(rows).__name__
-            raise TypeError(f"combine: rows is {got}, expected a CUDA tensor of {self.dtype} with two axes{where}")
+            kind = f"{rows.dtype} {list(rows.shape)} on {rows.device}" if is_torch(rows) else type(rows).__name__
+            raise TypeError(f"combine: rows is {kind}, expected a CUDA tensor of {self.dtype} with two axes{where}")
         self._check_device("combine", "rows", rows)
         if plan.compact:
             expected = str(self.shape.slots)
@@ -350,6 +353,7 @@ class DirectExchange(Exchange[DirectPlan], Identity):
             fits = len(rows) <= self.max_rows
         if rows.shape[1] != self.shape.hidden or not fits:
             raise ValueError(f"combine: rows is {list(rows.shape)}, expected [{expected}, {self.shape.hidden}]{where}")
+        # Rows may be apart, as in a slice of a larger tensor, which spares a copy; values of a row may not.
         if rows.numel() and rows.stride(1) != 1:
             raise ValueError(f"combine: rows has strides {rows.stride()}, expected values of a row side by side{where}")
 
@@ -382,46 +386,37 @@ def _checked_sizes(
         raise ValueError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
     if fp8 not in (None, torch.float8_e4m3fn):
         raise ValueError(f"fp8 is {fp8}, expected None or torch.float8_e4m3fn")
-    if sizes["num_sms"] is None:
-        sizes = sizes | {"num_sms": max(2, multiprocessors - NCCL_SMS)}
-    whole = {argument: _integer(argument, value) for argument, value in sizes.items() if value is not None}
-    num_experts, top_k, max_tokens = whole["num_experts"], whole["top_k"], whole["max_tokens"]
+    # Each bound that comes later may depend on the values before it.
+    beside_nccl = max(2, multiprocessors - NCCL_SMS)
+    num_sms = _integer("num_sms", sizes["num_sms"], 2, multiprocessors, beside_nccl)
+    hidden = _integer("hidden", sizes["hidden"])
+    # A lane of a warp takes one choice of a token.
+    top_k = _integer("top_k", sizes["top_k"], 1, 32)
     # Indices of choices are int32 in the kernels.
-    if max_tokens * ranks * top_k >= 2**31:
-        raise ValueError(f"max_tokens is {max_tokens}, expected p * K * it < 2**31")
-    experts = num_experts // ranks
-    # The worst case: all ranks send all tokens here, each with as many choices as fit.
-    max_rows = whole.setdefault("max_rows", ranks * max_tokens * min(top_k, experts))
-    if experts * ranks != num_experts or experts == 0:
-        raise ValueError(f"num_experts is {num_experts}, expected a multiple of {ranks}")
+    max_tokens = _integer("max_tokens", sizes["max_tokens"], 1, (2**31 - 1) // (ranks * top_k))
     # A block that builds the table counts the rows of each expert in shared memory.
-    if experts > 1024:
-        raise ValueError(f"num_experts is {num_experts}, expected at most {1024 * ranks}")
-    if not 1 <= top_k <= 32:
-        raise ValueError(f"top_k is {top_k}, expected 1 .. 32")
-    if not 2 <= whole["num_sms"] <= multiprocessors:
-        raise ValueError(f"num_sms is {whole['num_sms']}, expected 2 .. {multiprocessors}")
-    for argument in ("max_tokens", "hidden", "num_buffers", "max_rows"):
-        if whole[argument] < 1:
-            raise ValueError(f"{argument} is {whole[argument]}, expected >= 1")
-    shape = KernelShape(
-        dtype=name,
-        fp8=fp8 is not None,
-        hidden=whole["hidden"],
-        top_k=top_k,
-        max_tokens=max_tokens,
-        ranks=ranks,
-        experts=experts,
-        num_sms=whole["num_sms"],
-    )
-    return shape, max_rows, whole["num_buffers"]
+    num_experts = _integer("num_experts", sizes["num_experts"], 1, 1024 * ranks)
+    experts = num_experts // ranks
+    if experts * ranks != num_experts:
+        raise ValueError(f"num_experts is {num_experts}, expected a multiple of {ranks}")
+    # The worst case: all ranks send all tokens here, each with as many choices as there are experts.
+    worst = ranks * max_tokens * min(top_k, experts)
+    max_rows = _integer("max_rows", sizes["max_rows"], default=worst)
+    num_buffers = _integer("num_buffers", sizes["num_buffers"])
+    shape = KernelShape(name, fp8 is not None, hidden, top_k, max_tokens, ranks, experts, num_sms)
+    return shape, max_rows, num_buffers
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: object, low: int = 1, high: float = inf, default: int | None = None) -> int:
+    """The value as an int from low to high; None stands for the default."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(default if value is None else value)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"{name} is {value!r}, expected an integer") from None
+    if not low <= number <= high:
+        bounds = f">= {low}" if high == inf else f"{low} .. {high}"
+        raise ValueError(f"{name} is {number}, expected {bounds}")
+    return number
 
 
 def _wants_gradients(*tensors: Tensor) -> bool:

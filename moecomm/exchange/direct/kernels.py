@@ -97,6 +97,7 @@ class KernelShape:
         """How a kernel shares its work: one of OUTPUTS (dispatch), "combine" or "combine expanded"."""
         fp8 = self._travels_as_fp8(kind)
         pieces = self.pieces(fp8)
+        # Table blocks never push.
         blocks = self.num_sms - self.table_blocks
         # Compact rows need no copy where they arrive: all blocks push. The other kinds also receive.
         share = {"compact": 1.0, "expanded": 0.4 if fp8 else 0.25}.get(kind, 0.5)
@@ -156,6 +157,7 @@ class KernelShape:
     def dispatch(self, kind: str, aligned: bool) -> DirectKernel:
         """One of OUTPUTS. aligned: every row of the caller's tensors starts at a multiple of 16 bytes."""
         split = self.split(kind)
+        # All sizes are compiled in: loops have known lengths, and divisions become shifts and multiplications.
         macros = (
             *self.macros(kind, aligned),
             ("OUTPUT", OUTPUTS.index(kind)),

@@ -55,6 +55,7 @@ class Launcher:
 
     def check_usable(self, call: str) -> None:
         """Raises CommError after a failure, also one that a kernel has reported since. Does not wait for the GPU."""
+        # Pinned memory that a kernel writes when it gives up: reading it costs no synchronisation.
         report = int(self.buffers.report[0])
         if report and self.failure is None:
             use, peer, phase = report >> 32, report >> 8 & 0xFF, report & 0xFF
@@ -69,16 +70,18 @@ class Launcher:
 
     def send(self, x: Tensor, expert: Tensor, weight: Tensor, compact: bool) -> tuple[Tensor, DirectPlan]:
         """The kernel of dispatch. expert [T, K] int32, weight [T, K] float32, contiguous."""
+        # A failure in here, as for want of memory, leaves the buffers' turns different from those of the other ranks.
         with collective("dispatch", self):
             x = x.contiguous()
             index = self._take_dispatch_buffer()
             buffer = self.buffers.dispatch[index]
             # Rows with tags are spread over twice their bytes: the kernel must copy them out.
             in_place = compact and not self.shape.tagged
-            rows, scales = self._rows_in(buffer) if in_place else self._new_rows(x, compact)
+            rows, scales = self._new_rows(x, buffer, compact, in_place)
             plan = self._new_plan(expert, scales, index, compact)
             kind = "compact" if compact else "expanded"
-            kernel = self.shape.dispatch(kind, _aligned(x, None if in_place else rows))
+            # Rows in place are whole pieces, whatever `hidden` is: only the caller's rows count.
+            kernel = self.shape.dispatch(kind, _aligned(x) if in_place else _aligned(x, rows))
             answers = grad_weight = None  # of the backward pass of combine
             kernel(
                 self.buffers.peers,
@@ -209,30 +212,25 @@ class Launcher:
 
     # ---- tensors ---------------------------------------------------------------------------------------------------
 
-    def _rows_in(self, buffer: Buffer) -> tuple[Tensor, Tensor | None]:
-        """Compact rows and their scales where they arrive."""
+    def _new_rows(self, x: Tensor, buffer: Buffer, compact: bool, in_place: bool) -> tuple[Tensor, Tensor | None]:
+        """Rows and their scales: where they arrive, or memory to which the kernel copies them."""
         import torch
 
-        shape = self.shape
-        dtype = torch.float8_e4m3fn if shape.fp8 else getattr(torch, shape.dtype)
-        # A row fills whole pieces of 16 bytes; the caller sees its first `hidden` values.
-        width = shape.pieces(shape.fp8) * 16 // dtype.itemsize
-        rows = self.buffers.view(buffer.rows, (shape.slots, width), dtype)[:, : shape.hidden]
-        if not shape.fp8:
-            return rows, None
-        return rows, self.buffers.view(buffer.scales, (shape.slots, shape.scales), torch.float32)
-
-    def _new_rows(self, x: Tensor, compact: bool) -> tuple[Tensor, Tensor | None]:
-        """Memory for rows and their scales that the kernel copies out of the buffer."""
-        import torch
-
-        shape = self.shape
+        shape, view = self.shape, self.buffers.view
         num_rows = shape.slots if compact else self.max_rows
         dtype = torch.float8_e4m3fn if shape.fp8 else x.dtype
-        rows = x.new_empty((num_rows, shape.hidden), dtype=dtype)
-        if not shape.fp8:
-            return rows, None
-        return rows, x.new_empty((num_rows, shape.scales), dtype=torch.float32)
+        scales = None
+        if in_place:
+            # A row fills whole pieces of 16 bytes; the caller sees its first `hidden` values.
+            width = shape.pieces(shape.fp8) * 16 // dtype.itemsize
+            rows = view(buffer.rows, (num_rows, width), dtype)[:, : shape.hidden]
+            if shape.fp8:
+                scales = view(buffer.scales, (num_rows, shape.scales), torch.float32)
+        else:
+            rows = x.new_empty((num_rows, shape.hidden), dtype=dtype)
+            if shape.fp8:
+                scales = x.new_empty((num_rows, shape.scales), dtype=torch.float32)
+        return rows, scales
 
     def _new_plan(self, expert: Tensor, scales: Tensor | None, buffer: int, compact: bool) -> DirectPlan:
         """Memory for what the kernel of dispatch finds out."""
@@ -272,11 +270,9 @@ class Launcher:
         return PlanTable(*(tensor.data_ptr() for tensor in tensors), max_rows)
 
 
-def _aligned(*tensors: Tensor | None) -> bool:
+def _aligned(*tensors: Tensor) -> bool:
     """Whether every row of every tensor begins at a multiple of 16 bytes, and so does what follows its last row."""
     for tensor in tensors:
-        if tensor is None:
-            continue
         # The stride of a single row is arbitrary and says nothing about its end.
         step = tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
         if tensor.data_ptr() % 16 or step * tensor.element_size() % 16:

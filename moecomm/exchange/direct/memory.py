@@ -41,12 +41,7 @@ class Buffer(ctypes.Structure):
 
     _fields_ = (
         ("counters", ctypes.c_void_p),
-        ("rows", ctypes.c_longlong),
-        ("scales", ctypes.c_longlong),
-        ("choices", ctypes.c_longlong),
-        ("tokens", ctypes.c_longlong),
-        ("arrived", ctypes.c_longlong),
-        ("credit", ctypes.c_longlong),
+        *((name, ctypes.c_longlong) for name in ("rows", "scales", "choices", "tokens", "arrived", "credit")),
     )
 
 
@@ -54,14 +49,8 @@ class PlanTable(ctypes.Structure):
     """Addresses of a plan's tensors."""
 
     _fields_ = (
-        ("place", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("slot", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("count", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_void_p),
-        ("expert", ctypes.c_void_p),
-        ("tiles", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("place", "weight", "slot", "offset", "count", "num_tokens")),
+        *((name, ctypes.c_void_p) for name in ("expert", "tiles")),
         ("max_rows", ctypes.c_longlong),
     )
 
@@ -132,7 +121,7 @@ class Buffers:
             (ctypes.c_void_p * 8)(*self.symmetric.pointers),
             self.failed.data_ptr(),
             self.report.data_ptr(),
-            int(limit * 1e9),
+            int(limit * 1e9),  # nanoseconds, as the clock of the GPU counts
             comm.rank,
         )
         self.dispatch = self._structs(dispatch, self.counters[0])

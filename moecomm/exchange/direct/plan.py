@@ -71,6 +71,7 @@ class StartedCall(Generic[Result]):
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The CUDA tensors in a result or in arguments."""
+    # The launcher, also a field of a plan, outlives its calls: it is not searched for tensors.
     if isinstance(value, DirectPlan | Routing):
         return tensors_in(list(vars(value).values()))
     if isinstance(value, tuple | list):
