@@ -37,32 +37,32 @@ Result = TypeVar("Result")
 class DirectExchange(Exchange[DirectPlan], Identity):
     """Dispatch and combine by kernels that write into each other's memory, for CUDA ranks of one node.
 
-    comm         1, 2, 4 or 8 ranks that share the experts: rank r holds experts r * E / p and up. Each rank's current
-                 device is its GPU, which no other rank has
+    comm         1, 2, 4 or 8 ranks that share the experts: rank r holds the experts from r * E / p on. The current
+                 device of each rank is its GPU; no two ranks may have the same GPU
     max_tokens   the most tokens that a rank may bring to a call
     hidden       H
     num_experts  E, a multiple of the number of ranks
     top_k        K, 1 .. 32
     dtype        of the rows: torch.float32, bfloat16 or float16
-    fp8          what dispatch's rows travel and arrive as: None: dtype; torch.float8_e4m3fn: with a scale for each 128
-                 values, quantised on the way. combine stays dtype
-    max_rows     room for rows ordered by expert; None: for all that can come, p * max_tokens * min(K, E / p). A row
-                 that finds no room is lost, and its answer counts as zeros: `check` raises
-    num_buffers  plans of `dispatch_compact` that may wait for their combine at a time, at least
-    num_sms      blocks of a kernel, one to a multiprocessor, which wait for those of other ranks. None: all but 32, so
-                 that NCCL's kernels, which also wait for each other, find room beside them. All of them are faster
-                 for many tokens, where nothing else runs
+    fp8          the type in which dispatch sends and returns rows. None: dtype; torch.float8_e4m3fn: quantised before
+                 they are sent, with a scale for each 128 values. combine uses dtype in both cases
+    max_rows     room for rows ordered by expert; None: for the worst case, p * max_tokens * min(K, E / p). A row that
+                 finds no room is lost, its answer counts as zeros, and `check` raises
+    num_buffers  plans of `dispatch_compact` that may wait for their combine at the same time
+    num_sms      blocks of a kernel, one for each multiprocessor, which wait for those of other ranks. None: all
+                 multiprocessors but 32, so that NCCL's kernels, which also wait for each other, find room beside them.
+                 Where nothing else runs, all multiprocessors are faster for many tokens
     limit        seconds that a kernel waits for another rank
     memory       ipc_memory, or torch_memory for a torch process group
 
-    Rows are moved once to each rank that needs them, however many experts it has for them. Nothing waits for the host
-    or asks it: calls can be captured in a CUDA graph, after one call of the same kind. All calls of an exchange, of a
-    rank, are to be in the order of one stream. Ranks make the same calls in the same order.
+    A row is sent once to each rank that needs it, however many experts of that rank the token has. The GPU never waits
+    for the host: calls can be captured in a CUDA graph, after one call of the same kind. On each rank all calls of an
+    exchange must be ordered as on one stream. All ranks make the same calls in the same order.
 
-    Making one is collective. Equal on all ranks: all arguments. Raises ValueError, on all ranks, for bad arguments;
-    RuntimeError where a GPU cannot reach another. A rank that does not come within the limit, or has died, makes the
-    kernels of the others give up: `check` and every later call raise CommError, and what the calls in between returned
-    means nothing.
+    The constructor is collective, and all its arguments must be equal on all ranks. Raises ValueError, on all ranks,
+    for bad arguments; RuntimeError where a GPU cannot reach another. If a rank has died, or does not make a call within
+    the limit, the kernels of the other ranks give up: `check` and every later call raise CommError, and the results of
+    the calls in between are undefined.
     Source: DeepSpeed-MoE (arXiv 2201.05596), section 5, for one node.
     """
 
@@ -137,20 +137,20 @@ class DirectExchange(Exchange[DirectPlan], Identity):
         routing  expert [T, K] and weight [T, K] on the same device; an id outside 0 .. E - 1 counts as dropped, and
                  one that is not -1 makes `check` raise
         returns  ([max_rows, H], plan)  the rows for this rank's experts in the order of RoutedExchange: by expert,
-                 source rank, token; the first plan.offset[-1] of them, the rest is not written
+                 source rank, token. Only the first plan.offset[-1] rows are written
 
         Collective, and so is its backward pass. Differentiable in x and in routing.weight, unless fp8.
         """
         return self._dispatch("dispatch", x, routing, compact=False)
 
     def dispatch_compact(self, x: Tensor, routing: Routing) -> tuple[Tensor, DirectPlan]:
-        """Send every token to its experts' ranks, where it stays as one row: as `dispatch`, with less to copy.
+        """Send every token once to each rank that has experts for it. Arguments as of `dispatch`; less is copied.
 
-        returns  ([p * max_tokens, H], plan)  the row of each slot; only slots that some plan.place names are written.
-                 They may lie where they came: they are to be read, by work queued in order, before `combine` of this
-                 plan, or before `free_rows` if it has none
+        returns  ([p * max_tokens, H], plan)  the row of each slot; only slots with a plan.place other than -1 are
+                 written. The rows may lie in the buffer in which they arrive: they must be read, by work queued in
+                 order, before `combine` of this plan, or before `free_rows` if there is no combine
 
-        Not differentiable. Raises RuntimeError if num_buffers plans hold their rows already.
+        Not differentiable. Raises RuntimeError if num_buffers plans already hold their rows.
         """
         return self._dispatch("dispatch_compact", x, routing, compact=True)
 
@@ -170,18 +170,18 @@ class DirectExchange(Exchange[DirectPlan], Identity):
         return self._launcher.buffers.view(start, (shape.max_tokens, shape.hidden), self.dtype)
 
     def combine(self, rows: Tensor, plan: DirectPlan) -> Tensor:
-        """Bring the experts' answers home: for each token, their weighted sum.
+        """Return for each token the weighted sum of its experts' answers.
 
-        rows     after `dispatch`: [at least plan.offset[-1], H] answers, in the order of its rows; one that is missing
+        rows     after `dispatch`: [at least plan.offset[-1], H] answers, in the order of its rows; a missing answer
                  counts as zeros, and `check` raises.
                  after `dispatch_compact`: [p * max_tokens, H] one answer for each slot, which the caller has weighted
-                 and summed (`moecomm.unpermute` with plan.place and plan.weight does)
+                 and summed, as `moecomm.unpermute` does with plan.place and plan.weight
         returns  [T, H]  a token without experts gets zeros
 
-        Sums are float32, in order of choice inside a rank and then of rank, always the same bits; the sum of another
-        rank comes rounded to dtype. Collective, and so is its backward pass. Differentiable in rows and plan.weight
-        after `dispatch` without fp8; the gradient of rows beyond plan.offset[-1] is not written. Raises RuntimeError if
-        another wants a gradient.
+        Sums are float32, in the order of choices inside a rank and then in the order of ranks, so the same input gives
+        the same bits; the sums of other ranks are rounded to dtype before they are sent. Collective, and so is its
+        backward pass. Differentiable in rows and plan.weight after `dispatch` without fp8; the gradient of rows beyond
+        plan.offset[-1] is not written. Raises RuntimeError if a gradient is wanted in any other case.
         """
         self._launcher.check_usable("combine")
         self._check_answers(rows, plan)
@@ -195,8 +195,8 @@ class DirectExchange(Exchange[DirectPlan], Identity):
     def start(self, call: Callable[..., Result], *arguments: object) -> StartedCall[Result]:
         """Begin `call(*arguments)`, dispatch or combine of this exchange, on a stream of its own; returns a handle.
 
-        It runs after the work queued so far on the current stream, and beside what comes then: give the exchange fewer
-        num_sms than the GPU has. Wait for one handle before the next call of this exchange.
+        It runs after the work queued so far on the current stream, and at the same time as work queued later, if the
+        exchange has fewer num_sms than the GPU. Wait for the handle before the next call of this exchange.
 
         Raises RuntimeError while torch records gradients: the backward passes of calls on two streams could meet.
         """
