@@ -186,7 +186,7 @@ def test_rows_without_bytes_and_odd_inputs() -> None:
         x = np.broadcast_to(np.float64(comm.rank), (4, 5))  # read-only and not contiguous
         assert np.array_equal(a2a(x), np.arange(4.0)[:, None].repeat(5, axis=1))
         assert a2a(np.full(4, "rank"))[3] == "rank"
-        for row_bytes in range(1, 3 * shared.MOST_WAYS):  # more sizes than are kept
+        for row_bytes in range(1, 3 * shared.MOST_TRANSFERS):  # more sizes than are kept
             assert (a2a(np.full((4, row_bytes), comm.rank, np.uint8))[:, -1] == np.arange(4)).all()
 
     threads.run(4, body)
@@ -296,8 +296,8 @@ def test_streams_are_ordered_by_destination_then_source(nodes: Nodes, monkeypatc
             node = list(nodes.ranks[nodes.node_of[rank]])
             of_node = streams.NodeCounts(counts[node], counts[:, node], int(longest))
             here = streams.Streams(nodes, rank)
-            ways.append(here.way(of_node, 24, 128))
-            ways_back.append(here.way(of_node.reversed, 24, 128))
+            ways.append(here.transfer(of_node, 24, 128))
+            ways_back.append(here.transfer(of_node.reversed, 24, 128))
         rows = [list(map(tuple, testing.sent_rows(counts, rank).tolist())) for rank in range(p)]
         wanted = [list(map(tuple, testing.received_rows(counts, rank).tolist())) for rank in range(p)]
         got, contents = carried(nodes, [way.transfer for way in ways], rows)
@@ -310,7 +310,9 @@ def test_streams_are_ordered_by_destination_then_source(nodes: Nodes, monkeypatc
             check_chunks(nodes, rank, way, {pair: 24 * len(stream) for pair, stream in contents.items()})
 
 
-def check_chunks(nodes: Nodes, rank: int, way: streams.Way, stream_bytes: dict[tuple[int, int], int]) -> None:
+def check_chunks(
+    nodes: Nodes, rank: int, way: streams.ChunkedTransfer, stream_bytes: dict[tuple[int, int], int]
+) -> None:
     num_chunks, here = way.transfer.num_chunks, int(nodes.node_of[rank])
     assert way.chunk_bytes % 64 == 0
     assert 64 <= way.chunk_bytes <= 128
@@ -330,14 +332,14 @@ def test_every_node_learns_its_counts(nodes: Nodes, monkeypatch: pytest.MonkeyPa
     p = nodes.world_size
     every = [streams.Streams(nodes, rank) for rank in range(p)]
     for counts in testing.count_matrices(p):
-        given = [here.given_counts(counts[rank]).tolist() for rank, here in enumerate(every)]
-        transfers = [here.way_of_counts(64).transfer for here in every]
+        given = [here.report(counts[rank]).tolist() for rank, here in enumerate(every)]
+        transfers = [here.transfer_of_reports(64).transfer for here in every]
         assert all(t.window * t.num_chunks >= 8 * max(*t.send_totals, *t.recv_totals) for t in transfers)
         assert len({(t.window, t.num_chunks) for t in transfers}) == 1
         found, _ = carried(nodes, transfers, given)
         longest = set()
         for rank, here in enumerate(every):
-            of_node, num_rows = here.read_counts(np.array(found[rank], np.int64))
+            of_node, num_rows = here.read_reports(np.array(found[rank], np.int64))
             node = list(nodes.ranks[nodes.node_of[rank]])
             assert np.array_equal(of_node.sent, counts[node])
             assert np.array_equal(of_node.received, counts[:, node])

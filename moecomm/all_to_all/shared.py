@@ -1,18 +1,18 @@
-"""The all-to-all of few messages: the rows of a node meet in memory that its ranks share, and few of them travel."""
+"""The all-to-all of few messages: the ranks of a node gather their rows in shared memory, and leaders exchange them."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from moecomm._core import Event, NodeRing, RingLayout
 from moecomm.all_to_all.base import AllToAll, Route, agreed_nodes
-from moecomm.all_to_all.streams import NodeCounts, Streams, Way
+from moecomm.all_to_all.streams import ChunkedTransfer, NodeCounts, Streams
 from moecomm.arrays import Array, Counts, as_bytes, empty_rows, is_torch, on_host, row_bytes
 from moecomm.comm import Comm, CommLike, Started
 from moecomm.errors import CommError
@@ -22,38 +22,39 @@ from moecomm.shared_memory import NUM_SLOTS, chunk_bytes, shared_memory
 from moecomm.transports import as_comm
 
 SPIN_US = 50
-"""How long a rank that has a core of its own looks before it sleeps."""
+"""How long a waiting rank polls before it sleeps, where each rank of the node has a core of its own."""
 
 PAUSE = 100e-6
-"""Seconds between two looks of a leader that shares its core with others."""
+"""Seconds between two polls of a leader whose exchange is under way, where ranks share cores."""
 
 PATIENCE_US = 20_000
-"""How long a rank sleeps before it lets the transport move on what others may wait for."""
+"""How long a rank sleeps before it lets the transport make progress and looks for ranks that have ended."""
 
 MOST_CORES = 4096
-"""Of a node, as far as it matters who has one."""
+"""Cores of a machine that are told apart; higher numbers are taken modulo this."""
 
-MOST_WAYS = 32
-"""Transfers of equal counts that are kept, by row size."""
+MOST_TRANSFERS = 32
+"""Transfers that are cached for the same counts, one for each row size."""
 
 
 class SharedAllToAll(AllToAll):
     """One message from a node to each other node, and none inside: p/G - 1 a node instead of G (p - 1).
 
     The G ranks of a node copy their rows into memory that they share. One of them, a leader, exchanges them with the
-    other nodes; then every rank copies out what is meant for it. More than 2 MiB for a node goes in chunks: while
-    some are on the way, the next is copied in and an earlier one is copied out.
+    leaders of the other nodes; then every rank copies its rows out. More than 2 MiB for a node goes in chunks: while
+    some are exchanged, the next is copied in and an earlier one is copied out.
 
     comm     an mpi4py communicator, a torch ProcessGroup or a moecomm Comm
     nodes    the partition of its ranks into nodes, the same on every rank; None: the nodes found by Nodes.discover
-    leaders  how many ranks of each node talk to other nodes, in turn, chunk by chunk: 1 .. ranks of the smallest node
+    leaders  how many ranks of each node exchange chunks, in turn: 1 .. ranks of the smallest node
 
     Rows must be in host memory. A rank that waits sleeps: where ranks share cores, those that have work get them.
 
     Memory beside input and output: 4 (2 p/G - 1) chunks a node, 64 MiB at most (more than 2048 nodes: more). Uneven
     form: the counts of the node too, 16 p G bytes a rank.
 
-    The constructor is collective over comm and splits it twice. In the uneven form the counts go the way of the rows.
+    The constructor is collective over comm and splits it twice. In the uneven form the counts are exchanged like the
+    rows, through the shared memory and the leaders.
 
     Raises ValueError on every rank if an argument is wrong or differs among them, and CommError on every rank if the
     ranks of some node cannot share memory (other systems than Linux, containers of one rank each).
@@ -68,15 +69,18 @@ class SharedAllToAll(AllToAll):
             self._check_leaders(leaders)
             self.leaders = leaders
             self._streams = Streams(self.nodes, self.comm.rank)
-            self._node_comm = self.comm.split(self._streams.node, key=self._streams.local)
-            is_leader = self._streams.local < leaders
+            local = self._streams.local
+            self._node_comm = self.comm.split(self._streams.node, key=local)
+            # Leader i of each node exchanges with leader i of every other; ordered by node, as message sizes are.
+            # The ranks that lead nothing form one more group, which nobody uses.
             self._leader_comm = self.comm.split(
-                min(self._streams.local, leaders), key=self._streams.node if is_leader else None
+                min(local, leaders), key=self._streams.node if local < leaders else None
             )
             self._ring = self._make_ring()
+            # In the even form a row is a block: one from every rank to every rank.
             ones = np.ones((self._streams.num_local, self.comm.size), np.int64)
             self._even_counts = NodeCounts(ones, ones.T, int(self.nodes.sizes().max()) ** 2)
-            self._way_of_counts = self._streams.way_of_counts(self._chunk_bytes)
+            self._reports = self._streams.transfer_of_reports(self._chunk_bytes)
 
     def _check_leaders(self, leaders: int) -> None:
         self.comm.agree(f"{type(self).__name__}: leaders", repr(leaders))
@@ -91,16 +95,19 @@ class SharedAllToAll(AllToAll):
 
     def _make_ring(self) -> NodeRing:
         """Collective."""
-        num_ranks, num_nodes = self._streams.num_local, len(self.nodes)
+        num_ranks = self._streams.num_local
+        num_nodes = len(self.nodes)
         self._chunk_bytes = chunk_bytes(num_nodes)
         layout = RingLayout(num_ranks, num_nodes, NUM_SLOTS, self.leaders, self._chunk_bytes)
         memory = shared_memory(self._node_comm, layout.num_bytes)
-        everywhere = self.comm.all_gather(np.array([memory is not None])).all()
-        if memory is None or not everywhere:
+        # All ranks of all nodes must give up together: those of the other nodes would wait for this one's leader.
+        on_all_nodes = self.comm.all_gather(np.array([memory is not None])).all()
+        if memory is None or not on_all_nodes:
             self._node_comm.free()
             self._leader_comm.free()
             raise refused(CommError(f"{type(self).__name__}: the ranks of a node share no memory{self.comm.where()}"))
         self._memory = memory
+        # Polling is faster than sleeping only for a rank that takes no core from a rank with work to do.
         has_core = _num_cores(self._node_comm) >= num_ranks
         self._pause = 0.0 if has_core else PAUSE
         return NodeRing(memory, layout, self._streams.local, self._streams.node, SPIN_US if has_core else 0)
@@ -109,21 +116,19 @@ class SharedAllToAll(AllToAll):
         _check_on_host(x, "x")
         return super()._even_arguments(x, out)
 
-    def _rows_arguments(self, rows: Array, send_counts: Any) -> tuple[Array, Counts]:
+    def _rows_arguments(self, rows: Array, send_counts: Sequence[int] | Counts) -> tuple[Array, Counts]:
         _check_on_host(rows, "rows")
         return super()._rows_arguments(rows, send_counts)
 
     def _even(self, x: Array, out: Array) -> None:
-        self._run(self._way(self._even_counts, row_bytes(x)), as_bytes(x), as_bytes(out))
+        self._run(self._transfer(self._even_counts, row_bytes(x)), x, out)
 
     def _route(self, send_counts: Counts) -> Route:
-        given = self._streams.given_counts(send_counts)
-        found = np.empty(self._way_of_counts.transfer.recv_bytes // 8, np.int64)
-        self._run(self._way_of_counts, as_bytes(given), as_bytes(found))
-        counts, num_rows = self._streams.read_counts(found)
-        return SharedRoute(
-            send_counts, counts.received[:, self._streams.local].copy(), counts=counts, num_rows=num_rows
-        )
+        reports = np.empty(self._reports.transfer.recv_bytes // 8, np.int64)
+        self._run(self._reports, self._streams.report(send_counts), reports)
+        counts, num_rows = self._streams.read_reports(reports)
+        recv_counts = counts.received[:, self._streams.local].copy()
+        return SharedRoute(send_counts, recv_counts, counts=counts, num_rows=num_rows)
 
     def _check_route(self, route: Route) -> None:
         if not isinstance(route, SharedRoute):
@@ -131,59 +136,68 @@ class SharedAllToAll(AllToAll):
 
     def _send(self, rows: Array, route: Route) -> Array:
         assert isinstance(route, SharedRoute)
-        return self._moved(rows, route.counts, route.recv_counts)
+        return self._send_counted(rows, route.counts, route.recv_counts)
 
     def _send_back(self, rows: Array, route: Route) -> Array:
         assert isinstance(route, SharedRoute)
-        return self._moved(rows, route.counts.reversed, route.send_counts)
+        return self._send_counted(rows, route.counts.reversed, route.send_counts)
 
-    def _moved(self, rows: Array, counts: NodeCounts, recv_counts: Counts) -> Array:
+    def _send_counted(self, rows: Array, counts: NodeCounts, recv_counts: Counts) -> Array:
         out = empty_rows(int(recv_counts.sum()), rows)
-        self._run(self._way(counts, row_bytes(rows)), as_bytes(rows), as_bytes(out))
+        self._run(self._transfer(counts, row_bytes(rows)), rows, out)
         return out
 
-    def _way(self, counts: NodeCounts, width: int) -> Way:
-        if width not in counts.ways:
-            if len(counts.ways) >= MOST_WAYS:
-                counts.ways.clear()
-            counts.ways[width] = self._streams.way(counts, width, self._chunk_bytes)
-        return counts.ways[width]
+    def _transfer(self, counts: NodeCounts, width: int) -> ChunkedTransfer:
+        """The transfer of rows of `width` bytes, from the cache of these counts."""
+        transfers = counts.transfers
+        if width not in transfers:
+            if len(transfers) >= MOST_TRANSFERS:
+                transfers.clear()
+            transfers[width] = self._streams.transfer(counts, width, self._chunk_bytes)
+        return transfers[width]
 
-    def _run(self, way: Way, src: Array, dst: Array) -> None:
-        ring, call = self._ring, type(self).__name__
-        exchanges: deque[Started] = deque()  # of a leader: on their way, in order
+    def _run(self, chunked: ChunkedTransfer, src: Array, dst: Array) -> None:
+        ring = self._ring
+        call = type(self).__name__
+        exchanges: deque[Started] = deque()
         began = time.monotonic()
         try:
-            ring.begin(way.transfer, src, dst)
+            ring.begin(chunked.transfer, as_bytes(src), as_bytes(dst))
             while (event := ring.step(PATIENCE_US)) != Event.finished:
                 if event == Event.start_exchange:
-                    exchanges.append(self._start(way, ring.chunk))
+                    exchanges.append(self._start(chunked, ring.chunk))
                 elif event == Event.finish_exchange:
-                    exchange = exchanges.popleft()
-                    while not exchange.done():
-                        self._leader_comm.waiting(call, time.monotonic() - began)
-                        time.sleep(self._pause)
+                    # The ring asks for its exchanges in the order in which they were started.
+                    self._finish(exchanges.popleft(), began)
                 elif event == Event.failed:
-                    self.comm.waiting(call, 0.0)  # says why, where the transport knows
+                    # The transport may know more, such as which rank has ended; then this raises.
+                    self.comm.waiting(call, 0.0)
                     raise CommError(f"{call}: another rank of this node has failed in it{self.comm.where()}")
                 else:
                     self.comm.waiting(call, time.monotonic() - began, self._missing)
+                    # A rank of another node may wait for a message that this rank sent before this call.
                     self.comm.progress()
         except BaseException:
-            ring.fail()  # the node's other ranks wait for this one
+            # The other ranks of the node sleep until this one writes or reads its rows, which it never will.
+            ring.fail()
             raise
 
-    def _missing(self) -> list[int]:
-        """The ranks of this node that have not begun this transfer."""
-        node = self.nodes.ranks[self._streams.node]
-        return [node[local] for local in self._ring.missing()]
-
-    def _start(self, way: Way, chunk: int) -> Started:
-        to_node, from_node = way.counts(chunk)
+    def _start(self, chunked: ChunkedTransfer, chunk: int) -> Started:
+        to_node, from_node = chunked.counts(chunk)
         outgoing, incoming = self._ring.places(chunk)
         rows = self._memory[outgoing : outgoing + int(to_node.sum())]
         out = self._memory[incoming : incoming + int(from_node.sum())]
         return self._leader_comm.start(rows, out, to_node, from_node)
+
+    def _finish(self, exchange: Started, began: float) -> None:
+        while not exchange.done():
+            self._leader_comm.waiting(type(self).__name__, time.monotonic() - began)
+            time.sleep(self._pause)
+
+    def _missing(self) -> list[int]:
+        """The ranks of this node that have not begun the transfer that this rank has begun."""
+        node = self.nodes.ranks[self._streams.node]
+        return [node[local] for local in self._ring.missing()]
 
     def _free(self) -> None:
         self._node_comm.free()
@@ -197,7 +211,7 @@ class SharedRoute(Route):
 
     counts: NodeCounts = field(kw_only=True)
     num_rows: int = field(kw_only=True)
-    """Of all ranks together."""
+    """Rows of all ranks together."""
 
 
 def _check_on_host(rows: Array, name: str) -> None:
@@ -206,7 +220,7 @@ def _check_on_host(rows: Array, name: str) -> None:
 
 
 def _num_cores(comm: Comm) -> int:
-    """How many cores the ranks of a node may run on, together. Collective."""
-    mine = np.zeros((1, MOST_CORES), np.uint8)
-    mine[0, [core % MOST_CORES for core in os.sched_getaffinity(0)]] = 1
-    return int(comm.all_gather(mine).any(axis=0).sum())
+    """How many cores the ranks of comm may run on, together. Collective."""
+    may_use = np.zeros((1, MOST_CORES), np.uint8)
+    may_use[0, [core % MOST_CORES for core in os.sched_getaffinity(0)]] = 1
+    return int(comm.all_gather(may_use).any(axis=0).sum())

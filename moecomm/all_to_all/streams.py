@@ -1,7 +1,8 @@
-"""Which bytes go from node to node, and where each rank's are among them: plain arithmetic.
+"""The rows that each pair of nodes exchanges, and the position of a rank's rows among them: arithmetic on counts.
 
-A stream joins two nodes in one direction: the blocks of all ranks of the one for all ranks of the other, ordered by
-destination, then source. A rank's part of it is a list of pieces (start in the stream, rows, start in its own rows).
+A stream joins two nodes in one direction: the blocks from all ranks of one node to all ranks of the other, ordered by
+destination, then by source. A rank's share of a stream is a list of pieces: (first row in the stream, number of rows,
+first row in the rank's own array).
 """
 
 from __future__ import annotations
@@ -16,52 +17,61 @@ from moecomm._core import Transfer
 from moecomm.arrays import Counts
 from moecomm.nodes import Nodes
 
+LINE_BYTES = 64
+"""Of a cache line: chunks are a multiple of it, so that the copies of a chunk begin at a line."""
+
 
 @dataclass(frozen=True, eq=False)
 class NodeCounts:
-    """How many rows go from and to the ranks of one node.
+    """The rows that the G ranks of one node send and receive.
 
-    sent      [G, p] from each of them to every rank
-    received  [p, G] from every rank to each of them
-    longest   no stream between any two nodes has more rows; the same on every rank
+    sent      [G, p] rows from each rank of the node to every rank
+    received  [p, G] rows from every rank to each rank of the node
+    longest   upper bound on the rows of any stream between any two nodes; the same on every rank
     """
 
     sent: Counts
     received: Counts
     longest: int
-    ways: dict[int, Way] = field(default_factory=dict)
-    """By bytes a row: those that were needed so far."""
+    transfers: dict[int, ChunkedTransfer] = field(default_factory=dict)
+    """The transfers of these counts that were made so far, by bytes per row."""
 
     @cached_property
     def reversed(self) -> NodeCounts:
-        """The way back."""
+        """The counts of the opposite direction."""
         return NodeCounts(self.received.T, self.sent.T, self.longest)
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
-    """One transfer in chunks. Chunk c is bytes [c * chunk_bytes, (c + 1) * chunk_bytes) of every stream."""
+class ChunkedTransfer:
+    """A transfer of the ring and its messages: chunk c is bytes [c, c + 1) * chunk_bytes of every stream."""
 
     transfer: Transfer
     chunk_bytes: int
     to_node: Counts
-    """[N] bytes to each other node; 0 for this one."""
+    """[N] bytes to each other node; 0 for the rank's own node."""
     from_node: Counts
+    """[N] bytes from each other node; 0 for the rank's own node."""
 
     def counts(self, chunk: int) -> tuple[Counts, Counts]:
-        """Bytes of the chunk to and from each node."""
+        """[N], [N] bytes of the chunk to and from each node."""
         start = chunk * self.chunk_bytes
-        sent, received = (np.clip(total - start, 0, self.chunk_bytes) for total in (self.to_node, self.from_node))
+        sent = np.clip(self.to_node - start, 0, self.chunk_bytes)
+        received = np.clip(self.from_node - start, 0, self.chunk_bytes)
         return sent, received
 
 
 class _Side(NamedTuple):
-    """The streams that leave a node, or those that come, seen from one rank. In rows."""
+    """One rank's share of all streams in one direction, as `Transfer` takes it. All numbers are rows."""
 
-    totals: Counts  # [N]
-    num_pieces: Counts  # [N]
-    pieces: Counts  # [sum(num_pieces), 3]
-    num_rows: int  # that the rank has there
+    totals: Counts
+    """[N] length of each stream."""
+    num_pieces: Counts
+    """[N] pieces of this rank in each stream."""
+    pieces: Counts
+    """[sum(num_pieces), 3]"""
+    num_rows: int
+    """Length of the rank's own array."""
 
 
 class Streams:
@@ -72,93 +82,113 @@ class Streams:
         self.local = int(nodes.local_rank[rank])
         self.sizes = nodes.sizes()
         self.num_local = int(self.sizes[self.node])
-        self._order = np.concatenate([np.array(node, np.int64) for node in nodes.ranks])  # ranks, node by node
-        self._begin = self.sizes.cumsum() - self.sizes  # [N] in _order
+        # All ranks, node by node, and the first position of each node in that order.
+        self._order = np.concatenate([np.array(node, np.int64) for node in nodes.ranks])
+        self._begin = self.sizes.cumsum() - self.sizes
+        # A report of counts has a section for each node: the counts for its ranks, then two numbers about the sender.
+        self._section_sizes = self.sizes + 2
+        self._section_begin = self._section_sizes.cumsum() - self._section_sizes
+        self._report_size = int(self._section_sizes.sum())
+        self._count_positions = np.empty_like(self._order)
+        node_in_order = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        self._count_positions[self._order] = np.arange(len(self._order)) + 2 * node_in_order
 
-    def way(self, counts: NodeCounts, row_bytes: int, chunk_bytes: int) -> Way:
-        """Chunks of at most chunk_bytes, a multiple of 64, all alike."""
-        sent, received = self._leaving(counts.sent), self._coming(counts.received)
-        return self._way(sent, received, row_bytes, counts.longest * row_bytes, chunk_bytes)
+    def transfer(self, counts: NodeCounts, row_bytes: int, chunk_bytes: int) -> ChunkedTransfer:
+        """The transfer of rows, in equal chunks of at most chunk_bytes, a multiple of LINE_BYTES."""
+        sent = self._sent(counts.sent)
+        received = self._received(counts.received)
+        return self._chunked(sent, received, row_bytes, counts.longest * row_bytes, chunk_bytes)
 
-    def way_of_counts(self, chunk_bytes: int) -> Way:
-        """For what `given_counts` makes: what a rank gives goes to all ranks of its node, and to other nodes in part.
+    def transfer_of_reports(self, chunk_bytes: int) -> ChunkedTransfer:
+        """The transfer of the reports: each rank's whole report to its own node, one section to each other node.
 
-        To a node of B ranks: [B, G] the rows for each of them from each rank here, and [G, 2] the last two numbers of
-        each rank here. Rows of this transfer are single numbers.
+        A row of this transfer is one number of 8 bytes. A stream has its sections ordered by source.
         """
-        G, p = self.num_local, len(self._order)  # noqa: N806
-        pieces = []
-        for node, size in enumerate(self.sizes.tolist()):
-            if node == self.node:
-                pieces.append([[self.local * (p + 2), p + 2, 0]])
-                continue
-            begin = self._begin[node]
-            pieces.append([[d * G + self.local, 1, self._order[begin + d]] for d in range(size)])
-            pieces[-1].append([size * G + 2 * self.local, 2, p])
-        to_node, from_node = G * self.sizes + 2 * G, G * self.sizes + 2 * self.sizes
-        to_node[self.node] = from_node[self.node] = G * (p + 2)
-        num_pieces = np.array([len(of_node) for of_node in pieces], np.int64)
-        sent = _Side(to_node, num_pieces, np.array([piece for of_node in pieces for piece in of_node], np.int64), p + 2)
-        everything = np.stack([np.zeros_like(from_node), from_node, from_node.cumsum() - from_node], axis=1)
-        received = _Side(from_node, np.ones_like(num_pieces), everything, int(from_node.sum()))
-        largest = int(self.sizes.max())
-        longest = max(largest * (p + 2), largest * (largest + 2))
-        return self._way(sent, received, 8, 8 * longest, chunk_bytes)
+        # The ranks of a node need all counts of each other: a leader's message sizes are sums over the node.
+        lengths = self._section_sizes.copy()
+        lengths[self.node] = self._report_size
+        begin = self._section_begin.copy()
+        begin[self.node] = 0
+        num_pieces = np.ones_like(lengths)
+        sent_pieces = np.stack([self.local * lengths, lengths, begin], axis=1)
+        sent = _Side(self.num_local * lengths, num_pieces, sent_pieces, self._report_size)
 
-    def given_counts(self, send_counts: Counts) -> Counts:
-        """[p + 2] a rank's counts, the most rows that it has for a node, and all its rows."""
-        by_node = np.add.reduceat(send_counts[self._order], self._begin)
-        return np.concatenate([send_counts, [by_node.max(), by_node.sum()]])
+        from_node = self.sizes * self._section_sizes[self.node]
+        from_node[self.node] = self.num_local * self._report_size
+        received_pieces = np.stack([np.zeros_like(from_node), from_node, from_node.cumsum() - from_node], axis=1)
+        received = _Side(from_node, num_pieces, received_pieces, int(from_node.sum()))
 
-    def read_counts(self, found: Counts) -> tuple[NodeCounts, int]:
-        """The counts of this node and the number of rows in all the world, from what arrived."""
+        # The stream inside the largest node is the longest: a report is longer than any of its sections.
+        longest = int(self.sizes.max()) * self._report_size
+        return self._chunked(sent, received, 8, 8 * longest, chunk_bytes)
+
+    def report(self, send_counts: Counts) -> Counts:
+        """[p + 2 N] for each node: the counts for its ranks, this rank's most rows for any node, all its rows."""
+        to_node = np.add.reduceat(send_counts[self._order], self._begin)
+        section_end = self._section_begin + self.sizes
+        report = np.empty(self._report_size, np.int64)
+        report[self._count_positions] = send_counts
+        report[section_end] = to_node.max()
+        report[section_end + 1] = to_node.sum()
+        return report
+
+    def read_reports(self, numbers: Counts) -> tuple[NodeCounts, int]:
+        """The counts of this node and the number of rows of all ranks together, from the reports received."""
         G, p = self.num_local, len(self._order)  # noqa: N806
+        sent = np.empty((G, p), np.int64)
         received = np.empty((p, G), np.int64)
         longest = total = end = 0
-        sent = received.T
         for node, size in enumerate(self.sizes.tolist()):
-            begin, end = end, end + (G * (p + 2) if node == self.node else (G + 2) * size)
-            ranks = self._order[self._begin[node] : self._begin[node] + size]
+            begin = end
+            end += size * (self._report_size if node == self.node else G + 2)
+            sections = numbers[begin:end].reshape(size, -1)
             if node == self.node:
-                table = found[begin:end].reshape(G, p + 2)
-                sent, ends = table[:, :p], table[:, p:]
-                received[ranks] = sent[:, ranks]
-            else:
-                received[ranks] = found[begin : begin + G * size].reshape(G, size).T
-                ends = found[begin + G * size : end].reshape(size, 2)
-            longest = max(longest, int(ends[:, 0].sum()))
-            total += int(ends[:, 1].sum())
+                sent = sections[:, self._count_positions]
+                own = self._section_begin[node]
+                sections = sections[:, own : own + G + 2]
+            ranks = self._order[self._begin[node] : self._begin[node] + size]
+            received[ranks] = sections[:, :G]
+            # No rank of the node sends more to one node than its maximum, so no stream is longer than their sum.
+            longest = max(longest, int(sections[:, G].sum()))
+            total += int(sections[:, G + 1].sum())
         return NodeCounts(sent, received, longest), total
 
-    def _way(self, sent: _Side, received: _Side, row_bytes: int, longest: int, most: int) -> Way:
-        num_chunks = -(-longest // most)
-        chunk_bytes = -(-longest // (64 * max(num_chunks, 1))) * 64 or 64
+    def _chunked(self, sent: _Side, received: _Side, row_bytes: int, longest: int, most_bytes: int) -> ChunkedTransfer:
+        # All nodes cut their streams alike, by the longest of all: the leaders' messages then have matching sizes.
+        num_chunks = -(-longest // most_bytes)
+        num_lines = -(-longest // (LINE_BYTES * max(num_chunks, 1)))
+        chunk_bytes = LINE_BYTES * max(num_lines, 1)
         transfer = Transfer(*sent, *received, row_bytes, chunk_bytes, num_chunks)
-        to_node, from_node = sent.totals * row_bytes, received.totals * row_bytes
+        to_node = sent.totals * row_bytes
+        from_node = received.totals * row_bytes
+        # What stays in the node is copied through the shared memory and is in no message.
         to_node[self.node] = from_node[self.node] = 0
-        return Way(transfer, chunk_bytes, to_node, from_node)
+        return ChunkedTransfer(transfer, chunk_bytes, to_node, from_node)
 
-    def _leaving(self, sent: Counts) -> _Side:
-        blocks = sent[:, self._order]  # [G, p]
+    def _sent(self, counts: Counts) -> _Side:
+        blocks = counts[:, self._order]
         to_rank = blocks.sum(axis=0)
-        starts = self._within_node(to_rank) + blocks[: self.local].sum(axis=0)
+        # In a stream, the blocks for earlier destinations come first, then those of earlier sources.
+        starts = self._starts_in_node(to_rank) + blocks[: self.local].sum(axis=0)
         return self._side(np.add.reduceat(to_rank, self._begin), starts, blocks[self.local])
 
-    def _coming(self, received: Counts) -> _Side:
-        blocks = received[self._order]  # [p, G]
-        from_node = np.add.reduceat(blocks, self._begin, axis=0)  # [N, G]
+    def _received(self, counts: Counts) -> _Side:
+        blocks = counts[self._order]
+        from_node = np.add.reduceat(blocks, self._begin, axis=0)
+        # In a stream, all blocks for the earlier ranks of this node come first.
         for_earlier = from_node[:, : self.local].sum(axis=1)
-        mine = blocks[:, self.local]
-        starts = self._within_node(mine) + np.repeat(for_earlier, self.sizes)
-        return self._side(from_node.sum(axis=1), starts, mine)
+        from_rank = blocks[:, self.local]
+        starts = self._starts_in_node(from_rank) + np.repeat(for_earlier, self.sizes)
+        return self._side(from_node.sum(axis=1), starts, from_rank)
 
-    def _within_node(self, counts: Counts) -> Counts:
-        """[p] how many there are before, in the same node."""
-        before = counts.cumsum() - counts
-        return before - np.repeat(before[self._begin], self.sizes)
+    def _starts_in_node(self, counts: Counts) -> Counts:
+        """[p] sum of the counts of the earlier ranks of the same node; ranks in node order."""
+        starts = counts.cumsum() - counts
+        return starts - np.repeat(starts[self._begin], self.sizes)
 
     def _side(self, totals: Counts, starts: Counts, counts: Counts) -> _Side:
+        # The rank's own array is ordered by rank; starts and counts are in node order.
         by_rank = np.empty_like(counts)
         by_rank[self._order] = counts
-        places = (by_rank.cumsum() - by_rank)[self._order]
-        return _Side(totals, self.sizes, np.stack([starts, counts, places], axis=1), int(counts.sum()))
+        own_starts = (by_rank.cumsum() - by_rank)[self._order]
+        return _Side(totals, self.sizes, np.stack([starts, counts, own_starts], axis=1), int(counts.sum()))
