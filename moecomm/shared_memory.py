@@ -17,16 +17,16 @@ NUM_SLOTS = 4
 """Chunks for another node that are under way at a time."""
 
 CHUNK_BYTES = 1 << 21
-"""The most that goes to another node in one message."""
+"""The largest message to another node."""
 
 LEAST_CHUNK_BYTES = 1 << 12
 
 MOST_BYTES = 1 << 26
-"""Of memory that a node shares; more nodes get smaller chunks, but not below LEAST_CHUNK_BYTES."""
+"""Memory that the ranks of a node share at most, unless so many nodes would get chunks below LEAST_CHUNK_BYTES."""
 
 
 def chunk_bytes(num_nodes: int) -> int:
-    """Bytes of a chunk where a node has NUM_SLOTS for what it sends and receives."""
+    """Bytes of a chunk, where each slot holds one to and one from each other node, and one inside the node."""
     fits = MOST_BYTES // (NUM_SLOTS * (2 * num_nodes - 1)) // 64 * 64
     return max(min(CHUNK_BYTES, fits), LEAST_CHUNK_BYTES)
 
@@ -34,23 +34,27 @@ def chunk_bytes(num_nodes: int) -> int:
 def shared_memory(comm: Comm, num_bytes: int) -> NDArray[np.uint8] | None:
     """Zeroed memory [num_bytes] that all ranks of comm read and write, or None on all of them if they share none.
 
-    Collective over comm. The memory has no name: it goes when the last rank drops it, however that rank ends. Linux
-    only, for ranks of one machine and one PID namespace; page-aligned.
+    Collective over comm. The memory has no name in a file system: it is released with the last rank that maps it,
+    however that rank ends. Linux only, for ranks of one machine and one PID namespace; page-aligned.
     """
-    file, nonce = -1, 0
+    file = -1
+    nonce = 0
     if comm.rank == 0:
         nonce = secrets.randbits(62)
-        with contextlib.suppress(OSError, AttributeError):  # no such memory here, or not as much as this
+        # Suppressed: not Linux (AttributeError), or less memory than this. `file` then stays -1, or has no pages.
+        with contextlib.suppress(OSError, AttributeError):
             file = os.memfd_create(_name(nonce))
+            # Pages are reserved now: a page that is missing later would end the process by SIGBUS.
             os.posix_fallocate(file, 0, num_bytes)
     try:
-        process, file_there, nonce = comm.all_gather(np.array([[os.getpid(), file, nonce]], np.int64))[0].tolist()
-        memory = _mapped(process, file_there, nonce, num_bytes)
-        everywhere = comm.all_gather(np.array([memory is not None])).all()
+        process, remote_file, nonce = comm.all_gather(np.array([[os.getpid(), file, nonce]], np.int64))[0].tolist()
+        memory = _mapped(process, remote_file, nonce, num_bytes)
+        on_all_ranks = comm.all_gather(np.array([memory is not None])).all()
     finally:
+        # The mappings keep the memory.
         if file >= 0:
             os.close(file)
-    return memory if everywhere else None
+    return memory if on_all_ranks else None
 
 
 def _name(nonce: int) -> str:
@@ -58,13 +62,14 @@ def _name(nonce: int) -> str:
 
 
 def _mapped(process: int, file: int, nonce: int, num_bytes: int) -> NDArray[np.uint8] | None:
+    """The memory behind a file descriptor of another process, or None where it is not to be had."""
     path = Path(f"/proc/{process}/fd/{file}")
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
     try:
+        # On another machine or in another container that process number belongs to somebody else.
         if not str(path.readlink()).startswith(f"/memfd:{_name(nonce)} "):
-            return None  # another machine's, or another container's, process of that number
+            return None
         with path.open("r+b") as opened:
-            return np.frombuffer(
-                mmap.mmap(opened.fileno(), num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8
-            )
+            return np.frombuffer(mmap.mmap(opened.fileno(), num_bytes, flags=flags), np.uint8)
     except (OSError, ValueError):
         return None

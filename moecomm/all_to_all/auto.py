@@ -28,12 +28,18 @@ Form = Literal["even", "uneven"]
 FORMS: tuple[Form, Form] = ("even", "uneven")
 
 TUNED_SIZES = tuple(16 << i for i in range(13))
+
 LEAST_ROUNDS = 2
+"""Rounds of `tune` after the first, which only warms up."""
+
 MARGIN = 1.15
-"""By how much measurements of the same differ where ranks share cores."""
+"""Ratio by which repeated measurements of one algorithm differ where ranks share cores."""
 
 MOST_TUNED_BYTES = 1 << 26
 """Of one rank's rows in a measurement."""
+
+MOST_CHOICES = 1000
+"""Choices that are cached."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +54,18 @@ class Table:
     seconds: dict[Form, dict[int, dict[str, float]]]
 
     def fastest(self, form: Form, bytes_per_pair: float, names: Iterable[str]) -> str | None:
-        """Of these names, the one that was fastest at the nearest size that was measured, None if none was.
+        """The one of these names that was fastest at the nearest size measured; None if none was measured.
 
-        "flat" counts as such unless another took less than 1 / MARGIN of its time: it needs no memory.
+        "flat", which needs no memory, is preferred unless another took less than 1 / MARGIN of its time.
         """
         sizes = self.seconds.get(form, {})
         if not sizes:
             return None
         size = min(sizes, key=lambda size: (abs(math.log2(size / max(bytes_per_pair, 1))), size))
-        measured = {name: seconds for name, seconds in sizes[size].items() if name in names}
-        return min(measured, key=lambda name: (measured[name] / (MARGIN if name == "flat" else 1), name), default=None)
+        rated = {name: seconds for name, seconds in sizes[size].items() if name in names}
+        if "flat" in rated:
+            rated["flat"] /= MARGIN
+        return _least(rated) if rated else None
 
     def to_json(self) -> str:
         """The table as text."""
@@ -68,10 +76,13 @@ class Table:
         """The table that `to_json` wrote. ValueError if the text is something else."""
         try:
             read = json.loads(text)
-            seconds = {
-                form: {int(size): {str(k): float(v) for k, v in times.items()} for size, times in sizes.items()}
-                for form, sizes in read["seconds"].items()
-            }
+            seconds: dict[Form, dict[int, dict[str, float]]] = {}
+            for form, sizes in read["seconds"].items():
+                # JSON has only texts as keys: the sizes become numbers again.
+                seconds[form] = {
+                    int(size): {str(name): float(value) for name, value in times.items()}
+                    for size, times in sizes.items()
+                }
             table = cls(tuple(map(int, read["node_sizes"])), seconds)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"Table.from_json: not a table of AutoAllToAll: {error!r}") from None
@@ -81,21 +92,26 @@ class Table:
 
 
 class AutoAllToAll(AllToAll):
-    """Each call takes the algorithm that should be fastest for its size. All ranks always take the same.
+    """Each call uses the algorithm that is expected to be fastest for its size; all ranks always use the same.
 
     comm   an mpi4py communicator, a torch ProcessGroup or a moecomm Comm
     nodes  the partition of its ranks into nodes, the same on every rank; None: the nodes found by Nodes.discover
-    links  what the cost model is told of the machine until `tune` has measured it, the same on every rank
-    table  what an earlier `tune` found on nodes of the same sizes, the same on every rank; None: nothing yet
+    links  the machine as the cost model assumes it until `tune` has measured it, the same on every rank
+    table  the result of an earlier `tune` on nodes of the same sizes, the same on every rank; None: no measurements
 
-    There are "flat", "hierarchical", and "shared" where the ranks of each node can share memory. Arrays on a device
-    never take "shared". The size of a call is bytes a pair of ranks: of a block in the even form, the mean over all
-    pairs in the uneven form, where it is exchanged with the counts. Memory: that of the algorithm taken, and of
+    The algorithms are "flat", "hierarchical", and "shared" where the ranks of each node can share memory. Arrays on a
+    device never use "shared". The size of a call is bytes a pair of ranks: of a block in the even form, the mean over
+    all pairs in the uneven form, where it is exchanged with the counts. Memory: that of the algorithm used, and of
     "shared" in any case.
 
     The constructor is collective over comm. Raises ValueError on every rank if an argument is wrong or differs among
     them.
     """
+
+    table: Table
+    """What was measured so far."""
+    algorithms: dict[str, AllToAll]
+    """The algorithms to choose from, by name."""
 
     def __init__(
         self,
@@ -108,63 +124,61 @@ class AutoAllToAll(AllToAll):
         self.comm = as_comm(comm)
         with collective(type(self).__name__, self.comm):
             self.nodes = agreed_nodes(self.comm, nodes, type(self).__name__)
-            self.comm.agree(f"{type(self).__name__}: links", repr(links))
-            self.comm.agree(
-                f"{type(self).__name__}: table", table.to_json() if isinstance(table, Table) else repr(table)
-            )
-            for name, value, wanted in (("links", links, cost.Links), ("table", table or Table((), {}), Table)):
-                if not isinstance(value, wanted):
-                    got = type(value).__name__
-                    raise refused(
-                        ValueError(
-                            f"{type(self).__name__}: {name} is a {got}, expected {wanted.__name__}{self.comm.where()}"
-                        )
-                    )
-            sizes = tuple(self.nodes.sizes().tolist())
-            if table is not None and table.node_sizes != sizes:
-                raise refused(
-                    ValueError(
-                        f"{type(self).__name__}: table is of nodes of {list(table.node_sizes)} ranks, expected "
-                        f"{list(sizes)}{self.comm.where()}"
-                    )
-                )
             self.links = links
-            self.table = table or Table(sizes, {})
-            """What was measured so far."""
-            self.algorithms: dict[str, AllToAll] = {
+            self.table = self._agreed_table(links, table)
+            self.algorithms = {
                 "flat": FlatAllToAll(self.comm),
                 "hierarchical": HierarchicalAllToAll(self.comm, self.nodes),
             }
-            """What there is to choose from."""
             try:
                 self.algorithms["shared"] = SharedAllToAll(self.comm, self.nodes)
             except CommError:
                 # No memory is shared, which all ranks know, or a rank did not come: then the Comm is unusable, and
-                # the other ranks may have found memory and taken another algorithm than this one would.
+                # the other ranks may have found memory and chosen another algorithm than this one would.
                 self.comm.check_usable(type(self).__name__)
+            # One algorithm exchanges the counts: the size that decides is known only with them.
             self._counts_by = self.algorithms.get("shared") or self.algorithms["hierarchical"]
             self._chosen: dict[tuple[Form, int, bool], str] = {}
 
+    def _agreed_table(self, links: cost.Links, table: Table | None) -> Table:
+        """The table to begin with, once links and table are checked. Collective."""
+        call = type(self).__name__
+        self.comm.agree(f"{call}: links", repr(links))
+        self.comm.agree(f"{call}: table", table.to_json() if isinstance(table, Table) else repr(table))
+        sizes = tuple(self.nodes.sizes().tolist())
+        if table is None:
+            table = Table(sizes, {})
+        problem = None
+        if not isinstance(links, cost.Links):
+            problem = f"links is a {type(links).__name__}, expected Links"
+        elif not isinstance(table, Table):
+            problem = f"table is a {type(table).__name__}, expected Table"
+        elif table.node_sizes != sizes:
+            problem = f"table is of nodes of {list(table.node_sizes)} ranks, expected {list(sizes)}"
+        if problem:
+            raise refused(ValueError(f"{call}: {problem}{self.comm.where()}"))
+        return table
+
     def choose(self, form: Form, bytes_per_pair: float) -> str:
-        """The name of the algorithm that rows in host memory would take. Not collective."""
+        """The name of the algorithm that rows in host memory would use. Not collective."""
         return self._choose(form, int(bytes_per_pair), True)
 
     def _choose(self, form: Form, bytes_per_pair: int, is_on_host: bool) -> str:
-        """Of few distinct sizes, so that a call only looks it up."""
         key = form, bytes_per_pair, is_on_host
         if key not in self._chosen:
-            if len(self._chosen) > 1000:
+            # Training repeats few sizes; where they vary without end the cache must not grow with them.
+            if len(self._chosen) >= MOST_CHOICES:
                 self._chosen.clear()
             names = self._names(form, is_on_host)
-            self._chosen[key] = self.table.fastest(form, bytes_per_pair, names) or self._predicted(
-                form, bytes_per_pair, names
-            )
+            measured = self.table.fastest(form, bytes_per_pair, names)
+            self._chosen[key] = measured or self._predicted(form, bytes_per_pair, names)
         return self._chosen[key]
 
     def _names(self, form: Form, is_on_host: bool) -> list[str]:
-        """In the uneven form, what the counts were exchanged for, and the flat one, which knows them as well."""
+        """The algorithms that such a call can use."""
         names = [name for name in self.algorithms if is_on_host or name != "shared"]
         if form == "uneven":
+            # A route serves the algorithm that made it, and the flat one, which needs nothing but its counts.
             names = [name for name in names if name == "flat" or self.algorithms[name] is self._counts_by]
         return names
 
@@ -172,14 +186,16 @@ class AutoAllToAll(AllToAll):
         costs = cost.predict(self.links, self.nodes, bytes_per_pair)
         seconds = {name: costs[name].seconds for name in names}
         if form == "even":
+            # FlatAllToAll is then one call of the library, which may choose a better algorithm than pairwise messages.
             seconds["flat"] = costs["library"].seconds
-        return min(seconds, key=lambda name: (seconds[name], name))
+        return _least(seconds)
 
     def _even(self, x: Array, out: Array) -> None:
         self.algorithms[self._choose("even", row_bytes(x), on_host(x))]._even(x, out)
 
     def _route(self, send_counts: Counts) -> Route:
         route = self._counts_by._route(send_counts)
+        # The shared algorithm learns the sum with the counts; the other needs one more collective.
         if isinstance(route, SharedRoute):
             num_rows = route.num_rows
         else:
@@ -203,9 +219,9 @@ class AutoAllToAll(AllToAll):
         return self.algorithms[self._choose("uneven", mean, on_host(rows))]
 
     def tune(self, sizes: Iterable[int] = TUNED_SIZES, *, seconds: float = 5.0) -> Table:
-        """Measure every algorithm at every size, in turn, and choose by that from now on.
+        """Measure every algorithm at every size, in turn, and choose by the measurements from now on.
 
-        sizes    bytes a pair; what lies between is taken like the nearest. Left out if a rank had more than 64 MiB
+        sizes    bytes a pair; a size between two of them uses the nearest. Left out if a rank had more than 64 MiB
         seconds  for how long, the same for each size; each algorithm is called three times in any case
         returns  the new table, also in `table`: the same on every rank
 
@@ -218,25 +234,35 @@ class AutoAllToAll(AllToAll):
                 f"AutoAllToAll.tune: sizes is {sizes}, seconds {seconds}, expected whole numbers >= 1, seconds >= 0"
             )
         sizes = [size for size in sizes if size * self.comm.size <= MOST_TUNED_BYTES] or [min(sizes)]
-        samples: dict[tuple[Form, int, str], list[float]] = defaultdict(list)
-        candidates = [(form, name) for form in FORMS for name in self._names(form, True)]
+        measured: dict[Form, dict[int, dict[str, float]]] = {form: {} for form in FORMS}
         for size in sizes:
-            began, elapsed, rounds = time.monotonic(), 0.0, 0
-            while rounds <= LEAST_ROUNDS or elapsed < seconds / len(sizes):
-                for form, name in candidates:
-                    taken, elapsed = self._measure(form, size, self.algorithms[name], began)
-                    if rounds > 0:  # the first only warms up
-                        samples[form, size, name].append(taken)
-                rounds += 1
-        found: dict[Form, dict[int, dict[str, float]]] = {form: {size: {} for size in sizes} for form in FORMS}
-        for (form, size, name), taken_seconds in samples.items():
-            found[form][size][name] = float(np.median(taken_seconds))
-        self.table = Table(self.table.node_sizes, found)
+            samples = self._samples(size, seconds / len(sizes))
+            for form in FORMS:
+                measured[form][size] = {
+                    name: float(np.median(samples[form, name])) for name in self._names(form, is_on_host=True)
+                }
+        self.table = Table(self.table.node_sizes, measured)
         self._chosen.clear()
         return self.table
 
+    def _samples(self, size: int, seconds: float) -> dict[tuple[Form, str], list[float]]:
+        """The slowest rank's seconds for calls of each algorithm, measured for `seconds`. Collective."""
+        samples: dict[tuple[Form, str], list[float]] = defaultdict(list)
+        began = time.monotonic()
+        elapsed = 0.0
+        rounds = 0
+        # In turn, so that a change of the machine's load meets all algorithms alike.
+        while rounds <= LEAST_ROUNDS or elapsed < seconds:
+            for form in FORMS:
+                for name in self._names(form, is_on_host=True):
+                    sample, elapsed = self._measure(form, size, self.algorithms[name], began)
+                    if rounds > 0:
+                        samples[form, name].append(sample)
+            rounds += 1
+        return samples
+
     def _measure(self, form: Form, size: int, algorithm: AllToAll, began: float) -> tuple[float, float]:
-        """The slowest rank's seconds for one call, and rank 0's seconds since it began: the same on all ranks."""
+        """The slowest rank's seconds for one call, and rank 0's seconds since `began`: the same on all ranks."""
         with collective("AutoAllToAll.tune", self.comm):
             self._check_not_freed()
             rows = np.zeros((self.comm.size, size), np.uint8)
@@ -247,10 +273,12 @@ class AutoAllToAll(AllToAll):
             if form == "even":
                 algorithm._even(rows, out)
             else:
+                # As `_uneven` has it: the counts by one algorithm, the rows by the one that is measured.
                 algorithm._send(rows, self._counts_by._route(ones))
-            now = time.perf_counter()
-            every = self.comm.all_gather(np.array([[now - start, time.monotonic() - began]]))
-        return float(every[:, 0].max()), float(every[0, 1])
+            sample = time.perf_counter() - start
+            # The clock of one rank decides when to stop: otherwise some ranks would go on alone.
+            clocks = self.comm.all_gather(np.array([[sample, time.monotonic() - began]]))
+        return float(clocks[:, 0].max()), float(clocks[0, 1])
 
     def _free(self) -> None:
         for algorithm in self.algorithms.values():
@@ -260,4 +288,11 @@ class AutoAllToAll(AllToAll):
 @dataclass(frozen=True, eq=False)
 class _AutoRoute(Route):
     inner: Route = field(kw_only=True)
+    """The route of the algorithm that exchanged the counts."""
     num_rows: int = field(kw_only=True)
+    """Rows of all ranks together."""
+
+
+def _least(seconds: dict[str, float]) -> str:
+    """The name with the least time; of equal times the first by name, so that all ranks return the same."""
+    return min(seconds, key=lambda name: (seconds[name], name))
