@@ -18,24 +18,29 @@
 namespace moecomm {
 namespace {
 
-constexpr std::int64_t line_bytes = 64;   // a counter has a cache line of its own
+// A counter has a cache line of its own: a rank that polls one counter is not disturbed by writes to another.
+constexpr std::int64_t line_bytes = 64;
 
 std::int64_t now_us() {
     using namespace std::chrono;
     return duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
+// The acquire half of every pair: what the other rank wrote before its release of this value is visible after it.
 std::uint32_t load(const std::uint32_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 
-bool is_past(std::uint32_t seen, std::uint32_t wanted) { return static_cast<std::int32_t>(seen - wanted) >= 0; }
+// Counters wrap after 2^32: the difference, taken modulo 2^32, is right while two values lie less than 2^31 apart.
+bool is_past(std::uint32_t value, std::uint32_t target) { return static_cast<std::int32_t>(value - target) >= 0; }
 
-// Sleep while *word == seen, but not for longer. A rank that waits leaves its core to the others of its node.
-void sleep_while(std::uint32_t* word, std::uint32_t seen, std::int64_t longest_us) {
+// Sleep while *word == value, for longest_us at most. A rank that waits leaves its core to the others of its node.
+void sleep_while(std::uint32_t* word, std::uint32_t value, std::int64_t longest_us) {
 #ifdef __linux__
+    // The kernel compares *word with `value` and sleeps in one atomic step, so no wake-up between our load and the
+    // sleep is lost. Not FUTEX_PRIVATE: the ranks are processes, and the word has another address in each.
     const timespec longest{static_cast<time_t>(longest_us / 1000000), static_cast<long>(longest_us % 1000000) * 1000};
-    syscall(SYS_futex, word, FUTEX_WAIT, seen, &longest, nullptr, 0);
+    syscall(SYS_futex, word, FUTEX_WAIT, value, &longest, nullptr, 0);
 #else
-    (void)word, (void)seen;
+    (void)word, (void)value;
     std::this_thread::sleep_for(std::chrono::microseconds(std::min<std::int64_t>(longest_us, 50)));
 #endif
 }
@@ -54,7 +59,27 @@ std::int64_t clipped(std::int64_t bytes, std::int64_t from, std::int64_t window)
 
 }  // namespace
 
-// memory: one line that says "failed", the counters of each slot, what each rank has begun, the slots
+// The memory, R ranks and S slots; each [ ] of the first three rows is a cache line, of which 4 bytes are used:
+//
+//   [failed]                                                           0, or 1 for good
+//   [written 0][exchanged 0][taken 0] .. [written S-1][exchanged S-1][taken S-1]
+//   [begun 0] .. [begun R-1]                                           transfers that each rank has begun
+//   | slot 0 | .. | slot S-1 |
+//
+//   a slot:  | outgoing: to the other nodes  | inside the node | incoming: from the other nodes |
+//            | (N - 1) windows               | 1 window        | (N - 1) windows                |
+//
+// Chunks are numbered through all transfers. Chunk c is in slot c mod S and is the u-th to use it, u = c / S + 1. The
+// counters are never reset. In the order of their use for one chunk:
+//
+//   value            set by                       waited for by            what the release / acquire pair orders
+//   written = R u    each rank, +1, release       the chunk's leader       rows copied in -> the leader sends them
+//   exchanged = u    the leader, store, release   ranks that copy out      rows received, and (through the leader, which
+//                                                                          acquired `written`) rows of the node -> read
+//   taken = R u      each rank, +1, release       ranks that copy in use   reads of this use -> writes of the next one
+//                                                 u + 1 of the slot
+//   begun            each rank, store, release    missing(), a diagnosis   nothing: only the number is used
+//   failed = 1       any rank, store, release     every wait and step      nothing: only the flag is used
 std::int64_t NodeRing::num_lines(const Layout& layout) {
     return 1 + layout.num_slots * num_counters + layout.num_ranks;
 }
@@ -87,17 +112,23 @@ std::uint32_t NodeRing::use(std::int64_t chunk) const {
     return static_cast<std::uint32_t>((first_ + chunk) / layout_.num_slots + 1);
 }
 
+std::uint32_t NodeRing::all_ranks(std::int64_t chunk) const {
+    return static_cast<std::uint32_t>(layout_.num_ranks) * use(chunk);
+}
+
 std::int64_t NodeRing::chunk_bytes(const Stream& stream, std::int64_t chunk) const {
     return clipped(stream.bytes, chunk * transfer_->window, transfer_->window);
 }
 
 void NodeRing::begin(const Transfer* transfer, const std::byte* src, std::byte* dst) {
+    // Chunks are numbered through all transfers: a slot's counters go on where the transfer before left them.
     first_ = after_;
     after_ += transfer->num_chunks;
     transfer_ = transfer;
     src_ = src;
     dst_ = dst;
-    turn_ = phase_ = 0;
+    turn_ = 0;
+    phase_ = Phase::wait_for_slot;
     __atomic_store_n(begun(local_rank_), ++num_begun_, __ATOMIC_RELEASE);
 }
 
@@ -109,42 +140,48 @@ std::vector<std::int64_t> NodeRing::missing() const {
 }
 
 void NodeRing::fail() {
+    // Set before the ranks are woken: each looks at it when it wakes.
     __atomic_store_n(failed(), 1, __ATOMIC_RELEASE);
     for (std::int64_t line = 1; line <= layout_.num_slots * num_counters; ++line)
         wake_all(reinterpret_cast<std::uint32_t*>(memory_ + line * line_bytes));
 }
 
-// Whether *word has come to `value`, waiting for it until the deadline.
-bool NodeRing::reached(std::uint32_t* word, std::uint32_t value) {
-    if (is_past(load(word), value)) return true;
+// Wait until *word has reached `target`; false at the deadline, or when a rank of the node has failed.
+bool NodeRing::reached(std::uint32_t* word, std::uint32_t target) {
+    if (is_past(load(word), target)) return true;
     if (spin_us_ > 0)
         for (const std::int64_t end = now_us() + spin_us_; now_us() < end;)
-            if (is_past(load(word), value)) return true;
+            if (is_past(load(word), target)) return true;
     for (;;) {
-        const std::uint32_t seen = load(word);
-        if (is_past(seen, value)) return true;
-        const std::int64_t left = deadline_ - now_us();
-        if (left <= 0 || load(failed())) return false;
-        sleep_while(word, seen, left);
+        // The value that is compared here is the one that the kernel compares before it sleeps.
+        const std::uint32_t value = load(word);
+        if (is_past(value, target)) return true;
+        const std::int64_t remaining = deadline_ - now_us();
+        if (remaining <= 0 || load(failed())) return false;
+        sleep_while(word, value, remaining);
     }
 }
 
-// One more has done it; the last one wakes those who wait for all.
+// Count this rank; the last one wakes the waiting ranks, the earlier ones would wake them for nothing.
 void NodeRing::add(std::uint32_t* word, std::uint32_t complete) {
+    // Release: this rank's copies come before its count. Read-modify-writes continue the release of earlier ones
+    // (one release sequence), so a rank that acquires the last value sees the copies of all ranks.
     if (__atomic_add_fetch(word, 1, __ATOMIC_ACQ_REL) == complete) wake_all(word);
 }
 
-// others: where the parts for or from the other nodes begin
+// Copy this rank's pieces of a chunk into the slot or out of it. others: the slot's outgoing or incoming bytes.
 void NodeRing::copy(const std::vector<Stream>& streams, std::int64_t chunk, std::byte* others, bool to_slot) {
     const std::int64_t from = chunk * transfer_->window;
     for (std::int64_t node = 0; node < layout_.num_nodes; ++node) {
         const Stream& stream = streams[node];
         const std::int64_t bytes = chunk_bytes(stream, chunk);
         std::byte* part = others;
+        // The parts of the other nodes lie without gaps: a leader sends and receives them as one array.
         if (node == node_)
             part = slot(chunk) + (layout_.num_nodes - 1) * layout_.window;
         else
             others += bytes;
+        // Pieces are ordered and do not overlap, so the first piece of the chunk is found by bisection.
         auto piece = std::partition_point(stream.pieces.begin(), stream.pieces.end(), [&](const Piece& p) {
             return p.stream_start + p.bytes <= from;
         });
@@ -160,6 +197,7 @@ void NodeRing::copy(const std::vector<Stream>& streams, std::int64_t chunk, std:
     }
 }
 
+// Whether this rank may have a piece of the chunk: looks at the first and last piece of each stream only.
 bool NodeRing::takes_part(const std::vector<Stream>& streams, std::int64_t chunk) const {
     const std::int64_t from = chunk * transfer_->window, to = from + transfer_->window;
     return std::any_of(streams.begin(), streams.end(), [&](const Stream& stream) {
@@ -177,62 +215,82 @@ NodeRing::Event NodeRing::step(std::int64_t timeout_us) {
     return event == Event::timed_out && load(failed()) ? Event::failed : event;
 }
 
-// One phase of a turn: turn t writes chunk t and reads chunk t - (num_slots - 1); those between are on their way.
-// False: stop with `event`.
+// One phase of a turn. Turn t writes chunk t and reads chunk t - (S - 1), S slots; the S - 2 chunks between are being
+// exchanged. The read chunk's slot is the one that chunk t + 1 is written to, so no rank waits for a slot that it would
+// have to empty itself.
+//
+//   wait_for_slot -> wait_for_rows -> exchange_started -> read_or_finish -> exchange_finished -> wait_for_exchange -> next
+//                \__ not the leader of t ______________/              \__ not the leader __/
+//
+// A phase that waits returns false at the deadline and is entered again by the next step. False: stop with `event`.
 bool NodeRing::advance(Event& event) {
-    enum { wait_for_slot, wait_for_rows, exchange_started, read_or_finish, exchange_finished, wait_for_exchange };
-    const auto num_ranks = static_cast<std::uint32_t>(layout_.num_ranks);
-    const std::int64_t next = turn_, last = turn_ - (layout_.num_slots - 1);
-    const bool has_next = next < transfer_->num_chunks;
+    const std::int64_t last = turn_ - (layout_.num_slots - 1);
     event = Event::timed_out;
     switch (phase_) {
-    case wait_for_slot:
+    case Phase::wait_for_slot:
         if (last >= transfer_->num_chunks || transfer_->num_chunks == 0) {
             event = Event::finished;
             return false;
         }
-        if (has_next) {
-            if (!reached(counter(next, taken), num_ranks * (use(next) - 1))) return false;
-            copy(transfer_->send, next, outgoing(next), true);
-            add(counter(next, written), num_ranks * use(next));
-        }
-        phase_ = has_next && is_leader(next) ? wait_for_rows : read_or_finish;
-        return true;
-    case wait_for_rows:
-        if (!reached(counter(next, written), num_ranks * use(next))) return false;
-        phase_ = exchange_started;
-        exchange_ = next;
+        return write(turn_);
+    case Phase::wait_for_rows:
+        if (!reached(counter(turn_, written), all_ranks(turn_))) return false;
+        phase_ = Phase::exchange_started;
+        exchange_ = turn_;
         event = Event::start_exchange;
         return false;
-    case exchange_started:
-        phase_ = read_or_finish;
+    case Phase::exchange_started:
+        phase_ = Phase::read_or_finish;
         return true;
-    case read_or_finish:
+    case Phase::read_or_finish:
         if (last >= 0 && is_leader(last)) {
-            phase_ = exchange_finished;
+            phase_ = Phase::exchange_finished;
             exchange_ = last;
             event = Event::finish_exchange;
             return false;
         }
-        phase_ = wait_for_exchange;
+        phase_ = Phase::wait_for_exchange;
         return true;
-    case exchange_finished:
+    case Phase::exchange_finished:
+        // Release: the received rows, and those of the node that `written` let this leader see, come before it.
         __atomic_store_n(counter(last, exchanged), use(last), __ATOMIC_RELEASE);
         wake_all(counter(last, exchanged));
-        phase_ = wait_for_exchange;
+        phase_ = Phase::wait_for_exchange;
         return true;
-    default:
-        if (last >= 0) {
-            const bool reads = takes_part(transfer_->recv, last);
-            const bool is_end = last == transfer_->num_chunks - 1;   // nobody leaves before all have come
-            if ((reads || is_end) && !reached(counter(last, exchanged), use(last))) return false;
-            if (reads) copy(transfer_->recv, last, incoming(last), false);
-            add(counter(last, taken), num_ranks * use(last));
-        }
+    case Phase::wait_for_exchange:
+        if (last >= 0 && !read(last)) return false;
         ++turn_;
-        phase_ = wait_for_slot;
+        phase_ = Phase::wait_for_slot;
         return true;
     }
+    return false;
+}
+
+// False if the slot is not free yet.
+bool NodeRing::write(std::int64_t chunk) {
+    if (chunk >= transfer_->num_chunks) {
+        phase_ = Phase::read_or_finish;
+        return true;
+    }
+    // Acquire: all ranks have read what the slot held in its use before; the first use waits for 0.
+    if (!reached(counter(chunk, taken), all_ranks(chunk) - static_cast<std::uint32_t>(layout_.num_ranks))) return false;
+    copy(transfer_->send, chunk, outgoing(chunk), true);
+    add(counter(chunk, written), all_ranks(chunk));
+    phase_ = is_leader(chunk) ? Phase::wait_for_rows : Phase::read_or_finish;
+    return true;
+}
+
+// False if the chunk has not been exchanged yet.
+bool NodeRing::read(std::int64_t chunk) {
+    const bool has_pieces = takes_part(transfer_->recv, chunk);
+    // A rank with nothing to read need not wait, but for the last chunk: a call returns on no rank before all ranks of
+    // the node have come to it.
+    const bool must_wait = has_pieces || chunk == transfer_->num_chunks - 1;
+    if (must_wait && !reached(counter(chunk, exchanged), use(chunk))) return false;
+    if (has_pieces) copy(transfer_->recv, chunk, incoming(chunk), false);
+    // A rank that read nothing counts too: `taken` is complete when all ranks have passed.
+    add(counter(chunk, taken), all_ranks(chunk));
+    return true;
 }
 
 }  // namespace moecomm

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows that the ranks of a node pass on through memory that they share: who may write and read which part, and when.
+// The rows of the ranks of a node in memory that they share: which rank may write or read which bytes, and when.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -37,7 +37,7 @@ struct Transfer {
 //   [number of nodes - 1][<= window] what comes from the other nodes, without gaps
 // Rank `c mod num_leaders` of the node, the leader of chunk c, exchanges it with the same rank of the other nodes.
 // Every rank writes its pieces of a chunk, tells that it has, and reads its pieces once the leader has said that they
-// are there; nobody writes to a slot before all have read what it held.
+// are there; no rank writes to a slot before all have read what it held.
 class NodeRing {
 public:
     struct Layout {
@@ -60,14 +60,14 @@ public:
     void begin(const Transfer* transfer, const std::byte* src, std::byte* dst);
 
     // Go on until the transfer is finished, timeout_us have passed in waiting, or the caller, a leader, has to act:
-    // start_exchange: start moving what is outgoing of chunk() to the other nodes. finish_exchange: see to it that what is
-    // incoming of chunk() is complete before the next step. Up to num_slots exchanges are under way.
+    // start_exchange: start the exchange of chunk(), from its outgoing to its incoming bytes, with the other nodes.
+    // finish_exchange: wait for the exchange of chunk() before the next step. Up to num_slots exchanges are under way.
     Event step(std::int64_t timeout_us);
 
     // The ranks of the node that have not begun the transfer that this one has begun last.
     std::vector<std::int64_t> missing() const;
 
-    // Make step() return `failed` on every rank of the node, now and ever after.
+    // From now on step() returns `failed` on every rank of the node.
     void fail();
 
     std::int64_t chunk() const { return exchange_; }
@@ -76,7 +76,16 @@ public:
     }
 
 private:
+    // Of a slot; node_ring.cpp says which rank sets and awaits each, and what that orders.
     enum Counter { written, exchanged, taken, num_counters };
+    enum class Phase {
+        wait_for_slot,
+        wait_for_rows,
+        exchange_started,
+        read_or_finish,
+        exchange_finished,
+        wait_for_exchange
+    };
     static std::int64_t num_lines(const Layout&);   // before the slots
     std::uint32_t* failed() const { return reinterpret_cast<std::uint32_t*>(memory_); }
     std::uint32_t* counter(std::int64_t chunk, Counter) const;
@@ -86,12 +95,15 @@ private:
     std::byte* incoming(std::int64_t chunk) const { return slot(chunk) + layout_.num_nodes * layout_.window; }
     std::int64_t chunk_bytes(const Stream&, std::int64_t chunk) const;
     std::uint32_t use(std::int64_t chunk) const;   // which use of its slot this is, from 1
-    bool reached(std::uint32_t* word, std::uint32_t value);
+    std::uint32_t all_ranks(std::int64_t chunk) const;   // value of a counter to which each rank adds 1, in this use
+    bool reached(std::uint32_t* word, std::uint32_t target);
     void add(std::uint32_t* word, std::uint32_t complete);
     void copy(const std::vector<Stream>&, std::int64_t chunk, std::byte* others, bool to_slot);
     bool takes_part(const std::vector<Stream>&, std::int64_t chunk) const;
     bool is_leader(std::int64_t chunk) const { return chunk % layout_.num_leaders == local_rank_; }
     bool advance(Event&);
+    bool write(std::int64_t chunk);
+    bool read(std::int64_t chunk);
 
     std::byte* memory_;
     Layout layout_;
@@ -102,8 +114,8 @@ private:
     std::uint32_t num_begun_ = 0;  // by this rank
     std::int64_t first_ = 0;       // number of chunks of all transfers before this one
     std::int64_t after_ = 0;       // the same for the next one
-    std::int64_t turn_ = 0;        // chunk that is written in this turn; the one before it is read
-    int phase_ = 0;
+    std::int64_t turn_ = 0;        // chunk that is written in this turn; the one num_slots - 1 before it is read
+    Phase phase_ = Phase::wait_for_slot;
     std::int64_t exchange_ = 0;
     std::int64_t deadline_ = 0;
 };
