@@ -1,14 +1,15 @@
-"""Ranks that have a GPU each, through NCCL as cupy calls it: no torch.distributed.
+"""Ranks that have a GPU each, through cupy's interface to NCCL, without torch.distributed.
 
-Another Comm, the bootstrap, brings the ranks together and moves what is in host memory, counts among it.
+Another Comm, the bootstrap, connects the ranks and moves arrays in host memory, the counts among them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from moecomm.failures import refused
 from moecomm.transports import as_comm
 from moecomm.transports.limit import wait
 
+if TYPE_CHECKING:
+    from cupy.cuda import ExternalStream
+    from cupy.cuda.nccl import NcclCommunicator
+
 
 class NcclComm(Comm):
     """The ranks of `bootstrap`: device arrays go through NCCL, host arrays through the bootstrap.
@@ -26,14 +31,14 @@ class NcclComm(Comm):
     bootstrap  an mpi4py communicator, a torch ProcessGroup or a moecomm Comm, e.g. MpiComm(comm, limit=60). Stays the
                caller's; what moecomm does on it is ordered with the caller's own collectives
 
-    Moves torch CUDA tensors and cupy arrays, on the current stream of the library that they belong to. The GPU is that
-    of the first device array: NCCL's communicator is made when that comes, from a unique id that the bootstrap carries,
-    so neither making a NcclComm nor splitting it costs anything on the GPU. A host has one rank a GPU.
+    Moves torch CUDA tensors and cupy arrays, on the current stream of the library that they belong to. The first device
+    array selects the GPU: NCCL's communicator is then made, from a unique id that the bootstrap broadcasts, so neither
+    making a NcclComm nor splitting it costs anything on the GPU. Each rank of a host needs a GPU of its own.
 
-    With a limit on the bootstrap, a device collective first waits there for all ranks to come, and then on the host
-    until it is finished; one that takes longer or fails is aborted and raises CommError, and the GPU stays usable. That
-    cannot be captured in a CUDA graph. Without a limit nothing waits on the host, and an error that NCCL finds later is
-    raised by the next collective.
+    With a limit on the bootstrap, a device collective first waits in the bootstrap's barrier for all ranks, and then on
+    the host until it is finished; one that takes longer or fails is aborted and raises CommError, and the GPU stays
+    usable. Such a collective cannot be captured in a CUDA graph. Without a limit nothing waits on the host, and an
+    error that NCCL reports later is raised by the next collective.
 
     Making one is not collective. Raises ImportError where cupy or its NCCL is missing.
     """
@@ -46,7 +51,7 @@ class NcclComm(Comm):
         self.size = self._bootstrap.size
         self._limit = self._bootstrap._limit
         self._owned = False
-        self._communicator: Any = None
+        self._communicator: NcclCommunicator | None = None
         self._device = -1
 
     def check_usable(self, call: str) -> None:
@@ -66,28 +71,46 @@ class NcclComm(Comm):
         if on_host(rows):
             self._bootstrap._all_gather(rows, out, recv_counts)
         elif recv_counts is None:
-            arguments = _address(rows), _address(out), rows.shape[0] * row_bytes(rows), self._nccl.NCCL_UINT8
-            self._run("all_gather", rows, lambda communicator, stream: communicator.allGather(*arguments, stream))
+            num_bytes = rows.shape[0] * row_bytes(rows)
+            byte = self._nccl.NCCL_UINT8
+
+            def start(communicator: NcclCommunicator, stream: int) -> None:
+                communicator.allGather(_address(rows), _address(out), num_bytes, byte, stream)
+
+            self._run("all_gather", rows, start)
         else:
-            everything = np.full(self.size, rows.shape[0], np.int64)
-            self._exchange("all_gather", (rows, np.zeros_like(everything), everything), out, recv_counts)
+            # NCCL gathers equal numbers of rows only: here each rank sends all its rows to every rank.
+            counts = np.full(self.size, rows.shape[0], np.int64)
+            self._exchange("all_gather", (rows, np.zeros_like(counts), counts), out, recv_counts)
 
     def _exchange(self, call: str, sent: tuple[Array, Counts, Counts], out: Array, recv_counts: Counts) -> None:
-        """Send each rank rows [start, start + count), and receive one behind the other what they send here."""
-        rows, *ranges = sent
-        width, nccl = row_bytes(rows), self._nccl
-        begins = np.cumsum(recv_counts) - recv_counts
-        to_each, from_each = ((np.stack(part, axis=1) * width).tolist() for part in (ranges, (begins, recv_counts)))
+        """Send and receive a block of rows for each rank.
 
-        def start(communicator: Any, stream: int) -> None:
-            nccl.groupStart()
+        sent  (rows, [size] first row for each rank, [size] number of rows for it)
+        out   the rows from all ranks, one block after the other
+        """
+        rows, send_starts, send_counts = sent
+        recv_starts = np.cumsum(recv_counts) - recv_counts
+        width = row_bytes(rows)
+        byte = self._nccl.NCCL_UINT8
+
+        def blocks(array: Array, starts: Counts, counts: Counts) -> Iterator[tuple[int, int, int]]:
+            """(address, bytes, peer) of the blocks that are not empty."""
+            addresses = (_address(array) + starts * width).tolist()
+            for peer, num_bytes in enumerate((counts * width).tolist()):
+                if num_bytes:
+                    yield addresses[peer], num_bytes, peer
+
+        def start(communicator: NcclCommunicator, stream: int) -> None:
+            # In one group NCCL runs all sends and receives together: one after the other they would wait in a circle.
+            self._nccl.groupStart()
             try:
-                for move, array, parts in ((communicator.send, rows, to_each), (communicator.recv, out, from_each)):
-                    for peer, (begin, num_bytes) in enumerate(parts):
-                        if num_bytes:
-                            move(_address(array) + begin, num_bytes, nccl.NCCL_UINT8, peer, stream)
+                for address, num_bytes, peer in blocks(rows, send_starts, send_counts):
+                    communicator.send(address, num_bytes, byte, peer, stream)
+                for address, num_bytes, peer in blocks(out, recv_starts, recv_counts):
+                    communicator.recv(address, num_bytes, byte, peer, stream)
             finally:
-                nccl.groupEnd()
+                self._nccl.groupEnd()
 
         self._run(call, rows, start)
 
@@ -96,8 +119,13 @@ class NcclComm(Comm):
             return self._bootstrap._all_reduce(array)
         total = array.detach().clone() if is_torch(array) else array.copy()
         dtype = getattr(self._nccl, f"NCCL_{dtype_name(array).upper()}")
-        arguments = _address(total), _address(total), math.prod(total.shape), dtype, self._nccl.NCCL_SUM
-        self._run("all_reduce", total, lambda communicator, stream: communicator.allReduce(*arguments, stream))
+        address = _address(total)
+        num_elements = math.prod(total.shape)
+
+        def start(communicator: NcclCommunicator, stream: int) -> None:
+            communicator.allReduce(address, address, num_elements, dtype, self._nccl.NCCL_SUM, stream)
+
+        self._run("all_reduce", total, start)
         return total
 
     def _barrier(self) -> None:
@@ -124,59 +152,67 @@ class NcclComm(Comm):
 
     # ---- NCCL ------------------------------------------------------------------------------------------------------
 
-    def _run(self, call: str, rows: Array, start: Callable[[Any, int], None]) -> None:
-        """start(NCCL's communicator, current stream), and what its errors and the limit need."""
+    def _run(self, call: str, rows: Array, start: Callable[[NcclCommunicator, int], None]) -> None:
+        """start(NCCL's communicator, current stream) on the GPU of rows, under the limit, with errors as CommError."""
         device = rows.device.index if is_torch(rows) else rows.device.id
         if self._communicator is not None and device != self._device:
             raise refused(
                 TypeError(f"{call}: got an array on GPU {device}, this Comm is on GPU {self._device}{self.where()}")
             )
         if self._limit is not None:
-            self._bootstrap._barrier()  # NCCL would wait without a limit for a rank that it cannot reach
+            # NCCL would wait without a limit for a rank that it cannot reach; the bootstrap's barrier has one.
+            self._bootstrap._barrier()
         with self._cupy.cuda.Device(device):
             stream = self._cupy.cuda.ExternalStream(_current_stream(self._cupy, rows, device))
             try:
                 if self._communicator is None:
-                    self._communicator, self._device = self._connect(), device
-                self._communicator.check_async_error()
-                start(self._communicator, stream.ptr)
-                is_done = self._limit is None or wait(lambda: self._is_done(stream), self._limit)
+                    self._communicator = self._connect()
+                    self._device = device
+                communicator = self._communicator
+                communicator.check_async_error()
+                start(communicator, stream.ptr)
+                if self._limit is None or wait(lambda: self._is_done(communicator, stream), self._limit):
+                    return
             except self._nccl.NcclError as error:
                 self._failed(call, error)
-            except BaseException:  # such as KeyboardInterrupt: nothing of this call may run on when its arrays go
-                if self._communicator is not None:
-                    self._communicator.abort()
+            except BaseException:
+                # Such as KeyboardInterrupt: the caller may release the arrays, which NCCL must not write any more.
+                self._abort()
                 raise
-        if not is_done:
-            self._communicator.abort()
-            self._give_up(call)
+        self._abort()
+        self._give_up(call)
 
-    def _connect(self) -> Any:
+    def _abort(self) -> None:
+        """End the work that NCCL still has on the GPU."""
+        if self._communicator is not None:
+            self._communicator.abort()
+
+    def _connect(self) -> NcclCommunicator:
         """NCCL's communicator of these ranks. Collective."""
         unique_id = np.zeros((1, 128), np.uint8)
         if self.rank == 0:
             unique_id[0] = [byte & 255 for byte in self._nccl.get_unique_id()]
-        every = np.empty((self.size, 128), np.uint8)
-        self._bootstrap._all_gather(unique_id, every, None)
-        takes_bytes = hasattr(self._nccl, "NcclConfig")  # since cupy 14; before, a tuple of signed chars
-        first = every[0].tobytes() if takes_bytes else tuple(every[0].view(np.int8).tolist())
-        return self._nccl.NcclCommunicator(self.size, first, self.rank)
+        ids = np.empty((self.size, 128), np.uint8)
+        self._bootstrap._all_gather(unique_id, ids, None)
+        # cupy 14, which has NcclConfig, takes the id as bytes; earlier versions take a tuple of signed chars.
+        takes_bytes = hasattr(self._nccl, "NcclConfig")
+        root_id = ids[0].tobytes() if takes_bytes else tuple(ids[0].view(np.int8).tolist())
+        return self._nccl.NcclCommunicator(self.size, root_id, self.rank)
 
-    def _is_done(self, stream: Any) -> bool:
-        self._communicator.check_async_error()
+    def _is_done(self, communicator: NcclCommunicator, stream: ExternalStream) -> bool:
+        communicator.check_async_error()
         return bool(stream.done)
 
     def _failed(self, call: str, error: Exception) -> NoReturn:
         if self._communicator is None:
             error = CommError(f"no NCCL communicator could be made, has each rank a GPU of its own? {error}")
-        else:
-            self._communicator.abort()  # ends what it still runs on the GPU
+        self._abort()
         self.fail(f"{call} failed: {error}")
         raise CommError(f"{call}: {error}{self.where()}") from error
 
 
 @cache
-def _load_cupy() -> Any:
+def _load_cupy() -> ModuleType:
     install = "pip install 'moecomm[cuda13]' or 'moecomm[cuda12]' brings both"
     try:
         import cupy
@@ -192,8 +228,8 @@ def _address(rows: Array) -> int:
     return int(rows.data_ptr() if is_torch(rows) else rows.data.ptr)
 
 
-def _current_stream(cupy: Any, rows: Array, device: int) -> int:
-    """Where work on such arrays is queued."""
+def _current_stream(cupy: ModuleType, rows: Array, device: int) -> int:
+    """The stream on which the library of these rows queues its work on the device."""
     if not is_torch(rows):
         return int(cupy.cuda.get_current_stream().ptr)
     import torch
