@@ -300,26 +300,32 @@ def test_streams_are_ordered_by_destination_then_source(nodes: Nodes, monkeypatc
             ways_back.append(here.transfer(of_node.reversed, 24, 128))
         rows = [list(map(tuple, testing.sent_rows(counts, rank).tolist())) for rank in range(p)]
         wanted = [list(map(tuple, testing.received_rows(counts, rank).tolist())) for rank in range(p)]
-        got, contents = carried(nodes, [way.transfer for way in ways], rows)
+        got, contents = carried(nodes, ways, rows)
         assert got == wanted
         for (a, b), stream in contents.items():
             blocks = [(s, d) for d in nodes.ranks[b] for s in nodes.ranks[a]]
             assert stream == [(s, d, i) for s, d in blocks for i in range(counts[s, d])]
-        assert carried(nodes, [way.transfer for way in ways_back], wanted)[0] == rows
+        assert carried(nodes, ways_back, wanted)[0] == rows
         for rank, way in enumerate(ways):
             check_chunks(nodes, rank, way, {pair: 24 * len(stream) for pair, stream in contents.items()})
 
 
-def check_chunks(
-    nodes: Nodes, rank: int, way: streams.ChunkedTransfer, stream_bytes: dict[tuple[int, int], int]
-) -> None:
-    num_chunks, here = way.transfer.num_chunks, int(nodes.node_of[rank])
-    assert way.chunk_bytes % 64 == 0
-    assert 64 <= way.chunk_bytes <= 128
+def check_chunks(nodes: Nodes, rank: int, recorded: Recorded, stream_bytes: dict[tuple[int, int], int]) -> None:
+    num_chunks, window, here = recorded.num_chunks, recorded.window, int(nodes.node_of[rank])
+    assert window % 64 == 0
+    assert 64 <= window <= 128
     assert num_chunks == -(-max(stream_bytes.values()) // 128)
+    layout = RingLayout(num_ranks=1, num_nodes=len(nodes), num_slots=4, num_leaders=1, window=128)
+    ring = NodeRing(np.zeros(layout.num_bytes, np.uint8), layout, local_rank=0, node=here, spin_us=0)
+    transfer = Transfer(*recorded)
+    src, dst = np.zeros(24 * recorded.send_rows, np.uint8), np.zeros(24 * recorded.recv_rows, np.uint8)
+    ring.begin(transfer, src, dst)
     for chunk in range(num_chunks):
-        begin, end = chunk * way.chunk_bytes, (chunk + 1) * way.chunk_bytes
-        sent, received = way.counts(chunk)
+        while (event := ring.step(0)) == Event.finish_exchange:
+            pass
+        assert event == Event.start_exchange
+        begin, end = chunk * window, (chunk + 1) * window
+        _, _, sent, received = ring.exchange()
         for other in range(len(nodes)):
             there = other != here
             assert sent[other] == there * len(range(begin, min(end, stream_bytes[here, other])))
@@ -333,7 +339,7 @@ def test_every_node_learns_its_counts(nodes: Nodes, monkeypatch: pytest.MonkeyPa
     every = [streams.Streams(nodes, rank) for rank in range(p)]
     for counts in testing.count_matrices(p):
         given = [here.report(counts[rank]).tolist() for rank, here in enumerate(every)]
-        transfers = [here.transfer_of_reports(64).transfer for here in every]
+        transfers = [here.transfer_of_reports(64) for here in every]
         assert all(t.window * t.num_chunks >= 8 * max(*t.send_totals, *t.recv_totals) for t in transfers)
         assert len({(t.window, t.num_chunks) for t in transfers}) == 1
         found, _ = carried(nodes, transfers, given)
@@ -568,10 +574,12 @@ def test_a_rank_that_fails_before_the_call_ends_the_others(failing: int, leaders
 
 
 def fail_at_chunk_2(a2a: SharedAllToAll) -> None:
-    def start(way: Any, chunk: int) -> Any:
-        if chunk == 2:
+    chunks = iter(range(3))
+
+    def start() -> Any:
+        if next(chunks) == 2:
             raise RuntimeError("in the middle")
-        return SharedAllToAll._start(a2a, way, chunk)
+        return SharedAllToAll._start(a2a)
 
     a2a._start = start  # type: ignore[method-assign]
 
@@ -666,8 +674,8 @@ def test_ranks_that_have_returned_after_the_call_are_not_gone(late: int, monkeyp
         a2a = ready(comm, Nodes.of_size(2, 4), leaders=2 if late == 3 else 1)
         real_start = a2a._start
 
-        def start(way: Any, chunk: int) -> Any:
-            started = real_start(way, chunk)
+        def start() -> Any:
+            started = real_start()
             if comm.rank == late:
                 wait_for_the_end_of(0, 1)
                 looked.clear()

@@ -4,7 +4,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
@@ -123,8 +122,13 @@ static void bind_node_ring(nb::module_& m) {
         .def("step", &NodeRing::step, "timeout_us"_a, nb::call_guard<moecomm::ReleasedGil>())
         .def("missing", &NodeRing::missing, "The ranks of the node that have not begun this transfer.")
         .def("fail", &NodeRing::fail)
-        .def_prop_ro("chunk", &NodeRing::chunk, "The chunk that the leader is to exchange.")
-        .def("places", &NodeRing::places, "chunk"_a, "First byte of the chunk in the memory: (outgoing, incoming).");
+        .def(
+            "exchange",
+            [](const NodeRing& self) {
+                const NodeRing::Exchange exchange = self.exchange();
+                return nb::make_tuple(exchange.outgoing, exchange.incoming, exchange.to_node, exchange.from_node);
+            },
+            "(first byte to send, first byte to receive, [N] bytes to each node, [N] bytes from each) of the chunk.");
     // Both hold pointers: a copy is the object itself and pickling is refused, as for Python's classes of that base.
     const nb::object identity = nb::module_::import_("moecomm.identity").attr("Identity");
     for (const char* name : {"__copy__", "__deepcopy__", "__reduce_ex__"})

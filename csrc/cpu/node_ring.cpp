@@ -132,6 +132,18 @@ void NodeRing::begin(const Transfer* transfer, const std::byte* src, std::byte* 
     __atomic_store_n(begun(local_rank_), ++num_begun_, __ATOMIC_RELEASE);
 }
 
+NodeRing::Exchange NodeRing::exchange() const {
+    if (transfer_ == nullptr) throw std::invalid_argument("NodeRing.exchange: no transfer has begun");
+    Exchange exchange{outgoing(exchange_) - memory_, incoming(exchange_) - memory_, {}, {}};
+    for (std::int64_t node = 0; node < layout_.num_nodes; ++node) {
+        // What stays in the node is copied through the slot and is in no message.
+        const bool is_own = node == node_;
+        exchange.to_node.push_back(is_own ? 0 : chunk_bytes(transfer_->send[node], exchange_));
+        exchange.from_node.push_back(is_own ? 0 : chunk_bytes(transfer_->recv[node], exchange_));
+    }
+    return exchange;
+}
+
 std::vector<std::int64_t> NodeRing::missing() const {
     std::vector<std::int64_t> ranks;
     for (std::int64_t rank = 0; rank < layout_.num_ranks; ++rank)

@@ -3,7 +3,6 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 namespace moecomm {
@@ -44,6 +43,10 @@ public:
         std::int64_t num_ranks, num_nodes, num_slots, num_leaders, window;
     };
     enum class Event { finished, timed_out, failed, start_exchange, finish_exchange };
+    struct Exchange {
+        std::int64_t outgoing, incoming;               // first byte in the memory
+        std::vector<std::int64_t> to_node, from_node;  // [number of nodes] bytes, one node after the other; 0 for this one
+    };
 
     static std::int64_t bytes_needed(const Layout&);
 
@@ -60,8 +63,8 @@ public:
     void begin(const Transfer* transfer, const std::byte* src, std::byte* dst);
 
     // Go on until the transfer is finished, timeout_us have passed in waiting, or the caller, a leader, has to act:
-    // start_exchange: start the exchange of chunk(), from its outgoing to its incoming bytes, with the other nodes.
-    // finish_exchange: wait for the exchange of chunk() before the next step. Up to num_slots exchanges are under way.
+    // start_exchange: start exchange() with the other nodes. finish_exchange: wait for the oldest exchange before the next
+    // step. Up to num_slots exchanges are under way.
     Event step(std::int64_t timeout_us);
 
     // The ranks of the node that have not begun the transfer that this one has begun last.
@@ -70,10 +73,8 @@ public:
     // From now on step() returns `failed` on every rank of the node.
     void fail();
 
-    std::int64_t chunk() const { return exchange_; }
-    std::pair<std::int64_t, std::int64_t> places(std::int64_t chunk) const {
-        return {outgoing(chunk) - memory_, incoming(chunk) - memory_};
-    }
+    // The messages of the chunk that step() has returned last for, start_exchange or finish_exchange.
+    Exchange exchange() const;
 
 private:
     // Of a slot; node_ring.cpp says which rank sets and awaits each, and what that orders.

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moecomm._core import Event, NodeRing, RingLayout
+from moecomm._core import Event, NodeRing, RingLayout, Transfer
 from moecomm.all_to_all.base import AllToAll, Route, agreed_nodes
-from moecomm.all_to_all.streams import ChunkedTransfer, NodeCounts, Streams
+from moecomm.all_to_all.streams import NodeCounts, Streams
 from moecomm.arrays import Array, Counts, as_bytes, empty_rows, is_torch, on_host, row_bytes
 from moecomm.comm import Comm, CommLike, Started
 from moecomm.errors import CommError
@@ -124,7 +124,7 @@ class SharedAllToAll(AllToAll):
         self._run(self._transfer(self._even_counts, row_bytes(x)), x, out)
 
     def _route(self, send_counts: Counts) -> Route:
-        reports = np.empty(self._reports.transfer.recv_bytes // 8, np.int64)
+        reports = np.empty(self._reports.recv_bytes // 8, np.int64)
         self._run(self._reports, self._streams.report(send_counts), reports)
         counts, num_rows = self._streams.read_reports(reports)
         recv_counts = counts.received[:, self._streams.local].copy()
@@ -147,7 +147,7 @@ class SharedAllToAll(AllToAll):
         self._run(self._transfer(counts, row_bytes(rows)), rows, out)
         return out
 
-    def _transfer(self, counts: NodeCounts, width: int) -> ChunkedTransfer:
+    def _transfer(self, counts: NodeCounts, width: int) -> Transfer:
         """The transfer of rows of `width` bytes, from the cache of these counts."""
         transfers = counts.transfers
         if width not in transfers:
@@ -156,16 +156,16 @@ class SharedAllToAll(AllToAll):
             transfers[width] = self._streams.transfer(counts, width, self._chunk_bytes)
         return transfers[width]
 
-    def _run(self, chunked: ChunkedTransfer, src: Array, dst: Array) -> None:
+    def _run(self, transfer: Transfer, src: Array, dst: Array) -> None:
         ring = self._ring
         call = type(self).__name__
         exchanges: deque[Started] = deque()
         began = time.monotonic()
         try:
-            ring.begin(chunked.transfer, as_bytes(src), as_bytes(dst))
+            ring.begin(transfer, as_bytes(src), as_bytes(dst))
             while (event := ring.step(PATIENCE_US)) != Event.finished:
                 if event == Event.start_exchange:
-                    exchanges.append(self._start(chunked, ring.chunk))
+                    exchanges.append(self._start())
                 elif event == Event.finish_exchange:
                     # The ring asks for its exchanges in the order in which they were started.
                     self._finish(exchanges.popleft(), began)
@@ -182,12 +182,11 @@ class SharedAllToAll(AllToAll):
             ring.fail()
             raise
 
-    def _start(self, chunked: ChunkedTransfer, chunk: int) -> Started:
-        to_node, from_node = chunked.counts(chunk)
-        outgoing, incoming = self._ring.places(chunk)
-        rows = self._memory[outgoing : outgoing + int(to_node.sum())]
-        out = self._memory[incoming : incoming + int(from_node.sum())]
-        return self._leader_comm.start(rows, out, to_node, from_node)
+    def _start(self) -> Started:
+        outgoing, incoming, to_node, from_node = self._ring.exchange()
+        rows = self._memory[outgoing : outgoing + sum(to_node)]
+        out = self._memory[incoming : incoming + sum(from_node)]
+        return self._leader_comm.start(rows, out, np.array(to_node), np.array(from_node))
 
     def _finish(self, exchange: Started, began: float) -> None:
         while not exchange.done():

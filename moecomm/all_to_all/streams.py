@@ -33,32 +33,13 @@ class NodeCounts:
     sent: Counts
     received: Counts
     longest: int
-    transfers: dict[int, ChunkedTransfer] = field(default_factory=dict)
+    transfers: dict[int, Transfer] = field(default_factory=dict)
     """The transfers of these counts that were made so far, by bytes per row."""
 
     @cached_property
     def reversed(self) -> NodeCounts:
         """The counts of the opposite direction."""
         return NodeCounts(self.received.T, self.sent.T, self.longest)
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkedTransfer:
-    """A transfer of the ring and its messages: chunk c is bytes [c, c + 1) * chunk_bytes of every stream."""
-
-    transfer: Transfer
-    chunk_bytes: int
-    to_node: Counts
-    """[N] bytes to each other node; 0 for the rank's own node."""
-    from_node: Counts
-    """[N] bytes from each other node; 0 for the rank's own node."""
-
-    def counts(self, chunk: int) -> tuple[Counts, Counts]:
-        """[N], [N] bytes of the chunk to and from each node."""
-        start = chunk * self.chunk_bytes
-        sent = np.clip(self.to_node - start, 0, self.chunk_bytes)
-        received = np.clip(self.from_node - start, 0, self.chunk_bytes)
-        return sent, received
 
 
 class _Side(NamedTuple):
@@ -93,13 +74,13 @@ class Streams:
         node_in_order = np.repeat(np.arange(len(self.sizes)), self.sizes)
         self._count_positions[self._order] = np.arange(len(self._order)) + 2 * node_in_order
 
-    def transfer(self, counts: NodeCounts, row_bytes: int, chunk_bytes: int) -> ChunkedTransfer:
+    def transfer(self, counts: NodeCounts, row_bytes: int, chunk_bytes: int) -> Transfer:
         """The transfer of rows, in equal chunks of at most chunk_bytes, a multiple of LINE_BYTES."""
         sent = self._sent(counts.sent)
         received = self._received(counts.received)
         return self._chunked(sent, received, row_bytes, counts.longest * row_bytes, chunk_bytes)
 
-    def transfer_of_reports(self, chunk_bytes: int) -> ChunkedTransfer:
+    def transfer_of_reports(self, chunk_bytes: int) -> Transfer:
         """The transfer of the reports: each rank's whole report to its own node, one section to each other node.
 
         A row of this transfer is one number of 8 bytes. A stream has its sections ordered by source.
@@ -153,17 +134,12 @@ class Streams:
             total += int(sections[:, G + 1].sum())
         return NodeCounts(sent, received, longest), total
 
-    def _chunked(self, sent: _Side, received: _Side, row_bytes: int, longest: int, most_bytes: int) -> ChunkedTransfer:
+    def _chunked(self, sent: _Side, received: _Side, row_bytes: int, longest: int, most_bytes: int) -> Transfer:
         # All nodes cut their streams alike, by the longest of all: the leaders' messages then have matching sizes.
         num_chunks = -(-longest // most_bytes)
         num_lines = -(-longest // (LINE_BYTES * max(num_chunks, 1)))
-        chunk_bytes = LINE_BYTES * max(num_lines, 1)
-        transfer = Transfer(*sent, *received, row_bytes, chunk_bytes, num_chunks)
-        to_node = sent.totals * row_bytes
-        from_node = received.totals * row_bytes
-        # What stays in the node is copied through the shared memory and is in no message.
-        to_node[self.node] = from_node[self.node] = 0
-        return ChunkedTransfer(transfer, chunk_bytes, to_node, from_node)
+        window = LINE_BYTES * max(num_lines, 1)
+        return Transfer(*sent, *received, row_bytes, window, num_chunks)
 
     def _sent(self, counts: Counts) -> _Side:
         blocks = counts[:, self._order]
