@@ -65,6 +65,9 @@ def gloo_run(size: int, body: Body) -> None:
 
     import torch.multiprocessing as mp
 
+    # A process that is forked while pytest's own timer runs inherits a lock that nothing releases, and waits for it
+    # when it starts a timer; the ranks have their limits.
+    faulthandler.cancel_dump_traceback_later()
     with tempfile.TemporaryDirectory() as folder:
         processes = mp.start_processes(_gloo_rank, (size, folder, body), size, join=False, start_method="fork")
         try:
