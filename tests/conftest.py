@@ -8,7 +8,6 @@ of each thread and exits. pytest-xdist then reports that test and starts another
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import shutil
 import subprocess
@@ -83,7 +82,6 @@ def _gloo_rank(rank: int, size: int, folder: str, body: Body) -> None:
 
     from moecomm.transports.torch import TorchComm
 
-    faulthandler.dump_traceback_later(0.75 * LIMIT, exit=False)  # shows where the rank is that the others wait for
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     body(TorchComm(dist.group.WORLD, limit=LIMIT))
     dist.barrier()
