@@ -109,6 +109,7 @@ class Saved(NamedTuple):
 
 def new_fields(ints: Callable[..., Array], floats: Callable[..., Array], T: int, E: int, choices: Choices) -> Fields:
     """Arrays for a routing of T tokens to E experts. ints(2, 3) allocates [2, 3] of int32, floats(2, 3) of float32."""
+    # Weights and losses are float32 whatever dtype the logits have: bfloat16 would lose most of a sum over tokens.
     K = choices.top_k
     return Fields(
         expert=ints(T, K),

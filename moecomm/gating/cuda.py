@@ -301,9 +301,11 @@ def compile(gate: Gate, tokens: range) -> None:
     kernels = {plan(gate, n, *_device(device)).kernel for n in tokens}
 
     def load(kernel: Kernel) -> None:
+        # The current device is a thread's own, and a new thread starts with device 0.
         torch.cuda.set_device(device)
         kernel.load()
 
+    # NVRTC lets go of the GIL: threads are enough. list() raises what a thread has raised.
     with ThreadPoolExecutor() as pool:
         list(pool.map(load, kernels))
 

@@ -53,6 +53,7 @@ def _floats(*shape: int) -> NDArray:
 def _rows(num_rows: int, width: int, dtype: Any) -> NDArray:
     """[num_rows, width], uninitialised; where it is large, from the start of a cache line on."""
     num_bytes = num_rows * width * np.dtype(dtype).itemsize
+    # Large results may be written past the caches, in lines of 64 bytes; numpy's memory starts at multiples of 16.
     if num_bytes < 1 << 22:
         return np.empty((num_rows, width), dtype)
     memory = np.empty(num_bytes + 64, np.uint8)

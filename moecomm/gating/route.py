@@ -135,6 +135,7 @@ def request(
 
     Raises ValueError or TypeError, in the words of the caller, for what `route` cannot do.
     """
+    # In an order in which each check may rely on those before it.
     num_tokens, num_experts = _logits_shape(logits)
     if noise is not None and not isinstance(noise, Noise):
         raise TypeError(f"route: noise is {noise!r}, expected a Noise or None")
