@@ -99,8 +99,9 @@ class Topology:
         # The sort is stable: after the stage and the slice, the grid's own order makes the lowest rank decide.
         fixed.sort(key=lambda axis: (axis != "pipeline", axis != "expert_tensor"))
         order = [grid.index(axis) for axis in fixed + free]
-        rows = self._ranks(grid).transpose(order).reshape(-1, math.prod(self._sizes(free)))
-        groups: list[list[int]] = rows.tolist()
+        ranks = self._ranks(grid).transpose(order)
+        size = math.prod(self._sizes(free))
+        groups: list[list[int]] = ranks.reshape(-1, size).tolist()
         if "expert_lane" in axes:
             return [lane for group in groups for lane in self._lanes(group)]
         return groups
@@ -112,7 +113,9 @@ class Topology:
         ranks = self._ranks(grid)
         # A slice of one grid, not a search through all groups: a program may call this for each of many ranks.
         coordinates = np.unravel_index(rank, ranks.shape)
-        place = tuple(slice(None) if axis in free else i for axis, i in zip(grid, coordinates, strict=True))
+        place = tuple(
+            slice(None) if axis in free else coordinate for axis, coordinate in zip(grid, coordinates, strict=True)
+        )
         group: list[int] = ranks[place].ravel().tolist()
         if "expert_lane" in axes:
             return next(lane for lane in self._lanes(group) if rank in lane)
@@ -131,7 +134,9 @@ class Topology:
         # torch is needed for this call alone, and is slow to import
         from torch.distributed.device_mesh import DeviceMesh
 
-        dense, experts = (DeviceMesh(device_type, self._ranks(g).tolist(), mesh_dim_names=g) for g in self._grids)
+        dense, experts = [
+            DeviceMesh(device_type, self._ranks(grid).tolist(), mesh_dim_names=grid) for grid in self._grids
+        ]
         return dense, experts
 
     def to_json(self) -> str:

@@ -55,8 +55,8 @@ def test_bruck_counted_message_by_message(p: int, size: int) -> None:
             messages[leaves] += 1
             moved[leaves] += blocks * 24
     (step,) = model._bruck(NOTHING, Nodes.of_size(size, p).sizes(), size, 24)
-    assert step.node[:2] == pytest.approx(messages)
-    assert step.node[2:4] == pytest.approx(moved)
+    assert step.node[model.MESSAGES] == pytest.approx(messages)
+    assert step.node[model.BYTES] == pytest.approx(moved)
 
 
 def test_the_library_combines_small_blocks() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import platform
 from collections import Counter
@@ -96,9 +95,11 @@ def mpi() -> str:
     """The MPI library that mpi4py loads, if it belongs to the mpirun in use."""
     # Raises if mpirun is of another library: then each process would be a world of its own.
     world()
-    release = importlib.import_module("mpi4py").__version__
-    name, numbers = importlib.import_module("mpi4py.MPI").get_vendor()
-    return f"{name} {'.'.join(map(str, numbers))}, through mpi4py {release}"
+    import mpi4py
+    from mpi4py import MPI
+
+    name, numbers = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, numbers))}, through mpi4py {mpi4py.__version__}"
 
 
 def torch() -> str:
@@ -119,11 +120,13 @@ def torch() -> str:
 
 def cupy() -> str:
     """The version, its NCCL, and the GPUs that it sees."""
-    cupy = importlib.import_module("cupy")
-    nccl = importlib.import_module("cupy.cuda.nccl").get_version()
-    runtime = cupy.cuda.runtime
-    names = [runtime.getDeviceProperties(i)["name"].decode() for i in range(runtime.getDeviceCount())]
-    return f"{cupy.__version__}, NCCL {nccl // 10000}.{nccl // 100 % 100}.{nccl % 100}, {gpus(names)}"
+    import cupy
+    from cupy.cuda import nccl, runtime
+
+    number = nccl.get_version()
+    properties = [runtime.getDeviceProperties(i) for i in range(runtime.getDeviceCount())]
+    names = [device["name"].decode() for device in properties]
+    return f"{cupy.__version__}, NCCL {number // 10000}.{number // 100 % 100}.{number % 100}, {gpus(names)}"
 
 
 def gpus(names: list[str]) -> str:

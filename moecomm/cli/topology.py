@@ -139,7 +139,8 @@ def num_nodes(nodes: Nodes, group: list[int]) -> int:
 
 def exchange_table(topology: Topology, nodes: Nodes, options: argparse.Namespace) -> str:
     """A line for each exchange: messages and bytes inside the node and between nodes, of the rank that has most."""
-    tokens, top_k = options.tokens, options.top_k
+    tokens = options.tokens
+    top_k = options.top_k
     width = options.hidden * options.dtype_bytes
     lanes = Lanes(topology)
 
@@ -169,7 +170,8 @@ def exchange_table(topology: Topology, nodes: Nodes, options: argparse.Namespace
         is_sum = top_k * topology.expert_tensor > 1
         number_bytes = max(options.dtype_bytes, 4 if is_sum else 0)
         lines.append([f"  then sharing, {collective}", *most(sent, options.hidden * number_bytes)])
-    return "\n".join([text_table(lines, num_left=1), "", *(textwrap.fill(note, 100) for note in notes)])
+    paragraphs = [textwrap.fill(note, 100) for note in notes]
+    return "\n".join([text_table(lines, num_left=1), "", *paragraphs])
 
 
 def most(sent: Sent, width: int) -> list[str]:
@@ -188,5 +190,6 @@ def text_table(lines: Sequence[Line], num_left: int) -> str:
     for i, cells in enumerate(zip(*lines, strict=True)):
         texts = [str(cell) for cell in cells]
         width = max(map(len, texts))
-        columns.append([text.ljust(width) if i < num_left else text.rjust(width) for text in texts])
+        align = str.ljust if i < num_left else str.rjust
+        columns.append([align(text, width) for text in texts])
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))

@@ -17,11 +17,21 @@ from moecomm.comm import Comm
 from moecomm.cost.links import Link, Links
 from moecomm.nodes import Nodes
 
-SMALL, SINGLE, LARGE, LONG = 16, 1024, 16384, 1 << 19
-"""Bytes a pair. Known libraries send blocks of SINGLE and LARGE bytes without combining them, all at once."""
+# Bytes a pair. Known libraries send blocks of SINGLE and LARGE bytes without combining them, all at once.
+SMALL = 16
+SINGLE = 1024
+LARGE = 16384
+LONG = 1 << 19
 MAYBE_COMBINED = (256, 512)
-ROUNDS, COPIES, BLOCKS, WAKES = 5, 3, 4096, 50
-REPEATS_TOGETHER, REPEATS_ALONE = 3, 7
+
+# How often a body does its work, so that it takes long enough for the clock.
+ROUNDS = 5
+COPIES = 3
+BLOCKS = 4096
+WAKES = 50
+# All ranks together take longer than one pair alone, so fewer repeats are affordable.
+REPEATS_TOGETHER = 3
+REPEATS_ALONE = 7
 MAX_GROUP = 64
 """Ranks of the largest group that exchanges."""
 QUIET = 0.1
@@ -83,7 +93,8 @@ def measure(comm: Comm, nodes: Nodes) -> Links:
 
 def _time_links(clock: _Clock, nodes: Nodes, most: int, per_node: int) -> list[_Times]:
     """Links inside nodes, if a node has two ranks, and links between nodes, if there are two."""
-    node, local_rank = nodes.node_of, nodes.local_rank
+    node = nodes.node_of
+    local_rank = nodes.local_rank
     times = []
     # Pairs and groups are numbered so that no two of them have the same number.
     if most > 1:

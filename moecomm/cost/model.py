@@ -26,12 +26,15 @@ from moecomm.shared_memory import NUM_SLOTS, chunk_bytes
 NodesLike = Nodes | tuple[int, int]
 """Nodes, or (number of ranks, ranks of a node): the last node is smaller where these do not divide the ranks."""
 Work = NDArray[np.float64]
-"""Messages inside the node and between nodes, bytes inside and between, times that messages inside and between are
-waited for, bytes copied, starts, wake-ups."""
+"""Messages, bytes and waits for messages inside the node, the same between nodes, bytes copied, starts, wake-ups."""
 
-# An array, because steps are added, scaled by ranks and compared; these are its columns.
-MESSAGES, BYTES, WAITS = slice(0, 2), slice(2, 4), slice(4, 6)
-COPIED, STARTS, WAKES = 6, 7, 8
+# An array, because work is added, scaled by ranks and compared. These are its columns.
+MESSAGES = [0, 3]
+BYTES = [1, 4]
+WAITS = [2, 5]
+COPIED = 6
+STARTS = 7
+WAKES = 8
 PARTS = ("inside", "between", "copy", "call")
 
 MOST_RANKS = 65536
@@ -150,6 +153,7 @@ def _node_of(nodes: NodesLike) -> Counts:
     """[p] the node of each rank."""
     if isinstance(nodes, Nodes):
         return nodes.node_of
+    # Counts of ranks are enough for regular nodes: no Nodes of 65,536 ranks has to be built and sorted.
     if min(nodes) < 1:
         raise ValueError(f"predict: nodes is {nodes!r}, expected at least 1 rank, and 1 a node")
     num_ranks, ranks_per_node = nodes
@@ -171,7 +175,8 @@ def _cost(links: Links, sizes: Counts, block: float, algorithm: _Algorithm, grou
     for steps in zip(*lists, strict=True):
         # All ranks wait for the slowest node before the next step.
         parts += max((_seconds(links, step, groups_per_node) for step in steps), key=np.sum)
-    sent = np.max([np.sum([step.rank for step in steps], axis=0) for steps in lists], axis=0)
+    totals = [np.sum([step.rank for step in steps], axis=0) for steps in lists]
+    sent = np.max(totals, axis=0)
     inside, between = sent[MESSAGES]
     return Cost(
         messages=(round(inside), round(between)),
@@ -214,27 +219,28 @@ def _core_seconds(links: Links, work: Work) -> Work:
 
 
 def _work(
-    messages: tuple[float, float] = (0, 0),
-    moved: tuple[float, float] = (0, 0),
-    waits: tuple[float, float] = (0, 0),
+    inside: tuple[float, float, float] = (0, 0, 0),
+    between: tuple[float, float, float] = (0, 0, 0),
     copied: float = 0,
     starts: float = 0,
     wakes: float = 0,
 ) -> Work:
-    return np.array([*messages, *moved, *waits, copied, starts, wakes], float)
-
-
-def _one_wait(inside: float, between: float) -> tuple[float, float]:
-    # All messages are under way together, and those between nodes take longer.
-    if between:
-        return 0, 1
-    return (1, 0) if inside else (0, 0)
+    """Work from its columns. inside, between: messages, bytes, waits."""
+    return np.array([*inside, *between, copied, starts, wakes], float)
 
 
 def _flat(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     inside = size - 1
     between = int(sizes.sum()) - size
-    rank = _work((inside, between), (inside * block, between * block), _one_wait(inside, between), copied=block)
+    # All messages are under way together, so the rank waits once: for those between nodes, which take longer.
+    wait_between = min(between, 1)
+    wait_inside = min(inside, 1 - wait_between)
+    rank = _work(
+        inside=(inside, inside * block, wait_inside),
+        between=(between, between * block, wait_between),
+        # the block of the rank itself
+        copied=block,
+    )
     return [_Step(rank, size * rank)]
 
 
@@ -256,8 +262,8 @@ def _bruck(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
         # 2^k ranks forward is p - 2^k backward: so many ranks at one edge of a node leave it, at most all of them.
         leaving = min(size, 1 << bit, p - (1 << bit)) if size < p else 0
         # Blocks are gathered into one message and scattered from it.
-        inside = _work((1, 0), (moved, 0), (1, 0), copied=2 * moved)
-        between = _work((0, 1), (0, moved), (0, 1), copied=2 * moved)
+        inside = _work(inside=(1, moved, 1), copied=2 * moved)
+        between = _work(between=(1, moved, 1), copied=2 * moved)
         rank = rank + (between if leaving else inside)
         node = node + leaving * between + (size - leaving) * inside
     return [_Step(rank, node)]
@@ -293,11 +299,12 @@ def _uneven_hops(sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
     # least of its own rows and sends most in hop one.
     most = int(np.ceil(sizes / size).sum())
     fewest = int((sizes // size).sum())
-    waits = _one_wait(size - 1, 0)
-    rank_one = _work((size - 1, 0), ((p - fewest) * block if size > 1 else 0, 0), waits)
-    mean_one = _work((size - 1, 0), (p * (size - 1) / size * block, 0), waits)
-    rank_two = _work((0, most - 1), (0, (most - 1) * size * block), (0, 1))
-    mean_two = _work((0, (p - size) / size), (0, (p - size) * block), (0, 1))
+    peers = size - 1
+    sent_one = (p - fewest) * block if peers else 0
+    rank_one = _work(inside=(peers, sent_one, min(peers, 1)))
+    mean_one = _work(inside=(peers, p * peers / size * block, min(peers, 1)))
+    rank_two = _work(between=(most - 1, (most - 1) * size * block, 1))
+    mean_two = _work(between=((p - size) / size, (p - size) * block, 1))
     return _Step(rank_one, size * mean_one), _Step(rank_two, size * mean_two)
 
 
@@ -315,7 +322,7 @@ def _shared(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     if num_nodes > 1:
         # Two exchanges are under way at a time, so the leader waits once for two of them.
         waits = ceil(chunks / 2)
-        leader = _work((0, (num_nodes - 1) * chunks), (0, size * (p - size) * block), (0, waits))
+        leader = _work(between=((num_nodes - 1) * chunks, size * (p - size) * block, waits))
     slots = NUM_SLOTS * (2 * num_nodes - 1) * chunk_bytes(num_nodes) / size
     return [edge, _Step(member + leader, size * member + leader, slots), edge]
 

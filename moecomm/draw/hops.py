@@ -15,10 +15,14 @@ from moecomm.traffic import Rows, flat, hierarchical, hop_traffic
 
 Arrow = tuple[int, int]
 """(sending rank, receiving rank)"""
-WIDTH, HEIGHT, GAP = 54, 34, 10
-"""px of the box of a rank, and between two in a row."""
-HEADER, PAD, STEP = 24, 14, 6
-"""px of a frame above its ranks, of a frame around them, and between arrows side by side."""
+# All lengths are in px. The box of a rank, and the space between two in a row:
+WIDTH = 54
+HEIGHT = 34
+GAP = 10
+# A frame above its ranks, a frame around them, and the space between arrows side by side:
+HEADER = 24
+PAD = 14
+STEP = 6
 
 
 class Step(NamedTuple):

@@ -9,7 +9,10 @@ from xml.sax.saxutils import escape
 
 MARGIN = 20
 """px between what is drawn and the edge of the panel."""
-INK, MUTED, FRAME, PAPER = "#1f2328", "#59636e", "#8c959f", "#ffffff"
+INK = "#1f2328"
+MUTED = "#59636e"
+FRAME = "#8c959f"
+PAPER = "#ffffff"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b3569b", "#c98a00", "#3fa3d9", "#882255", "#6b6b6b")
 """Okabe and Ito's, which colour-blind readers can tell apart, the light ones darkened for thin lines."""
 PALE = 0.18
@@ -75,7 +78,8 @@ class Canvas:
 
     def arrow(self, points: Sequence[Point], color: str, dashed: bool = False, about: str = "") -> None:
         """An arrow with round corners along the points, each right of, left of, above or below the previous point."""
-        tip, corner = points[-1], points[-2]
+        tip = points[-1]
+        corner = points[-2]
         path = f"M{_pair(points[0])}"
         for start, turn, end in zip(points, points[1:], points[2:], strict=False):
             path += f"L{_pair(_toward(turn, start, 5))}Q{_pair(turn)} {_pair(_toward(turn, end, 5))}"
@@ -96,7 +100,9 @@ class Canvas:
         path = "".join(f"M{_pair(corner)}{square}" for corner in corners)
         self._add("path", f'd="{path}" fill="{fill}"')
         if words:
-            middle, base = side / 2, side / 2 + 3.5
+            # The base line is below the middle by about half the height of a digit.
+            middle = side / 2
+            base = middle + 3.5
             texts = "".join(f"<text {_place((x + middle, y + base))}>{words}</text>" for x, y in corners)
             self.parts.append(f'<g font-size="10" text-anchor="middle" fill="{ink_on(fill)}">{texts}</g>')
 

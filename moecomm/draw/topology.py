@@ -7,12 +7,17 @@ from moecomm.draw.words import counted, topology_in_words
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
 
-SIDE, PITCH = 40, 46
-"""px of the box of a rank, and from one to the next."""
-HEADER, PAD, SPACE = 24, 10, 14
-"""px of a frame above its ranks, of a frame around them, and between frames."""
-LONGEST_ROW, WIDEST = 16, 860
-"""Ranks in a row of a frame, and px of frames side by side, at most."""
+# All lengths are in px. The box of a rank, and the distance from one box to the next:
+SIDE = 40
+PITCH = 46
+# A frame above its ranks, a frame around them, and the space between frames:
+HEADER = 24
+PAD = 10
+SPACE = 14
+LONGEST_ROW = 16
+"""Ranks in a row of a frame at most."""
+WIDEST = 860
+"""Width of frames side by side at most."""
 
 
 def topology_svg(topology: Topology, *axes: str, ranks_per_node: int | None = None) -> str:

@@ -15,8 +15,12 @@ from moecomm.traffic import Rows, Sent, hop_traffic
 
 SIDE = 240
 """Width in px of a matrix whose cells fit into it."""
-SHADE, STAYS, GRID = "#0b4f8a", "#d9cfbb", "#afb8c1"
-"""The darkest cell; the diagonal: what does not move; the lines from node to node."""
+SHADE = "#0b4f8a"
+"""The darkest cell."""
+STAYS = "#d9cfbb"
+"""The diagonal: rows that do not move."""
+GRID = "#afb8c1"
+"""The lines from node to node."""
 MAX_SHADES = 5
 """Shades in the legend at most."""
 
@@ -108,7 +112,8 @@ def _draw_matrix(canvas: Canvas, nodes: Nodes, matrix: Rows, most: int, corner: 
 def _draw_nodes(canvas: Canvas, grid: Box, widths: list[int]) -> None:
     """Draw lines from node to node, and a frame around the cells of each node."""
     frames = []
-    x, y = grid.x, grid.y
+    x = grid.x
+    y = grid.y
     for width in widths:
         canvas.rect(Box(x, grid.y, width, grid.height), "none", GRID)
         canvas.rect(Box(grid.x, y, grid.width, width), "none", GRID)

@@ -25,12 +25,17 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
 
 def nodes_in_words(nodes: Nodes) -> str:
     """How many ranks in nodes of which sizes."""
-    sizes = " and ".join(str(size) for size in sorted(set(nodes.sizes().tolist()), reverse=True))
-    return f"{counted(nodes.world_size, 'rank')} on {counted(len(nodes), 'node')} of {sizes}"
+    sizes = sorted(set(nodes.sizes().tolist()), reverse=True)
+    words = " and ".join(map(str, sizes))
+    return f"{counted(nodes.world_size, 'rank')} on {counted(len(nodes), 'node')} of {words}"
 
 
 def topology_in_words(topology: Topology) -> str:
     """How a program would make the topology: its sizes, those left out that are the default."""
-    sizes = [(field, getattr(topology, field.name)) for field in fields(topology)[1:]]
-    changed = [f", {field.name}={size!r}" for field, size in sizes if size != field.default]
-    return f"Topology({topology.world_size}{''.join(changed)})"
+    arguments = [str(topology.world_size)]
+    # world_size is the first field, and has no default
+    for field in fields(topology)[1:]:
+        size = getattr(topology, field.name)
+        if size != field.default:
+            arguments.append(f"{field.name}={size!r}")
+    return f"Topology({', '.join(arguments)})"
