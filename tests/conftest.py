@@ -8,6 +8,7 @@ of each thread and exits. pytest-xdist then reports that test and starts another
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import subprocess
