@@ -91,7 +91,7 @@ def count_sent(timed: Timed, traffic: Traffic, exchange: Exchange, tensor: int, 
     shared = int(record["all_gather"].bytes.sum()) if "all_gather" in record else 0
     shared += 2 * (tensor - 1) * y.nbytes // tensor if "all_reduce" in record else 0
     peers, share_bytes = harness.largest(timed.inner, [int(np.count_nonzero(sum(messages))), shared]).tolist()
-    num_rows, num_copies = timed.inner.all_reduce(np.array([len(innermost(plan).at_home.row), len(rows)])).tolist()
+    num_rows, num_copies = timed.inner.all_reduce(np.array([len(innermost(plan).at_home.source), len(rows)])).tolist()
     return {
         "peers": peers,
         **harness.most_sent(timed, same_node, {"all_to_allv"}),

@@ -310,7 +310,7 @@ void clear_empty_rows(const Rows& table, void* rows, std::int64_t row_bytes, std
 
 std::int64_t grain(std::int64_t row_bytes) { return std::max<std::int64_t>(1, kGrainBytes / std::max<std::int64_t>(1, row_bytes)); }
 
-std::int64_t bytes_of(Type type) { return type == kFloat32 ? 4 : 2; }
+std::int64_t bytes_of(Type type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
 
 }  // namespace
 

@@ -9,7 +9,7 @@ namespace moecomm::gating {
 
 // T tokens, E experts, K choices, H numbers a row, N rows. Shapes are the caller's to check: moecomm/gating does.
 
-enum Type : int { kFloat32, kFloat16, kBfloat16 };
+enum Type : int { kFloat32, kFloat16, kBfloat16, kFloat64 };  // kFloat64: unpermute and its backward pass alone
 enum Score : int { kSoftmax, kSigmoid };
 enum Drop : int { kByPosition, kByChoice, kByProbability, kByRandom };
 
@@ -70,21 +70,21 @@ struct Rows {
 struct Unpermute {
     Rows table;
     const void* rows;            // [N, H] of `type`
-    const float* weight;         // [T, K], or null: 1
+    const void* weight;          // [T, K] float, double where `type` is kFloat64; or null: 1
     const void* residual;        // [T, H] of `type`, or null
-    void* y;                     // out: [T, H] of `type`
+    void* y;                     // out: [T, H] of `y_type`
     std::int64_t H;
-    Type type;
+    Type type, y_type;           // y_type is kFloat64 where `type` is, and only there
 };
 
 struct UnpermuteBackward {
     Rows table;
-    const void *grad_y, *rows;   // [T, H], [N, H] of `type`
-    const float* weight;         // [T, K]
+    const void *grad_y, *rows;   // [T, H] of `grad_type`, [N, H] of `type`
+    const void* weight;          // [T, K] float, double where `type` is kFloat64
     void* grad_rows;             // out: [N, H] of `type`
-    float* grad_weight;          // out: [T, K]
+    void* grad_weight;           // out: [T, K] like weight
     std::int64_t H;
-    Type type;
+    Type type, grad_type;        // grad_type is kFloat64 where `type` is, and only there
 };
 
 struct PermuteFp8 {

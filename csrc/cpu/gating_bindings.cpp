@@ -31,7 +31,9 @@ const T* pointer(const Maybe<T>& array) {
     return array ? array->data() : nullptr;
 }
 
-Type type_of(const AnyIn& array) {  // numpy has no bfloat16: its bits come as uint16
+template <typename T>
+Type type_of(const T& array) {  // numpy has no bfloat16: its bits come as uint16
+    if (array.dtype() == nb::dtype<double>()) return kFloat64;
     if (array.dtype() == nb::dtype<float>()) return kFloat32;
     return array.dtype() == nb::dtype<std::uint16_t>() ? kBfloat16 : kFloat16;
 }
@@ -159,23 +161,22 @@ void permute_fp8_arrays(AnyIn x, Array<const std::int32_t> row, Array<const std:
     permute_fp8(a, threads);
 }
 
-void unpermute_arrays(AnyIn rows, Array<const std::int32_t> row, Maybe<float> weight, std::optional<AnyIn> residual,
-                      AnyOut y, int threads) {
+void unpermute_arrays(AnyIn rows, Array<const std::int32_t> row, std::optional<AnyIn> weight,
+                      std::optional<AnyIn> residual, AnyOut y, int threads) {
     Rows table{row.data(), nullptr, static_cast<std::int64_t>(row.shape(0)), static_cast<std::int64_t>(rows.shape(0)),
                static_cast<int>(row.shape(1))};
     for (std::int64_t i = 0; i < table.T * table.K; ++i)
         if (table.row[i] < -1 || table.row[i] >= table.N) throw std::invalid_argument("routing.row is out of range");
-    const Unpermute a{table,    rows.data(), pointer(weight), residual ? residual->data() : nullptr,
-                      y.data(), width(rows), type_of(rows)};
+    const Unpermute a{table,    rows.data(), weight ? weight->data() : nullptr, residual ? residual->data() : nullptr,
+                      y.data(), width(rows), type_of(rows),                     type_of(y)};
     const ReleasedGil released;
     unpermute(a, threads);
 }
 
-void unpermute_backward_arrays(AnyIn grad_y, AnyIn rows, Array<const std::int32_t> row, Array<const float> weight,
-                               Array<const std::int32_t> source, AnyOut grad_rows, Array<float> grad_weight,
-                               int threads) {
+void unpermute_backward_arrays(AnyIn grad_y, AnyIn rows, Array<const std::int32_t> row, AnyIn weight,
+                               Array<const std::int32_t> source, AnyOut grad_rows, AnyOut grad_weight, int threads) {
     const UnpermuteBackward a{table_of(row, source), grad_y.data(),      rows.data(), weight.data(),
-                              grad_rows.data(),      grad_weight.data(), width(rows), type_of(rows)};
+                              grad_rows.data(),      grad_weight.data(), width(rows), type_of(rows), type_of(grad_y)};
     const ReleasedGil released;
     unpermute_backward(a, threads);
 }

@@ -472,18 +472,20 @@ void stream(float* p, Floats v) {  // p is aligned to its size
 }
 
 template <Type type>
-struct Summands {                // of one token
+struct Summands {                // of one token: those of its choices [first, end), kMaxChoices of them at most
     const typename Number<type>::Stored* row[kMaxChoices];
     float weight[kMaxChoices];
-    int kept = 0;
+    int kept = 0, end = 0;
 
-    Summands(const Unpermute& a, std::int64_t t, std::int64_t last) {
+    Summands(const Unpermute& a, std::int64_t t, std::int64_t last, int first = 0) : end(first) {
         if (t >= last) return;
-        for (std::int64_t i = t * a.table.K; i < (t + 1) * a.table.K; ++i)
-            if (a.table.row[i] >= 0) {
-                row[kept] = static_cast<const typename Number<type>::Stored*>(a.rows) + a.table.row[i] * a.H;
-                weight[kept++] = a.weight != nullptr ? a.weight[i] : 1.0f;
-            }
+        const auto* weights = static_cast<const float*>(a.weight);
+        for (; end < a.table.K && kept < kMaxChoices; ++end) {
+            const std::int64_t i = t * a.table.K + end;
+            if (a.table.row[i] < 0) continue;
+            row[kept] = static_cast<const typename Number<type>::Stored*>(a.rows) + a.table.row[i] * a.H;
+            weight[kept++] = weights != nullptr ? weights[i] : 1.0f;
+        }
     }
 };
 
@@ -522,7 +524,9 @@ void weighted_sum(float* to, const float* start, const Summands<type>& token, co
 template <Type type>
 void unpermute_tokens(const Unpermute& a, std::int64_t first, std::int64_t last, bool streamed) {
     alignas(64) float sum[kTile], residual[kTile];
-    const bool straight = type == kFloat32 && (!streamed || (reinterpret_cast<std::uintptr_t>(a.y) | a.H * 4) % 64 == 0);
+    const bool in_one_pass = a.table.K <= kMaxChoices;
+    const bool aligned = (reinterpret_cast<std::uintptr_t>(a.y) | a.H * 4) % 64 == 0;
+    const bool straight = a.y_type == kFloat32 && in_one_pass && (!streamed || aligned);
     for (std::int64_t t = first; t < last; ++t) {
         const Summands<type> token(a, t, last), next(a, t + 1, last);
         for (std::int64_t h = 0; h < a.H; h += kTile) {
@@ -534,14 +538,37 @@ void unpermute_tokens(const Unpermute& a, std::int64_t first, std::int64_t last,
                 weighted_sum<type, true>(y, start, token, next, h, n);
             } else {
                 weighted_sum<type, false>(straight ? y : sum, start, token, next, h, n);
-                if (!straight) store<type>(a.y, sum, at, n, streamed);
+                // A router has at most kMaxChoices choices, but a row from another rank may be for more experts.
+                for (int end = token.end; end < a.table.K;) {
+                    const Summands<type> rest(a, t, last, end);
+                    weighted_sum<type, false>(sum, sum, rest, Summands<type>(a, last, last), h, n);
+                    end = rest.end;
+                }
+                if (!straight) store(a.y_type, a.y, sum, at, n, streamed);
             }
         }
     }
 }
 
+// Summed in double, in the same order.
+void unpermute_doubles(const Unpermute& a, std::int64_t first, std::int64_t last) {
+    const auto* weight = static_cast<const double*>(a.weight);
+    for (std::int64_t t = first; t < last; ++t) {
+        double* y = static_cast<double*>(a.y) + t * a.H;
+        for (std::int64_t h = 0; h < a.H; ++h)
+            y[h] = a.residual != nullptr ? static_cast<const double*>(a.residual)[t * a.H + h] : 0.0;
+        for (std::int64_t i = t * a.table.K; i < (t + 1) * a.table.K; ++i) {
+            if (a.table.row[i] < 0) continue;
+            const double* row = static_cast<const double*>(a.rows) + a.table.row[i] * a.H;
+            const double w = weight != nullptr ? weight[i] : 1.0;
+            for (std::int64_t h = 0; h < a.H; ++h) y[h] += row[h] * w;
+        }
+    }
+}
+
 void unpermute(const Unpermute& a, std::int64_t first, std::int64_t last, bool stream) {
-    if (a.type == kFloat32) unpermute_tokens<kFloat32>(a, first, last, stream);
+    if (a.type == kFloat64) unpermute_doubles(a, first, last);
+    else if (a.type == kFloat32) unpermute_tokens<kFloat32>(a, first, last, stream);
     else if (a.type == kFloat16) unpermute_tokens<kFloat16>(a, first, last, stream);
     else unpermute_tokens<kBfloat16>(a, first, last, stream);
 }
@@ -551,26 +578,45 @@ void unpermute_backward_tokens(const UnpermuteBackward& a, std::int64_t first, s
     typedef typename Number<type>::Stored Stored;
     alignas(64) float wide[kTile], scaled[kTile];
     const int K = a.table.K;
+    const auto* weight = static_cast<const float*>(a.weight);
+    auto* grad_weight = static_cast<float*>(a.grad_weight);
     for (std::int64_t i = first * K; i < last * K; ++i) {
-        a.grad_weight[i] = 0.0f;
+        grad_weight[i] = 0.0f;
         if (a.table.row[i] < 0) continue;
         alignas(64) float dot[kLanes] = {};
         for (std::int64_t h = 0; h < a.H; h += kTile) {
             const std::int64_t n = a.H - h < kTile ? a.H - h : kTile, start = a.table.row[i] * a.H + h;
-            widen<type>(wide, a.grad_y, i / K * a.H + h, n);
+            widen(a.grad_type, wide, a.grad_y, i / K * a.H + h, n);
             const Stored* row = static_cast<const Stored*>(a.rows) + start;
             for (std::int64_t j = 0; j + kLanes <= n; j += kLanes)
                 for (int l = 0; l < kLanes; ++l) dot[l] += wide[j + l] * Number<type>::widen(row[j + l]);
             for (std::int64_t j = n / kLanes * kLanes; j < n; ++j) dot[j % kLanes] += wide[j] * Number<type>::widen(row[j]);
-            for (std::int64_t j = 0; j < n; ++j) scaled[j] = wide[j] * a.weight[i];
+            for (std::int64_t j = 0; j < n; ++j) scaled[j] = wide[j] * weight[i];
             store<type>(a.grad_rows, scaled, start, n, stream);
         }
-        a.grad_weight[i] = folded_sum(dot, kLanes);
+        grad_weight[i] = folded_sum(dot, kLanes);
+    }
+}
+
+void unpermute_backward_doubles(const UnpermuteBackward& a, std::int64_t first, std::int64_t last) {
+    const auto* weight = static_cast<const double*>(a.weight);
+    auto* grad_weight = static_cast<double*>(a.grad_weight);
+    for (std::int64_t i = first * a.table.K; i < last * a.table.K; ++i) {
+        grad_weight[i] = 0.0;
+        if (a.table.row[i] < 0) continue;
+        const double* grad = static_cast<const double*>(a.grad_y) + i / a.table.K * a.H;
+        const double* row = static_cast<const double*>(a.rows) + a.table.row[i] * a.H;
+        double* grad_row = static_cast<double*>(a.grad_rows) + a.table.row[i] * a.H;
+        for (std::int64_t h = 0; h < a.H; ++h) {
+            grad_weight[i] += grad[h] * row[h];
+            grad_row[h] = grad[h] * weight[i];
+        }
     }
 }
 
 void unpermute_backward(const UnpermuteBackward& a, std::int64_t first, std::int64_t last, bool stream) {
-    if (a.type == kFloat32) unpermute_backward_tokens<kFloat32>(a, first, last, stream);
+    if (a.type == kFloat64) unpermute_backward_doubles(a, first, last);
+    else if (a.type == kFloat32) unpermute_backward_tokens<kFloat32>(a, first, last, stream);
     else if (a.type == kFloat16) unpermute_backward_tokens<kFloat16>(a, first, last, stream);
     else unpermute_backward_tokens<kBfloat16>(a, first, last, stream);
 }

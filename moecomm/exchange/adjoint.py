@@ -1,22 +1,27 @@
-"""A linear step on rows and its adjoint, which is its backward pass under torch."""
+"""Functions of rows and their adjoints, which are their backward passes under torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from moecomm.all_to_all import AllToAll, Route
 from moecomm.arrays import Array, is_torch
+from moecomm.exchange.table import RowTable
 from moecomm.failures import Failing
+from moecomm.gating.rows import sum_rows
 
-Step: TypeAlias = Callable[[Array], Array]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Linear: TypeAlias = Callable[[Array], Array]
+Thread: TypeAlias = "Tensor | None"
+"""What ties the backward passes of a dispatch and of its combine to each other, see autograd.Adjoint. None: nothing."""
 
 
-def linear(x: Array, thread: Any, function: Step, adjoint: Step, *comms: Failing) -> tuple[Array, Any]:
+def linear(x: Array, thread: Thread, function: Linear, adjoint: Linear, *comms: Failing) -> tuple[Array, Thread]:
     """(function(x), thread), differentiable where torch records gradients: the backward pass is adjoint(gradient).
 
-    thread  as autograd.Adjoint says; None: none
-    comms   made unusable where the backward pass fails: the ranks talk through them before or after it
+    comms  made unusable where the backward pass fails: the ranks talk through them before or after it
     """
     if not is_torch(x):
         return function(x), thread
@@ -25,29 +30,19 @@ def linear(x: Array, thread: Any, function: Step, adjoint: Step, *comms: Failing
     return Adjoint.apply(x, thread, function, adjoint, comms)
 
 
-def move(all_to_all: AllToAll, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
-    """Rows along the route. Collective, and so is its backward pass: back along it."""
-    return linear(
-        rows,
-        thread,
-        lambda rows: all_to_all.send(rows, route),
-        lambda grad: all_to_all.send_back(grad, route),
-        all_to_all.comm,
-    )
+def weighted_sum(rows: Array, weight: Array, table: RowTable, dtype: Any, comm: Failing) -> Array:
+    """rows [N, ...], weight [T, S] -> [T, ...] of that dtype: each row's sum of its copies times their weights.
+
+    Differentiable in rows and weight. comm: as for `linear`
+    """
+    if not is_torch(rows):
+        return sum_rows(rows, table.row, table.source, weight, dtype)
+    from moecomm.exchange.autograd import WeightedSum
+
+    return WeightedSum.apply(rows, weight, table, dtype, comm)
 
 
-def move_back(all_to_all: AllToAll, rows: Array, thread: Any, route: Route) -> tuple[Array, Any]:
-    """Rows back along the route. Collective, and so is its backward pass: along it."""
-    return linear(
-        rows,
-        thread,
-        lambda rows: all_to_all.send_back(rows, route),
-        lambda grad: all_to_all.send(grad, route),
-        all_to_all.comm,
-    )
-
-
-def new_thread(x: Array) -> Any:
+def new_thread(x: Array) -> Thread:
     """Decided by torch's grad mode alone, which is the same on all ranks, as x.requires_grad may not be."""
     if not is_torch(x):
         return None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from moecomm.all_to_all import Route
 from moecomm.arrays import Array, Counts
-from moecomm.exchange.copies import Copies
+from moecomm.exchange.adjoint import Thread
+from moecomm.exchange.path import Path
+from moecomm.exchange.table import RowTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,15 +18,15 @@ class Plan:
     """
 
     rows_per_expert: Counts
-    at_home: Copies
-    """From the tokens here to the rows sent."""
-    away: Copies
-    """From the rows that came to those that the experts see."""
-    route: Route
-    """How many rows went to and came from each rank."""
+    path: Path
+    """From the tokens of this rank to the experts of others: table, leg, table."""
+    at_home: RowTable
+    """The first step: from the tokens of this rank to the rows that it sends."""
+    away: RowTable
+    """The last step: from the rows that came to those that the experts see."""
     home_weight: Array | None
     """[T, K] applied where the tokens are, or None."""
     away_weight: Array | None
     """[rows that came, K] applied where the experts are, or None."""
-    thread: Any
+    thread: Thread
     """What ties combine's backward pass to dispatch's (torch), or None."""

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.all_to_all import AllToAll, Route
-from moecomm.arrays import Array, Counts, as_rows, dtype_name, is_torch, num_axes, sum_dtype
+from moecomm.all_to_all import AllToAll
+from moecomm.arrays import Array, Counts, as_dtype, as_rows, dtype_name, is_torch, num_axes, sum_dtype
 from moecomm.comm import Comm
-from moecomm.exchange.adjoint import move, move_back, new_thread
+from moecomm.exchange.adjoint import Thread, new_thread, weighted_sum
 from moecomm.exchange.contract import Exchange
-from moecomm.exchange.copies import Copies, by_label, copy_out, one_each, sorting, sum_back
+from moecomm.exchange.path import Leg, Path
 from moecomm.exchange.plan import Plan
+from moecomm.exchange.table import by_label, check_size, one_each
 from moecomm.failures import Failing, collective, refused
 from moecomm.gating import Routing
 from moecomm.gating.routing import problem
@@ -77,8 +78,8 @@ class RoutedExchange(Exchange[Plan]):
         return (self.comm,)
 
     def rows_sent(self, plan: Plan) -> int:
-        """Rows that this rank sends to other ranks in dispatch and combine. Not collective."""
-        return rows_to_others(plan.route, self.comm.rank)
+        """Rows that this rank sends to other ranks in dispatch and combine, in all hops. Not collective."""
+        return plan.path.rows_sent()
 
     def holds(self) -> NDArray[np.bool_]:
         """[E] whether any rank of this exchange holds the expert."""
@@ -99,22 +100,16 @@ class RoutedExchange(Exchange[Plan]):
         """
         with collective("dispatch", self.comm):
             status, expert = self._opened(x, routing)
-            at_home, send_counts, labels = self._rows_to_send(expert)
-            if status:
-                send_counts = np.ones(self.comm.size, np.int64)
-                labels = alarms(self.comm, status, self.comm.size, labels.shape[1])
-            route = self.all_to_all.route(send_counts)
-            labels = self.all_to_all.send(labels, route)
-            raise_alarm(labels, self.comm)
-            away, rows_per_expert = self._rows_for_experts(labels)
-            home_weight, away_weight = routing.weight, None
+            path, rows_per_expert = self._find_path(expert, status)
+            path = path.on_device_of(x)
             thread = new_thread(x)
+            home_weight, away_weight = routing.weight, None
             if self.send == "tokens":
                 home_weight = None
-                away_weight, thread = move(self.all_to_all, copy_out(routing.weight, at_home), thread, route)
-            rows, thread = move(self.all_to_all, copy_out(x, at_home), thread, route)
-            plan = Plan(rows_per_expert, at_home, away, route, home_weight, away_weight, thread)
-            return copy_out(rows, away), plan
+                # The experts' ranks weight the answers: the weights end where the rows arrive, before they are copied.
+                away_weight, thread = path.part(0, -1).carry(routing.weight, thread)
+            rows, thread = path.carry(x, thread)
+            return rows, self._make_plan(rows_per_expert, path, home_weight, away_weight, thread)
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum.
@@ -127,37 +122,49 @@ class RoutedExchange(Exchange[Plan]):
         Raises ValueError if rows does not fit the plan.
         """
         with collective("combine", self.comm):
-            self.comm.checked(f"{type(self).__name__}.combine", combine_arguments, rows, plan, same=tokens_text)
+            self.comm.checked(f"{type(self).__name__}.combine", self._combine_arguments, rows, plan, same=_plan_text)
             dtype = rows.dtype if dtype is None else dtype
-            # Where answers are summed before they travel, the sums are not rounded before they are complete.
-            travel = rows.dtype if plan.away_weight is None else sum_dtype(rows)
-            partial = sum_back(rows, plan.away, plan.away_weight, travel)
-            returned, thread = move_back(self.all_to_all, partial, plan.thread, plan.route)
-            y = sum_back(returned, plan.at_home, plan.home_weight, dtype)
+            if plan.home_weight is not None:
+                answers, thread = plan.path.part(1, None).carry_back(rows, plan.thread)
+                y = weighted_sum(answers, plan.home_weight, plan.at_home, dtype, self.comm)
+            else:
+                # The sums travel as wide as they are added: they are rounded when they are complete.
+                partial = weighted_sum(rows, plan.away_weight, plan.away, sum_dtype(rows), self.comm)
+                y, thread = plan.path.part(0, -1).carry_back(partial, plan.thread)
+                y = as_dtype(y, dtype)
             return y if thread is None else y + thread.sum().to(dtype)
 
     # ---- who goes where --------------------------------------------------------------------------------------------
 
-    def _rows_to_send(self, expert: Counts) -> tuple[Copies, Counts, Counts]:
-        """expert [T, K] -> the N rows to send, by destination and then token; how many to each rank; and for each row
-        the local ids of the experts that it is for: [N, 1], or [N, K] with -1 where a choice is not that rank's."""
-        T, K = expert.shape  # noqa: N806
-        rank = self._holder[expert]  # [T, K]; comm.size: dropped
-        if self.send == "assignments":
-            assignment = sorting(rank)[: np.count_nonzero(expert >= 0)]
-            row, choice = np.divmod(assignment, max(K, 1))
-            labels = self._local_id[expert.reshape(-1)[assignment]].reshape(-1, 1)
-            copies, to = Copies(row, choice, T, K), rank[row, choice]
-        else:
-            copies, to = one_each(rank, self.comm.size)
-            here = rank[copies.row] == to[:, None]  # [N, K]
-            labels = np.where(here, self._local_id[expert[copies.row]], -1)
-        return copies, np.bincount(to, minlength=self.comm.size), labels
+    def _find_path(self, expert: Counts, status: int) -> tuple[Path, Counts]:
+        """expert [T, K] -> the path of a token's row, and the rows of each expert of this rank. Collective.
 
-    def _rows_for_experts(self, labels: Counts) -> tuple[Copies, Counts]:
-        """labels [M, S], of the rows that came -> the copies that the experts see, by expert, source and token."""
-        copies, local_id = by_label(labels)
-        return copies, np.bincount(local_id, minlength=self.num_local_experts)
+        The receiver orders what comes by labels: for each row the local ids of the experts that it is for, [N, 1], or
+        [N, K] with -1 where a choice is not that rank's.
+        """
+        rank = self._holder[expert]
+        if self.send == "assignments":
+            at_home, destination = by_label(np.where(expert >= 0, rank, -1))
+            labels = self._local_id[expert.reshape(-1)[at_home.source]].reshape(-1, 1)
+        else:
+            at_home, token, destination = one_each(rank, self.comm.size)
+            labels = np.where(rank[token] == destination[:, None], self._local_id[expert[token]], -1)
+        send_counts = np.bincount(destination, minlength=self.comm.size)
+        if status:
+            send_counts = np.ones(self.comm.size, np.int64)
+            labels = alarms(self.comm, status, self.comm.size, labels.shape[1])
+        leg = Leg.along(self.all_to_all, send_counts)
+        labels = leg.out(labels)
+        raise_alarm(labels, self.comm)
+        away, local_id = by_label(labels)
+        rows_per_expert = np.bincount(local_id, minlength=self.num_local_experts)
+        return Path.over(self.comm, at_home, leg, away), rows_per_expert
+
+    def _make_plan(
+        self, rows_per_expert: Counts, path: Path, home_weight: Array | None, away_weight: Array | None, thread: Thread
+    ) -> Plan:
+        at_home, away = path.ends()
+        return Plan(rows_per_expert, path, at_home, away, home_weight, away_weight, thread)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -195,14 +202,26 @@ class RoutedExchange(Exchange[Plan]):
         lost = expert[(expert >= 0) & (self._holder[expert] == self.comm.size)]
         if lost.size:
             raise ValueError(f"routing.expert names expert {lost[0]}, which no rank holds")
+        check_size(*expert.shape)
         status = 0 if routing.status is None else int(routing.status)  # of a GPU: expert has waited for it
         return status, expert
 
-
-def rows_to_others(route: Route, rank: int) -> int:
-    """Rows that go from `rank` to other ranks along the route and back."""
-    both_ways = route.send_counts + route.recv_counts
-    return int(both_ways.sum() - both_ways[rank])
+    def _combine_arguments(self, rows: Array, plan: Plan) -> tuple[Array, Plan]:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan is a {type(plan).__name__}, expected one that dispatch returned")
+        weight = plan.away_weight if plan.home_weight is None else plan.home_weight
+        if is_torch(rows) != is_torch(weight):
+            raise TypeError(
+                f"rows is a {type(rows).__name__}, expected a {type(weight).__name__} as dispatch was given"
+            )
+        wanted = len(plan.away.source)
+        if num_axes(rows, "rows") < 2 or rows.shape[0] != wanted:
+            raise ValueError(
+                f"rows has shape {tuple(rows.shape)}, expected ({wanted}, H): the rows that dispatch returned"
+            )
+        if "float" not in dtype_name(rows):
+            raise TypeError(f"rows has dtype {dtype_name(rows)}, expected floats, which can be weighted and summed")
+        return rows, plan
 
 
 def alarms(comm: Comm, status: int, num_rows: int, width: int) -> Counts:
@@ -253,15 +272,7 @@ def tokens_text(x: Array) -> str:
     return f"{dtype_name(x)} rows of shape {tuple(x.shape[1:])}"
 
 
-def combine_arguments(rows: Array, plan: Plan) -> Array:
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan is a {type(plan).__name__}, expected one that dispatch returned")
-    weight = plan.away_weight if plan.home_weight is None else plan.home_weight
-    if is_torch(rows) != is_torch(weight):
-        raise TypeError(f"rows is a {type(rows).__name__}, expected a {type(weight).__name__} as dispatch was given")
-    wanted = len(plan.away.row)
-    if num_axes(rows, "rows") < 2 or rows.shape[0] != wanted:
-        raise ValueError(f"rows has shape {tuple(rows.shape)}, expected ({wanted}, H): the rows that dispatch returned")
-    if "float" not in dtype_name(rows):
-        raise TypeError(f"rows has dtype {dtype_name(rows)}, expected floats, which can be weighted and summed")
-    return rows
+def _plan_text(arguments: tuple[Array, Plan]) -> str:
+    """What must be the same on every rank that combines: two ranks may have several plans, and mix them up."""
+    rows, plan = arguments
+    return plan.path.text(rows)

@@ -76,9 +76,9 @@ def permute_fp8(x: NDArray, row: NDArray, source: NDArray, threads: int) -> tupl
     return rows, scales
 
 
-def unpermute(rows: NDArray, row: NDArray, weight: Any, residual: Any, threads: int) -> NDArray:
-    """rows [N, H] -> y [T, H]; weight None: 1."""
-    y = _rows(len(row), rows.shape[1], rows.dtype)
+def unpermute(rows: NDArray, row: NDArray, weight: Any, residual: Any, threads: int, dtype: Any = None) -> NDArray:
+    """rows [N, H] -> y [T, H] of that dtype, None: as rows; weight None: 1. float64 stays float64, weights too."""
+    y = _rows(len(row), rows.shape[1], rows.dtype if dtype is None else dtype)
     _core.unpermute(rows, row, weight, residual, y, threads)
     return y
 
@@ -87,6 +87,6 @@ def unpermute_backward(
     grad_y: NDArray, rows: NDArray, row: NDArray, weight: NDArray, source: NDArray, threads: int
 ) -> tuple[NDArray, NDArray]:
     """grad_rows [N, H], grad_weight [T, K]."""
-    grad_rows, grad_weight = _rows(rows.shape[0], rows.shape[1], rows.dtype), np.empty(row.shape, np.float32)
+    grad_rows, grad_weight = _rows(rows.shape[0], rows.shape[1], rows.dtype), np.empty(row.shape, weight.dtype)
     _core.unpermute_backward(grad_y, rows, row, weight, source, grad_rows, grad_weight, threads)
     return grad_rows, grad_weight
