@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from moecomm.exchange.adjoint import Linear, Thread
 from moecomm.exchange.table import RowTable
 from moecomm.failures import Failing, collective, refused
-from moecomm.gating.rows import spread_rows, sum_rows
+from moecomm.gating.row_tensors import spread_rows
+from moecomm.gating.rows import sum_rows
 
 # Activation checkpointing raises this to end a pass that it computes again, at the same operation on all ranks: no call
 # has failed.

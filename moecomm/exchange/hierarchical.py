@@ -20,7 +20,7 @@ from moecomm.failures import collective
 
 @dataclass(frozen=True, eq=False)
 class RelayPlan(Plan):
-    """The Plan of a HierarchicalExchange, whose path has two legs: table, leg between nodes, table, leg inside, table."""
+    """The Plan of a HierarchicalExchange, whose path is a table, a leg between nodes, a table, one inside, a table."""
 
 
 class HierarchicalExchange(RoutedExchange):

@@ -1,0 +1,105 @@
+"""The torch side of rows.py: tensors on the CPU through the memory that they share with numpy, others by CUDA kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moecomm.arrays import dtype_name, sum_dtype
+from moecomm.gating import host
+from moecomm.gating.rows import SUMMED, is_stored
+
+
+def copy_rows(x: Tensor, row: Tensor, source: Tensor) -> Tensor:
+    """x [T, ...] -> [N, H]."""
+    if len(source) == 0 or x.numel() == 0:
+        return x.new_empty((len(source), *x.shape[1:]))
+    flat = x.detach().resolve_conj().resolve_neg().contiguous().flatten(1)
+    if x.is_cuda:
+        from moecomm.gating import cuda_rows
+
+        return cuda_rows.permute(flat, row, source)
+    rows = host.permute(flat.view(torch.uint8).numpy(), row.numpy(), source.numpy(), 1)
+    return torch.from_numpy(rows).view(x.dtype)
+
+
+def sum_rows(rows: Tensor, row: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """rows [N, H] -> [T, H] of that dtype. weight is of the dtype in which rows are summed."""
+    if not rows.is_cuda:
+        return _sum_on_cpu(rows, row, weight, dtype)
+    return _sum_on_cuda(rows.contiguous(), row, weight, dtype)
+
+
+def _sum_on_cpu(rows: Tensor, row: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if dtype_name(rows) not in SUMMED:
+        rows = rows.to(sum_dtype(rows))
+    rounded = dtype if is_stored(dtype_name(rows), str(dtype).removeprefix("torch.")) else sum_dtype(rows)
+    stored = np.dtype("uint16" if rounded is torch.bfloat16 else str(rounded).removeprefix("torch."))
+    factor = None if weight is None else _memory(weight)
+    y = host.unpermute(_memory(rows), row.numpy(), factor, None, 1, stored)
+    return torch.from_numpy(y).view(rounded).to(dtype)
+
+
+def _sum_on_cuda(rows: Tensor, row: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    wide = sum_dtype(rows)
+    if rows.numel() == 0:
+        return rows.new_zeros((len(row), rows.shape[1]), dtype=dtype)
+    if wide == torch.float64:
+        # The kernels have no float64. Each choice meets a token once: nothing is added in an unknown order.
+        total = rows.new_zeros((len(row), rows.shape[1]))
+        for choice in range(row.shape[1]):
+            token = torch.nonzero(row[:, choice] >= 0).flatten()
+            part = rows.index_select(0, row[token, choice].long())
+            total.index_add_(0, token, part if weight is None else part * weight[token, choice, None])
+        return total.to(dtype)
+    from moecomm.gating import cuda_rows
+
+    if dtype != rows.dtype or dtype_name(rows) not in SUMMED:
+        # The kernel rounds to the dtype that it reads.
+        rows = rows.to(wide)
+    return cuda_rows.unpermute(rows, row, None if weight is None else weight.contiguous(), None).to(dtype)
+
+
+def spread_rows(grad: Tensor, rows: Tensor, row: Tensor, source: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of rows [N, ...] and of weight [T, K], for that of their weighted sum, grad [T, ...]."""
+    shape, dtype, wide = rows.shape, rows.dtype, sum_dtype(rows)
+    if rows.numel() == 0:
+        return torch.zeros_like(rows), torch.zeros_like(weight)
+    if dtype_name(rows) not in SUMMED:
+        rows = rows.to(wide)
+    rows, grad = rows.detach().flatten(1).contiguous(), grad.detach().flatten(1).contiguous()
+    factor = weight.detach().to(wide).contiguous()
+    spread = _spread_on_cuda if rows.is_cuda else _spread_on_cpu
+    grad_rows, grad_weight = spread(grad, rows, row, source, factor)
+    return grad_rows.to(dtype).reshape(shape), grad_weight.to(weight.dtype)
+
+
+def _spread_on_cpu(grad: Tensor, rows: Tensor, row: Tensor, source: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    if not is_stored(dtype_name(rows), dtype_name(grad)):
+        grad = grad.to(sum_dtype(rows))
+    arrays = _memory(grad), _memory(rows), row.numpy(), _memory(factor), source.numpy()
+    grad_rows, grad_weight = host.unpermute_backward(*arrays, 1)
+    return torch.from_numpy(grad_rows).view(rows.dtype), torch.from_numpy(grad_weight)
+
+
+def _spread_on_cuda(grad: Tensor, rows: Tensor, row: Tensor, source: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    if rows.dtype == torch.float64:
+        copies = copy_rows(grad.double(), row, source)
+        products = (copies * rows).sum(1)
+        grad_weight = torch.zeros_like(factor).reshape(-1).index_copy_(0, source.long(), products)
+        return copies * factor.reshape(-1)[source.long(), None], grad_weight.reshape(factor.shape)
+    from moecomm.gating import cuda_rows
+
+    if grad.dtype != rows.dtype:
+        grad, rows = grad.float(), rows.float()
+    return cuda_rows.unpermute_backward(grad, rows, row, factor, source)
+
+
+def _memory(tensor: Tensor) -> NDArray[Any]:
+    """Of a tensor on the CPU; bfloat16 as uint16."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
