@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moecomm.all_to_all import AllToAll, Route
-from moecomm.arrays import Array, Counts, as_rows, is_torch
+from moecomm.arrays import Array, Counts, as_rows, on_host
 from moecomm.comm import Comm, rows_text
 from moecomm.exchange.adjoint import Thread, linear
 from moecomm.exchange.table import RowTable
@@ -54,11 +54,11 @@ class Path:
         counts = [step.route.send_counts for step in steps if isinstance(step, Leg)]
         return cls(steps, comm, comm.digest(np.concatenate(counts)))
 
-    def on_device_of(self, x: Array) -> Path:
-        """The same path for rows like x."""
-        if not is_torch(x):
+    def for_rows_like(self, x: Array) -> Path:
+        """The same path, with its tables where x is."""
+        if on_host(x):
             return self
-        steps = [step.on_device_of(x) if isinstance(step, RowTable) else step for step in self.steps]
+        steps = [step.on(x.device) if isinstance(step, RowTable) else step for step in self.steps]
         return Path(tuple(steps), self.comm, self.digest)
 
     def part(self, first: int, end: int | None) -> Path:

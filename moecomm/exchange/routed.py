@@ -101,7 +101,7 @@ class RoutedExchange(Exchange[Plan]):
         with collective("dispatch", self.comm):
             status, expert = self._opened(x, routing)
             path, rows_per_expert = self._find_path(expert, status)
-            path = path.on_device_of(x)
+            path = path.for_rows_like(x)
             thread = new_thread(x)
             home_weight, away_weight = routing.weight, None
             if self.send == "tokens":
@@ -184,11 +184,11 @@ class RoutedExchange(Exchange[Plan]):
     def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[int, Counts]:
         if num_axes(x, "x") < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (T, H)")
-        as_rows(
-            x[:0].detach() if is_torch(x) else x[:0], "x"
-        )  # what has no bytes to move is found before the counts go
+        of_torch = is_torch(x)
+        # What has no bytes to move is found before the counts are sent.
+        as_rows(x[:0].detach() if of_torch else x[:0], "x")
         num_axes(routing.weight, "routing.weight")
-        if is_torch(x) != is_torch(routing.weight):
+        if of_torch != is_torch(routing.weight):
             raise TypeError(f"routing.weight is a {type(routing.weight).__name__}, expected a {type(x).__name__}, as x")
         expert = on_host_as_int64(routing.expert)
         if expert.ndim != 2 or expert.shape[0] != x.shape[0]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.arrays import Array, Counts, is_torch
+from moecomm.arrays import Array, Counts
 from moecomm.gating.rows import copy_rows, sum_rows
+
+if TYPE_CHECKING:
+    import torch
 
 LARGEST = 2**31 - 1
 """Rows and choices are numbered by int32, as `route` does it."""
@@ -21,19 +24,18 @@ class RowTable:
 
     row     [T, S] int32: where the copy of each choice is, -1: there is none
     source  [N] int32: of which row and choice each copy is, t * S + s
+
+    numpy where the rows are on the host, and tensors on their device otherwise.
     """
 
     row: Array
     source: Array
 
-    def on_device_of(self, like: Array) -> RowTable:
-        """The table as the kind of array that `like` is, and where it is."""
-        if not is_torch(like):
-            return self
+    def on(self, device: torch.device) -> RowTable:
+        """The table as tensors there."""
         import torch
 
-        row, source = (torch.from_numpy(array).to(like.device) for array in (self.row, self.source))
-        return RowTable(row, source)
+        return RowTable(torch.from_numpy(self.row).to(device), torch.from_numpy(self.source).to(device))
 
     def out(self, rows: Array) -> Array:
         """[T, ...] -> [N, ...], the copies."""

@@ -1,4 +1,7 @@
-"""The torch side of rows.py: tensors on the CPU through the memory that they share with numpy, others by CUDA kernels."""
+"""The torch side of rows.py: tensors on the CPU through memory that they share with numpy, others by CUDA kernels.
+
+row and source are numpy arrays where the rows are on the CPU, and CUDA tensors otherwise.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moecomm.arrays import dtype_name, sum_dtype
+from moecomm.arrays import Array, dtype_name, sum_dtype
 from moecomm.gating import host
 from moecomm.gating.rows import SUMMED, is_stored
 
 
-def copy_rows(x: Tensor, row: Tensor, source: Tensor) -> Tensor:
+def copy_rows(x: Tensor, row: Array, source: Array) -> Tensor:
     """x [T, ...] -> [N, H]."""
     if len(source) == 0 or x.numel() == 0:
         return x.new_empty((len(source), *x.shape[1:]))
@@ -23,24 +26,24 @@ def copy_rows(x: Tensor, row: Tensor, source: Tensor) -> Tensor:
         from moecomm.gating import cuda_rows
 
         return cuda_rows.permute(flat, row, source)
-    rows = host.permute(flat.view(torch.uint8).numpy(), row.numpy(), source.numpy(), 1)
+    rows = host.permute(flat.view(torch.uint8).numpy(), row, source, 1)
     return torch.from_numpy(rows).view(x.dtype)
 
 
-def sum_rows(rows: Tensor, row: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+def sum_rows(rows: Tensor, row: Array, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """rows [N, H] -> [T, H] of that dtype. weight is of the dtype in which rows are summed."""
     if not rows.is_cuda:
         return _sum_on_cpu(rows, row, weight, dtype)
     return _sum_on_cuda(rows.contiguous(), row, weight, dtype)
 
 
-def _sum_on_cpu(rows: Tensor, row: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _sum_on_cpu(rows: Tensor, row: NDArray[Any], weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     if dtype_name(rows) not in SUMMED:
         rows = rows.to(sum_dtype(rows))
     rounded = dtype if is_stored(dtype_name(rows), str(dtype).removeprefix("torch.")) else sum_dtype(rows)
     stored = np.dtype("uint16" if rounded is torch.bfloat16 else str(rounded).removeprefix("torch."))
     factor = None if weight is None else _memory(weight)
-    y = host.unpermute(_memory(rows), row.numpy(), factor, None, 1, stored)
+    y = host.unpermute(_memory(rows), row, factor, None, 1, stored)
     return torch.from_numpy(y).view(rounded).to(dtype)
 
 
@@ -64,7 +67,7 @@ def _sum_on_cuda(rows: Tensor, row: Tensor, weight: Tensor | None, dtype: torch.
     return cuda_rows.unpermute(rows, row, None if weight is None else weight.contiguous(), None).to(dtype)
 
 
-def spread_rows(grad: Tensor, rows: Tensor, row: Tensor, source: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def spread_rows(grad: Tensor, rows: Tensor, row: Array, source: Array, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of rows [N, ...] and of weight [T, K], for that of their weighted sum, grad [T, ...]."""
     shape, dtype, wide = rows.shape, rows.dtype, sum_dtype(rows)
     if rows.numel() == 0:
@@ -78,10 +81,12 @@ def spread_rows(grad: Tensor, rows: Tensor, row: Tensor, source: Tensor, weight:
     return grad_rows.to(dtype).reshape(shape), grad_weight.to(weight.dtype)
 
 
-def _spread_on_cpu(grad: Tensor, rows: Tensor, row: Tensor, source: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _spread_on_cpu(
+    grad: Tensor, rows: Tensor, row: NDArray[Any], source: NDArray[Any], factor: Tensor
+) -> tuple[Tensor, Tensor]:
     if not is_stored(dtype_name(rows), dtype_name(grad)):
         grad = grad.to(sum_dtype(rows))
-    arrays = _memory(grad), _memory(rows), row.numpy(), _memory(factor), source.numpy()
+    arrays = _memory(grad), _memory(rows), row, _memory(factor), source
     grad_rows, grad_weight = host.unpermute_backward(*arrays, 1)
     return torch.from_numpy(grad_rows).view(rows.dtype), torch.from_numpy(grad_weight)
 

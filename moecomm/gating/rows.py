@@ -1,7 +1,7 @@
 """Rows to the places of a table and back, of any dtype and on any device: the kernels of permute for exchanges.
 
-row [T, K] and source [N] are as in Routing: int32, contiguous, of the rows' kind and on their device. The callers check
-the arguments. Nothing is recorded for a gradient.
+row [T, K] and source [N] are as in Routing, int32 and contiguous: numpy arrays where the rows are on the host, and
+tensors on their device otherwise. The callers check the arguments. Nothing is recorded for a gradient.
 """
 
 from __future__ import annotations
