@@ -90,3 +90,16 @@ def unpermute_backward(
     grad_rows, grad_weight = _rows(rows.shape[0], rows.shape[1], rows.dtype), np.empty(row.shape, weight.dtype)
     _core.unpermute_backward(grad_y, rows, row, weight, source, grad_rows, grad_weight, threads)
     return grad_rows, grad_weight
+
+
+# ---- dtypes of sums -------------------------------------------------------------------------------------------------
+
+SUMMED = ("float32", "float16", "bfloat16", "float64")
+"""What the kernels on the host sum as it is. Other numbers are converted before."""
+
+
+def is_stored(summed: str, result: str) -> bool:
+    """Whether the kernel on the host that sums numbers of the one dtype can round to the other."""
+    if "float64" in (summed, result):
+        return summed == result
+    return result in SUMMED

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moecomm.arrays import Array, dtype_name, sum_dtype
-from moecomm.gating import host
-from moecomm.gating.rows import SUMMED, is_stored
+from moecomm.gating import host, ops
 
 
 def copy_rows(x: Tensor, row: Array, source: Array) -> Tensor:
@@ -23,9 +22,7 @@ def copy_rows(x: Tensor, row: Array, source: Array) -> Tensor:
         return x.new_empty((len(source), *x.shape[1:]))
     flat = x.detach().resolve_conj().resolve_neg().contiguous().flatten(1)
     if x.is_cuda:
-        from moecomm.gating import cuda_rows
-
-        return cuda_rows.permute(flat, row, source)
+        return ops.permute.kernel(flat, row, source, 1)
     rows = host.permute(flat.view(torch.uint8).numpy(), row, source, 1)
     return torch.from_numpy(rows).view(x.dtype)
 
@@ -38,9 +35,9 @@ def sum_rows(rows: Tensor, row: Array, weight: Tensor | None, dtype: torch.dtype
 
 
 def _sum_on_cpu(rows: Tensor, row: NDArray[Any], weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if dtype_name(rows) not in SUMMED:
+    if dtype_name(rows) not in host.SUMMED:
         rows = rows.to(sum_dtype(rows))
-    rounded = dtype if is_stored(dtype_name(rows), str(dtype).removeprefix("torch.")) else sum_dtype(rows)
+    rounded = dtype if host.is_stored(dtype_name(rows), str(dtype).removeprefix("torch.")) else sum_dtype(rows)
     stored = np.dtype("uint16" if rounded is torch.bfloat16 else str(rounded).removeprefix("torch."))
     factor = None if weight is None else _memory(weight)
     y = host.unpermute(_memory(rows), row, factor, None, 1, stored)
@@ -59,12 +56,12 @@ def _sum_on_cuda(rows: Tensor, row: Tensor, weight: Tensor | None, dtype: torch.
             part = rows.index_select(0, row[token, choice].long())
             total.index_add_(0, token, part if weight is None else part * weight[token, choice, None])
         return total.to(dtype)
-    from moecomm.gating import cuda_rows
-
-    if dtype != rows.dtype or dtype_name(rows) not in SUMMED:
+    if dtype != rows.dtype or dtype_name(rows) not in host.SUMMED:
         # The kernel rounds to the dtype that it reads.
         rows = rows.to(wide)
-    return cuda_rows.unpermute(rows, row, None if weight is None else weight.contiguous(), None).to(dtype)
+    if weight is None:
+        return ops.permute_backward.kernel(rows, row, 1).to(dtype)
+    return ops.unpermute.kernel(rows, row, weight.contiguous(), row, None, 1).to(dtype)
 
 
 def spread_rows(grad: Tensor, rows: Tensor, row: Array, source: Array, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +69,7 @@ def spread_rows(grad: Tensor, rows: Tensor, row: Array, source: Array, weight: T
     shape, dtype, wide = rows.shape, rows.dtype, sum_dtype(rows)
     if rows.numel() == 0:
         return torch.zeros_like(rows), torch.zeros_like(weight)
-    if dtype_name(rows) not in SUMMED:
+    if dtype_name(rows) not in host.SUMMED:
         rows = rows.to(wide)
     rows, grad = rows.detach().flatten(1).contiguous(), grad.detach().flatten(1).contiguous()
     factor = weight.detach().to(wide).contiguous()
@@ -84,7 +81,7 @@ def spread_rows(grad: Tensor, rows: Tensor, row: Array, source: Array, weight: T
 def _spread_on_cpu(
     grad: Tensor, rows: Tensor, row: NDArray[Any], source: NDArray[Any], factor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if not is_stored(dtype_name(rows), dtype_name(grad)):
+    if not host.is_stored(dtype_name(rows), dtype_name(grad)):
         grad = grad.to(sum_dtype(rows))
     arrays = _memory(grad), _memory(rows), row, _memory(factor), source
     grad_rows, grad_weight = host.unpermute_backward(*arrays, 1)
@@ -97,11 +94,9 @@ def _spread_on_cuda(grad: Tensor, rows: Tensor, row: Tensor, source: Tensor, fac
         products = (copies * rows).sum(1)
         grad_weight = torch.zeros_like(factor).reshape(-1).index_copy_(0, source.long(), products)
         return copies * factor.reshape(-1)[source.long(), None], grad_weight.reshape(factor.shape)
-    from moecomm.gating import cuda_rows
-
     if grad.dtype != rows.dtype:
         grad, rows = grad.float(), rows.float()
-    return cuda_rows.unpermute_backward(grad, rows, row, factor, source)
+    return ops.unpermute_backward.kernel(grad, rows, row, factor, source, 1)
 
 
 def _memory(tensor: Tensor) -> NDArray[Any]:

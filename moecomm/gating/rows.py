@@ -15,10 +15,6 @@ from numpy.typing import NDArray
 from moecomm.arrays import Array, as_dtype, is_torch, sum_dtype
 from moecomm.gating import host
 
-SUMMED = ("float32", "float16", "bfloat16", "float64")
-"""What the kernels on the host sum as it is. Other numbers are converted before."""
-
-
 # ---- copies --------------------------------------------------------------------------------------------------------
 
 
@@ -63,14 +59,7 @@ def sum_rows(rows: Array, row: Array, source: Array, weight: Array | None = None
 
 def _sum_arrays(rows: NDArray[Any], row: NDArray[Any], weight: NDArray[Any] | None, dtype: np.dtype) -> NDArray[Any]:
     wide = np.dtype(sum_dtype(rows))
-    rows = np.ascontiguousarray(rows, rows.dtype if rows.dtype.name in SUMMED else wide)
-    rounded = dtype if is_stored(rows.dtype.name, dtype.name) else wide
+    rows = np.ascontiguousarray(rows, rows.dtype if rows.dtype.name in host.SUMMED else wide)
+    rounded = dtype if host.is_stored(rows.dtype.name, dtype.name) else wide
     weight = None if weight is None else np.ascontiguousarray(weight)
     return host.unpermute(rows, row, weight, None, 1, rounded).astype(dtype, copy=False)
-
-
-def is_stored(summed: str, result: str) -> bool:
-    """Whether the kernel on the host that sums numbers of the one dtype can round to the other."""
-    if "float64" in (summed, result):
-        return summed == result
-    return result in SUMMED
