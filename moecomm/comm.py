@@ -376,7 +376,8 @@ class Comm(Identity, ABC):
     def check_usable(self, call: str) -> None:
         """Raise CommError if this Comm has failed or was freed."""
         if self.failure is not None:
-            raise refused(CommError(f"{call}: this Comm cannot be used: {self.failure}{self.where()}"))
+            # Not `refused`: inside of a larger collective earlier steps may have been made, and its Comms fail too.
+            raise CommError(f"{call}: this Comm cannot be used: {self.failure}{self.where()}")
 
     # ---- names of ranks, for errors --------------------------------------------------------------------------------
 

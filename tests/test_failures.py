@@ -164,7 +164,67 @@ def test_memory_for_a_copy_of_the_argument(monkeypatch: pytest.MonkeyPatch) -> N
     threads.run(2, checked)
 
 
+def test_no_memory_for_a_sum_over_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is added up where the ranks meet; the one that has no memory says so, as everywhere."""
+    torch = pytest.importorskip("torch")
+    clone = torch.Tensor.clone
+
+    def no_memory(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "rank 1":
+            raise MemoryError("no memory today")
+        return clone(tensor, *arguments, **options)
+
+    def body(comm: Comm) -> None:
+        with pytest.raises(MemoryError if comm.rank == 1 else CommError, match=r"no memory today"):
+            comm.all_reduce(torch.ones(2))
+        with pytest.raises(CommError, match=r"cannot be used: .*no memory today"):
+            comm.barrier()
+
+    monkeypatch.setattr(torch.Tensor, "clone", no_memory)
+    threads.run(2, body)
+
+
 # ---- what fails together -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["routed", "tokens", "relayed"])
+def test_no_memory_in_a_backward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four ranks meet in a hop: its Comm fails, and so does that of the whole exchange, on all that notice."""
+    torch = pytest.importorskip("torch")
+    memory = Memory(monkeypatch)
+
+    def body(comm: Comm) -> None:
+        exchange = CALLS[name][0](comm)
+        routing = Routing(FOUR.expert, torch.full((1, 4), 0.25))
+        x = torch.ones(1, 2, requires_grad=True)
+        rows, plan = exchange.dispatch(x, routing)
+        y = exchange.combine(rows, plan)
+        comm.barrier()
+        if comm.rank == 2:
+            memory.rank, memory.left = "rank 2", 1
+        with pytest.raises(MemoryError if comm.rank == 2 else CommError):
+            y.sum().backward()
+        assert comm.failure is not None
+        with pytest.raises(CommError, match=r"cannot be used: "):
+            exchange.dispatch(x, routing)
+
+    threads.run(4, body, limit=1)
+
+
+def test_a_hop_that_cannot_be_used_makes_the_whole_useless() -> None:
+    """The others are in the first hop already, or in the next."""
+
+    def body(comm: Comm) -> None:
+        exchange = HierarchicalExchange(HierarchicalAllToAll(comm, NODES), 1)
+        dispatch_and_combine(exchange)
+        if comm.rank == 1:
+            exchange.all_to_all.local.fail("out of order")
+        for _ in range(2):
+            with pytest.raises(CommError):
+                dispatch_and_combine(exchange)
+            assert comm.failure is not None
+
+    threads.run(4, body, limit=1)
 
 
 def test_what_was_split_from_a_failed_comm_fails_too() -> None:
@@ -407,6 +467,8 @@ def test_what_one_tensor_rank_refuses_is_raised_on_all_lanes() -> None:
             with pytest.raises((ValueError, TypeError), match=r"TensorParallelExchange\.dispatch"):
                 exchange.dispatch(other if comm.rank == 1 else x, FOUR)  # type: ignore[arg-type]
         rows, plan = exchange.dispatch(x, FOUR)
+        with pytest.raises((ValueError, TypeError), match=r"TensorParallelExchange\.combine"):
+            exchange.combine([1.0] if comm.rank == 1 else rows, plan)  # type: ignore[arg-type]
         assert exchange.combine(rows, plan).tolist() == [[0, 0]]
 
     threads.run(4, body)

@@ -304,6 +304,7 @@ bool streams(std::int64_t bytes) {
 }
 
 void clear_empty_rows(const Rows& table, void* rows, std::int64_t row_bytes, std::int64_t first, std::int64_t last) {
+    if (row_bytes == 0) return;  // rows may be null, which memset must not be given
     for (std::int64_t n = first; n < last; ++n)
         if (table.source[n] < 0) std::memset(static_cast<char*>(rows) + n * row_bytes, 0, static_cast<std::size_t>(row_bytes));
 }

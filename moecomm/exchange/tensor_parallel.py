@@ -133,7 +133,7 @@ class TensorParallelExchange(Exchange[LanePlan]):
         Differentiable in rows and in the weights given to dispatch.
         """
         with collective("combine", self.tensor, self.inner.comm):
-            self._opened("combine", _checked_plan, plan, same=lambda _: rows_text(rows, in_equal_parts=False))
+            self._opened("combine", _checked_plan, rows, plan, same=lambda _: rows_text(rows, in_equal_parts=False))
             dtype = rows.dtype if dtype is None else dtype
             partial = self.inner.combine(rows, plan.inner, dtype if plan.share.one_lane_each() else sum_dtype(rows))
             return as_dtype(share(partial, plan.share, self.tensor), dtype)
@@ -156,7 +156,8 @@ class TensorParallelExchange(Exchange[LanePlan]):
         return expert
 
 
-def _checked_plan(plan: LanePlan) -> LanePlan:
+def _checked_plan(rows: Array, plan: LanePlan) -> LanePlan:
+    num_axes(rows, "rows")
     if not isinstance(plan, LanePlan):
         raise TypeError(f"plan is a {type(plan).__name__}, expected the LanePlan that dispatch returned")
     return plan

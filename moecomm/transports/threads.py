@@ -284,6 +284,8 @@ class ThreadComm(Comm):
             # The others may wait in the second meeting for this rank.
             self._group.fail(f"{call}: rank {self.world_rank(self.rank)}: {error}")
             self.fail(str(error))
+            if isinstance(error, MemoryError):
+                raise  # as everywhere on the rank that has no more
             raise CommError(f"{error}{self.where()}") from (None if isinstance(error, CommError) else error)
         return result
 

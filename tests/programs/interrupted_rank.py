@@ -39,17 +39,25 @@ calls = {
 call = calls[sys.argv[1]]
 call(np.full((comm.size, 3), comm.rank))  # the first call compares the arguments
 later = FlatAllToAll(MPI.COMM_WORLD)  # of the same communicator, made before
+
+
+def new(rows: np.ndarray) -> np.ndarray:
+    """Made after the interrupt."""
+    return FlatAllToAll(MPI.COMM_WORLD)(rows)
+
+
+turns = ("first", call), ("then", comm.all_to_all), ("later", later), ("new", new)
 comm.barrier()
 if comm.rank == 0:
     signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
 elif comm.rank == 1:
-    time.sleep(0.8)
-for name, one in (("first", call), ("then", comm.all_to_all), ("later", later), ("new", FlatAllToAll(MPI.COMM_WORLD))):
+    time.sleep(1.2)
+for name, one in turns:
     try:
         rows = one(np.full((comm.size, 3), 100 * (name != "first") + comm.rank))
         outcome = f"got {rows.reshape(-1).tolist()}"
     except (CommError, InterruptedError) as error:
         outcome = f"{type(error).__name__}: {error}"
     os.write(1, f"rank {comm.rank} {name}: {outcome}\n".encode())  # in one piece: mpirun mixes what the ranks print
-time.sleep(3)  # let every rank print before the first one aborts the job
+time.sleep(6)  # let every rank print before the first one aborts the job

@@ -1,0 +1,26 @@
+"""A rank is killed in the middle of a call, with SIGKILL; threads of one process are interrupted, with SIGINT.
+
+faults.py says what must follow.
+"""
+
+from __future__ import annotations
+
+import faults
+from case import Board, Case, Ended, Report, Verdict
+
+from moecomm import Comm
+
+TRANSPORTS = ("threads", "gloo", "mpich", "openmpi")
+
+
+def faults_of(case: Case) -> tuple[str, ...]:
+    """A thread cannot be killed alone."""
+    return ("ctrl-c",) if case.transport == "threads" else ("kill",)
+
+
+def play(case: Case, comm: Comm, report: Report, board: Board) -> None:
+    faults.play_with(faults.Plan(case, faults_of(case)), case, comm, report, board)
+
+
+def run(case: Case) -> tuple[Verdict, Ended]:
+    return faults.run_with(faults.Plan(case, faults_of(case)), case)
