@@ -49,7 +49,8 @@ static Answers run(const Kernels& kernels, int E, int K, Type type, Score score,
     std::vector<std::int32_t> row(static_cast<std::size_t>(T * K));
     for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = logits[i * 7 % logits.size()];
     for (std::size_t i = 0; i < row.size(); ++i) row[i] = i % 5 == 3 ? -1 : static_cast<std::int32_t>(i);
-    Unpermute u{{row.data(), nullptr, T, T * K, K}, rows.data(), answers.floats.data(), nullptr, chunk.share + E, E, kFloat32};
+    Unpermute u{{row.data(), nullptr, T, T * K, K}, rows.data(), answers.floats.data(), nullptr, chunk.share + E, E,
+                kFloat32, kFloat32};
     kernels.unpermute(u, 0, T, false);
     return answers;
 }
