@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -179,6 +179,14 @@ def alone(comm: Comm) -> None:
     only = comm.split(comm.rank)
     while True:
         only.all_reduce(np.ones(1))
+
+
+@pytest.fixture(autouse=True)
+def interrupts_arrive() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background of a shell, which lets its jobs ignore it."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
 
 
 @pytest.mark.parametrize("work", [barriers, barriers_of_pairs, shared_memory, shared_memory_of_one_node, alone])
