@@ -22,13 +22,18 @@ std::uint16_t narrow(float x, Type type) {
     return static_cast<std::uint16_t>(0x3c00 + static_cast<int>(x * 64) % 512);  // a half near 1
 }
 
+std::int64_t bytes_of(Type type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
+
 // Numbers of a type, as the bytes of an array that is exactly as long.
 Array<char> numbers(Random& random, std::int64_t n, Type type) {
-    Array<char> made(static_cast<std::size_t>(n * (type == kFloat32 ? 4 : 2)));
+    Array<char> made(static_cast<std::size_t>(n * bytes_of(type)));
     for (std::int64_t i = 0; i < n; ++i) {
         const float x = static_cast<float>(random.between(-400, 400)) / 64.0f;
+        const double wide = x;
         const std::uint16_t half = narrow(x, type);
-        if (type == kFloat32)
+        if (type == kFloat64)
+            std::memcpy(made.data() + 8 * i, &wide, 8);
+        else if (type == kFloat32)
             std::memcpy(made.data() + 4 * i, &x, 4);
         else
             std::memcpy(made.data() + 2 * i, &half, 2);
@@ -99,26 +104,43 @@ struct Gate {
     Rows table() const { return {a.row, a.source, a.T, a.N, a.K}; }
 };
 
-void check_rows(Gate& gate, Random& random, int threads) {
-    const auto type = static_cast<Type>(random.between(0, 2));
-    const std::int64_t H = random.one_in(5) ? random.between(100, 400) : random.between(0, 40);
-    const std::int64_t bytes = H * (type == kFloat32 ? 4 : 2), T = gate.a.T, N = gate.a.N, blocks = (H + 127) / 128;
-    const Array<char> x = numbers(random, T * H, type);
-    Array<char> rows(static_cast<std::size_t>(N * bytes), 1), y(x.size()), grad_rows(rows.size());
+// A type for the other side of a sum: float64 goes with float64 alone.
+Type other_type(Random& random, Type type) {
+    return type == kFloat64 ? kFloat64 : static_cast<Type>(random.between(0, 2));
+}
+
+void check_permute(Gate& gate, const Array<char>& x, Array<char>& rows, std::int64_t bytes, int threads) {
     permute(gate.table(), x.data(), rows.data(), bytes, threads);
-    for (std::int64_t n = 0; n < N && bytes > 0; ++n) {
+    for (std::int64_t n = 0; n < gate.a.N && bytes > 0; ++n) {
         const std::int64_t from = gate.source[n];
         const char* wanted = from < 0 ? nullptr : x.data() + from / gate.a.K * bytes;
         for (std::int64_t i = 0; i < bytes; ++i)
             check(rows[n * bytes + i] == (wanted == nullptr ? 0 : wanted[i]), "a byte of a permuted row");
     }
-    Array<std::uint8_t> fp8(static_cast<std::size_t>(N * H));
-    Array<float> scales(static_cast<std::size_t>(N * blocks)), grad_weight(static_cast<std::size_t>(T * gate.a.K));
-    permute_fp8({gate.table(), x.data(), fp8.data(), scales.data(), H, type}, threads);
+}
+
+void check_rows(Gate& gate, Random& random, int threads) {
+    const auto type = static_cast<Type>(random.between(0, 3));
+    const Type y_type = other_type(random, type);
+    const std::int64_t H = random.one_in(5) ? random.between(100, 400) : random.between(0, 40);
+    const std::int64_t T = gate.a.T, N = gate.a.N, K = gate.a.K, blocks = (H + 127) / 128;
+    const Array<char> x = numbers(random, T * H, type);
+    Array<char> rows(static_cast<std::size_t>(N * H * bytes_of(type)), 1);
+    check_permute(gate, x, rows, H * bytes_of(type), threads);
+    if (type != kFloat64) {
+        Array<std::uint8_t> fp8(static_cast<std::size_t>(N * H));
+        Array<float> scales(static_cast<std::size_t>(N * blocks));
+        permute_fp8({gate.table(), x.data(), fp8.data(), scales.data(), H, type}, threads);
+    }
+    const Array<char> weight = numbers(random, T * K, type == kFloat64 ? kFloat64 : kFloat32);
+    const void* weights = random.one_in(4) ? nullptr : weight.data();
     const void* residual = random.one_in(2) ? x.data() : nullptr;
-    unpermute({gate.table(), rows.data(), gate.weight.data(), residual, y.data(), H, type}, threads);
-    unpermute_backward({gate.table(), x.data(), rows.data(), gate.weight.data(), grad_rows.data(), grad_weight.data(), H,
-                        type},
+    Array<char> y(static_cast<std::size_t>(T * H * bytes_of(y_type)));
+    unpermute({gate.table(), rows.data(), weights, residual, y.data(), H, type, y_type}, threads);
+    const Array<char> grad_y = numbers(random, T * H, y_type);
+    Array<char> grad_rows(rows.size()), grad_weight(weight.size());
+    unpermute_backward({gate.table(), grad_y.data(), rows.data(), weight.data(), grad_rows.data(), grad_weight.data(),
+                        H, type, y_type},
                        threads);
 }
 

@@ -30,7 +30,7 @@ namespace {
 // What a rank of one node sends to another node reaches it through here: the transport.
 class Mail {
 public:
-    using Address = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;  // from, to, transfer, chunk
+    using Address = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;  // from, to, leader, message
 
     void send(const Address& address, Bytes bytes) {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -158,8 +158,9 @@ std::byte value(std::int64_t transfer, std::int64_t source, std::int64_t destina
 class Rank {
 public:
     Rank(const World& world, Mail& mail, std::byte* memory, std::int64_t rank, std::uint64_t seed)
-        : world_(world), mail_(mail), memory_(memory), rank_(rank), node_(world.node_of(rank)), random_(seed + rank),
-          ring_(memory, world.layouts[node_], rank - world.nodes[node_][0], node_, random_.one_in(2) ? 5 : 0) {}
+        : world_(world), mail_(mail), memory_(memory), rank_(rank), node_(world.node_of(rank)),
+          local_rank_(rank - world.nodes[node_][0]), random_(seed + rank),
+          ring_(memory, world.layouts[node_], local_rank_, node_, random_.one_in(2) ? 5 : 0) {}
 
     void run() {
         for (std::int64_t number = 0; number < static_cast<std::int64_t>(world_.bytes.size()); ++number) {
@@ -188,9 +189,9 @@ private:
             switch (ring_.step(random_.between(1, 2000))) {
             case NodeRing::Event::finished: return rank_ != world_.failing_rank || number != world_.failing_transfer || fail();
             case NodeRing::Event::failed: return fail();
-            case NodeRing::Event::start_exchange: send(transfer, number); break;
+            case NodeRing::Event::start_exchange: send(); break;
             case NodeRing::Event::finish_exchange:
-                if (!receive(transfer, number)) return fail();
+                if (!receive()) return fail();
                 break;
             case NodeRing::Event::timed_out: break;
             }
@@ -203,37 +204,38 @@ private:
         return false;
     }
 
-    std::int64_t chunk_bytes(const Stream& stream) const {
-        return std::clamp<std::int64_t>(stream.bytes - ring_.chunk() * world_.window(), 0, world_.window());
-    }
-
-    void send(const Transfer& transfer, std::int64_t number) {
-        const std::byte* from = memory_ + ring_.places(ring_.chunk()).first;
-        for (std::int64_t node = 0; node < static_cast<std::int64_t>(transfer.send.size()); ++node) {
+    // The leader's messages are numbered: its peer, the same rank of the other node, leads the same chunks in order.
+    void send() {
+        const NodeRing::Exchange exchange = ring_.exchange();
+        const std::byte* from = memory_ + exchange.outgoing;
+        for (std::int64_t node = 0; node < static_cast<std::int64_t>(exchange.to_node.size()); ++node) {
             if (node == node_) continue;
-            const std::int64_t n = chunk_bytes(transfer.send[node]);
-            mail_.send({node_, node, number, ring_.chunk()}, Bytes(from, from + n));
-            from += n;
+            mail_.send({node_, node, local_rank_, num_sent_}, Bytes(from, from + exchange.to_node[node]));
+            from += exchange.to_node[node];
         }
+        ++num_sent_;
     }
 
-    bool receive(const Transfer& transfer, std::int64_t number) {
-        std::byte* to = memory_ + ring_.places(ring_.chunk()).second;
-        for (std::int64_t node = 0; node < static_cast<std::int64_t>(transfer.recv.size()); ++node) {
+    bool receive() {
+        const NodeRing::Exchange exchange = ring_.exchange();
+        std::byte* to = memory_ + exchange.incoming;
+        for (std::int64_t node = 0; node < static_cast<std::int64_t>(exchange.from_node.size()); ++node) {
             if (node == node_) continue;
             Bytes bytes;
-            if (!mail_.receive({node, node_, number, ring_.chunk()}, bytes)) return false;
-            check(static_cast<std::int64_t>(bytes.size()) == chunk_bytes(transfer.recv[node]), "the size of a chunk");
+            if (!mail_.receive({node, node_, local_rank_, num_received_}, bytes)) return false;
+            check(static_cast<std::int64_t>(bytes.size()) == exchange.from_node[node], "the size of a message");
             if (!bytes.empty()) std::memcpy(to, bytes.data(), bytes.size());
             to += bytes.size();
         }
+        ++num_received_;
         return true;
     }
 
     const World& world_;
     Mail& mail_;
     std::byte* memory_;
-    std::int64_t rank_, node_;
+    std::int64_t rank_, node_, local_rank_;
+    std::int64_t num_sent_ = 0, num_received_ = 0;   // messages to, and from, each other node
     Random random_;
     NodeRing ring_;
 };
