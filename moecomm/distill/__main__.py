@@ -19,10 +19,13 @@ All other options, the log and the pictures are those of moecomm.train. Both are
 
 def parser() -> argparse.ArgumentParser:
     """The options: those of moecomm.train, and the teacher's."""
-    made = train.parser()
-    made.prog, made.description, made.epilog = "python -m moecomm.distill", DESCRIPTION, EXAMPLES
-    made.set_defaults(config=None)
-    add = made.add_argument_group("distillation").add_argument
+    options = train.parser()
+    options.prog = "python -m moecomm.distill"
+    options.description = DESCRIPTION
+    options.epilog = EXAMPLES
+    # Without a name the student has its teacher's config.
+    options.set_defaults(config=None)
+    add = options.add_argument_group("distillation").add_argument
     add("--teacher", type=Path, required=True, metavar="DIR", help="--out of the run that trained it")
     add(
         "--layers", type=train.positive, help="of the student, which is else as its teacher (default: 7/8; or --config)"
@@ -36,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0, help="(default: 1)")
     add("--cache", type=Path, metavar="DIR", help="keep the teacher's answers there, for other students and later runs")
     add("--cache-top", type=train.positive, metavar="N", help="logits kept of each token (default: all)")
-    return made
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,16 +28,22 @@ def distillation_loss(
 
     Source: DeepSpeed-MoE (arXiv 2201.05596), equation 1; Hinton et al. 2015 (arXiv 1503.02531).
     """
-    for name, each in (("losses", losses), ("mask", losses if mask is None else mask)):
-        if each.shape != logits.shape[:-1]:
-            wanted = tuple(logits.shape[:-1])
-            raise ValueError(f"distillation_loss: {name} is {tuple(each.shape)}, expected {wanted}, the logits' tokens")
-    if mask is not None:  # before they are used: a gradient of 0 times a slope of NaN is NaN
-        logits, teacher = (torch.where(mask[..., None], values, 0) for values in (logits, teacher))
-    each = losses + alpha * temperature**2 * divergence(logits, teacher, temperature, tensor)
+    _check_shape("losses", losses, logits)
+    if mask is not None:
+        _check_shape("mask", mask, logits)
+        # Before they are used: in the backward pass a gradient of 0 times a slope of NaN is NaN.
+        logits = torch.where(mask[..., None], logits, 0)
+        teacher = torch.where(mask[..., None], teacher, 0)
+    total = losses + alpha * temperature**2 * divergence(logits, teacher, temperature, tensor)
     if mask is None:
-        return each.mean()
-    return torch.where(mask, each, 0).sum() / mask.sum().clamp(min=1)
+        return total.mean()
+    return torch.where(mask, total, 0).sum() / mask.sum().clamp(min=1)
+
+
+def _check_shape(name: str, values: Tensor, logits: Tensor) -> None:
+    expected = tuple(logits.shape[:-1])
+    if tuple(values.shape) != expected:
+        raise ValueError(f"distillation_loss: {name} is {tuple(values.shape)}, expected {expected}, the logits' tokens")
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, tensor: Comm | None = None) -> Tensor:
@@ -79,7 +85,9 @@ class _Divergence(torch.autograd.Function):
         student = _log_share(logits / temperature, tensor)
         teacher = _log_share(teacher / temperature, tensor)
         share = teacher.exp()
+        # The gradient is known here already; the log-softmax of either need not be kept for it.
         ctx.save_for_backward((student.exp() - share) / temperature)
+        # A share of 0 has the logarithm -inf, and counts 0.
         result = torch.where(share > 0, share * (teacher - student), 0).sum(-1)
         return result if tensor is None else tensor.all_reduce(result)
 

@@ -30,8 +30,8 @@ class Schedule:
         if self.kind not in get_args(Kind):
             raise ValueError(f"Schedule: kind is {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
         if (self.kind in ("staged", "linear")) != (self.stop is not None):
-            wanted = "a step" if self.stop is None else "none"
-            raise ValueError(f"Schedule: stop is {self.stop}, expected {wanted} with {self.kind!r}")
+            expected = "a step" if self.stop is None else "none"
+            raise ValueError(f"Schedule: stop is {self.stop}, expected {expected} with {self.kind!r}")
         if self.stop is not None and self.stop < 1:
             raise ValueError(f"Schedule: stop is {self.stop}, expected >= 1")
         if not 0 <= self.alpha < math.inf:
@@ -41,4 +41,6 @@ class Schedule:
         """alpha of a step; where it is 0 nobody asks the teacher."""
         if self.kind == "none" or (self.stop is not None and step >= self.stop):
             return 0.0
-        return self.alpha * (1 - step / self.stop) if self.kind == "linear" and self.stop else self.alpha
+        if self.kind == "linear" and self.stop is not None:
+            return self.alpha * (1 - step / self.stop)
+        return self.alpha

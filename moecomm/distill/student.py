@@ -20,20 +20,22 @@ def kept_layers(num_teacher: int, num_student: int) -> tuple[int, ...]:
     if not 2 <= num_student <= num_teacher:
         raise ValueError(f"student: num_layers is {num_student}, expected 2 .. {num_teacher}, those of the teacher")
 
-    def kept(kind: int) -> list[int]:
-        theirs, ours = ((num + 1 - kind) // 2 for num in (num_teacher, num_student))
-        if ours == 1:
-            return [2 * (theirs - 1) + kind]
-        return [2 * round(i * (theirs - 1) / (ours - 1)) + kind for i in range(ours)]
+    # Kind 0: dense layers, which are 0, 2, 4 ... Kind 1: layers with experts.
+    sources = [_spread((num_teacher + 1 - kind) // 2, (num_student + 1 - kind) // 2) for kind in (0, 1)]
+    return tuple(2 * sources[layer % 2][layer // 2] + layer % 2 for layer in range(num_student))
 
-    kinds = kept(0), kept(1)
-    return tuple(kinds[layer % 2][layer // 2] for layer in range(num_student))
+
+def _spread(num_sources: int, count: int) -> list[int]:
+    """Numbers of `count` out of num_sources layers of a kind, evenly spread. A single one is the last."""
+    if count == 1:
+        return [num_sources - 1]
+    return [round(i * (num_sources - 1) / (count - 1)) for i in range(count)]
 
 
 def student_config(teacher: Config, num_layers: int) -> Config:
     """The teacher's config with so many layers, each with as many experts as the one that it stands for."""
-    kept = kept_layers(teacher.num_layers, num_layers)
-    experts = tuple(teacher.experts_of(layer) for layer in kept[1::2]) if teacher.experts else ()
+    sources = kept_layers(teacher.num_layers, num_layers)
+    experts = tuple(teacher.experts_of(layer) for layer in sources[1::2]) if teacher.experts else ()
     return replace(teacher, num_layers=num_layers, experts=experts)
 
 
@@ -43,15 +45,15 @@ def start_from(student: TransformerLM, teacher: TransformerLM) -> None:
 
     Both are split alike over the ranks; not collective. Raises ValueError if a layer has another size.
     """
-    kept = kept_layers(teacher.config.num_layers, student.config.num_layers)
-    theirs = teacher.state_dict()
+    sources = kept_layers(teacher.config.num_layers, student.config.num_layers)
+    weights = teacher.state_dict()
     for name, value in student.state_dict().items():
         if name.startswith("blocks."):
             _, layer, rest = name.split(".", 2)
-            source = f"blocks.{kept[int(layer)]}.{rest}"
+            source = f"blocks.{sources[int(layer)]}.{rest}"
         else:
             source = name
-        shape = tuple(theirs[source].shape) if source in theirs else None
+        shape = tuple(weights[source].shape) if source in weights else None
         if shape != tuple(value.shape):
             raise ValueError(f"start_from: {name} is {tuple(value.shape)}, but the teacher's {source} is {shape}")
-        value.copy_(theirs[source])
+        value.copy_(weights[source])

@@ -70,24 +70,32 @@ class CachedTeacher:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Collective, see the class."""
-        name = hashlib.blake2b(tokens.cpu().numpy().tobytes(), digest_size=12, key=repr(tuple(tokens.shape)).encode())
-        path = self.folder / f"{name.hexdigest()}-{self.top}.npz"
+        # The shape is in the digest: the same numbers in other rows are other sequences.
+        shape = repr(tuple(tokens.shape)).encode()
+        digest = hashlib.blake2b(tokens.cpu().numpy().tobytes(), digest_size=12, key=shape).hexdigest()
+        path = self.folder / f"{digest}-{self.top}.npz"
         answers = _read(path)
         missing = np.array([float(answers is None)])
-        if (missing if self.world is None else self.world.all_reduce(missing))[0]:
+        if self.world is not None:
+            missing = self.world.all_reduce(missing)
+        # A teacher that is split needs all its ranks: they ask it where one rank lacks the file.
+        if missing[0]:
             logits = self.teacher(tokens).float()
             answers = together(self.world, "CachedTeacher", lambda: self._write(path, logits))
         assert answers is not None
         values, places, rest = (torch.from_numpy(array).to(tokens.device) for array in answers)
-        whole = rest[..., None].expand(*rest.shape, self.vocabulary)
-        return whole.scatter(-1, places.long(), values)
+        logits = rest[..., None].expand(*rest.shape, self.vocabulary)
+        return logits.scatter(-1, places.long(), values)
 
     def _write(self, path: Path, logits: Tensor) -> list[np.ndarray]:
         """Keep the answers, and return what was kept."""
         values, places = logits.topk(self.top)
-        others = logits.scatter(-1, places, -torch.inf).logsumexp(-1) - np.log(max(1, self.vocabulary - self.top))
-        answers = [array.cpu().numpy() for array in (values, places.int(), others)]
-        unfinished = path.with_suffix(f".{uuid4().hex}")  # renamed when whole: other ranks may write the same
+        # The logits that are dropped share their probability evenly.
+        dropped = logits.scatter(-1, places, -torch.inf).logsumexp(-1)
+        rest = dropped - np.log(max(1, self.vocabulary - self.top))
+        answers = [array.cpu().numpy() for array in (values, places.int(), rest)]
+        # A name of its own until it is complete: other ranks may write the same answers.
+        unfinished = path.with_suffix(f".{uuid4().hex}")
         with unfinished.open("xb") as file:
             np.savez(file, **dict(zip(ANSWERS, answers, strict=True)))
         unfinished.rename(path)
@@ -101,6 +109,7 @@ def _read(path: Path) -> list[np.ndarray] | None:
             return [arrays[key] for key in ANSWERS]
     except FileNotFoundError:
         return None
-    except Exception as error:  # zipfile raises what it meets, errors of its own and of zlib among them
+    except Exception as error:
+        # zipfile raises many kinds of errors for a damaged file, its own and zlib's among them.
         warnings.warn(f"{path} is damaged, the teacher is asked again: {error}", stacklevel=3)
         return None

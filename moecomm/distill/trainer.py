@@ -79,22 +79,24 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
         raise ValueError(f"cache-top is {options.cache_top}, expected none without a cache")
     if options.layers and options.config:
         raise ValueError(f"layers is {options.layers}, expected none with config {options.config!r}, which has its own")
-    taught = together(comm, "distill", lambda: config_of_run(options.teacher))
+    of_teacher = together(comm, "distill", lambda: config_of_run(options.teacher))
     if options.config is None:
-        config = student_config(taught, options.layers or taught.num_layers * 7 // 8)
+        config = student_config(of_teacher, options.layers or of_teacher.num_layers * 7 // 8)
     else:
         config = config_named(options.config)
-    check_sizes(taught, config)
-    model = split_model(taught, options, comm, device)
+    # Before the teacher is read, which may take long.
+    check_sizes(of_teacher, config)
+    model = split_model(of_teacher, options, comm, device)
     try:
         restore(options.teacher, model, comm)
     except ValueError as error:
         raise ValueError(f"teacher: {error}") from None
     teacher: Teacher = ModelTeacher(model)
     if options.cache:
-        top, of_model = options.cache_top or taught.vocabulary, teacher
+        top, asked = options.cache_top or of_teacher.vocabulary, teacher
+        # A folder for each teacher, since its answers are told apart by the tokens alone.
         folder = together(comm, "distill", lambda: options.cache / digest_of_run(options.teacher))
-        teacher = together(comm, "distill", lambda: CachedTeacher(of_model, folder, top, comm))
+        teacher = together(comm, "distill", lambda: CachedTeacher(asked, folder, top, comm))
     alone = build_alone(options, comm, device, config)
     if options.start == "teacher":
         start_from(alone.model, model)
@@ -111,8 +113,10 @@ def config_of_run(folder: Path) -> Config:
     """The model that a run of moecomm.train or moecomm.distill has trained. Raises ValueError if there is none."""
     file = folder / "log.jsonl"
     try:
-        found = read_log(folder)[0]["config"]
-        return Config(**{**found, "experts": tuple(found["experts"])})
+        sizes = dict(read_log(folder)[0]["config"])
+        # JSON has made a list of the tuple.
+        sizes["experts"] = tuple(sizes["experts"])
+        return Config(**sizes)
     except OSError as error:
         raise ValueError(f"teacher: {file}: {error.strerror}: no run of moecomm.train") from None
     except (ValueError, LookupError, TypeError, AttributeError):

@@ -30,6 +30,8 @@ Weights = dict[str, tuple[Tensor, Slice]]
 """A network's weights by the names of Experts, as views that lie as torch.nn.Linear's, and which slices they are."""
 Pair = tuple[Tensor, Tensor]
 """A weight, or a view of a part of one, and what is to be in it."""
+State = dict[str, Tensor]
+"""What a file of DeepSpeed has, by name."""
 
 
 @torch.no_grad()
@@ -56,22 +58,26 @@ def load_deepspeed(
     Source: deepspeed/moe/layer.py and runtime/engine.py of DeepSpeed.
     """
     folder = Path(folder)
+    for values, read in together(comm, "checkpoint", lambda: _model_pairs(folder, model, names)):
+        values.copy_(read)
+
+
+def _model_pairs(folder: Path, model: nn.Module, names: dict[str, str]) -> list[Pair]:
+    """All weights with what is to be in them, read and checked."""
     residuals = {id(module.moe): module for module in model.modules() if isinstance(module, ResidualMoE)}
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-
-    def found() -> list[Pair]:
-        first = folder / "mp_rank_00_model_states.pt"
-        files = sorted(folder.glob("mp_rank_*_model_states.pt")) if residuals else [first]
-        mains = [_read(file).get("module") or {} for file in files or [first]]
-        pairs: list[Pair] = []
-        for number, layer in enumerate(layers):
-            experts, prefix = _experts(folder, number, layers, names)
-            gate = _whole(first, mains[:1], prefix + GATE, layer.gate, WHOLE)
-            pairs += [*experts, (layer.gate, gate), *_residual(first, mains, prefix, residuals.get(id(layer)), names)]
-        return pairs
-
-    for values, read in together(comm, "checkpoint", found):
-        values.copy_(read)
+    main = folder / "mp_rank_00_model_states.pt"
+    # Gates are whole in the first of these files; only residual MLPs are sliced over all of them.
+    files = sorted(folder.glob("mp_rank_*_model_states.pt")) if residuals else []
+    states = [_read(file).get("module") or {} for file in files or [main]]
+    pairs: list[Pair] = []
+    for number, layer in enumerate(layers):
+        experts, prefix = _experts(folder, number, layers, names)
+        gate = _whole(main, states[:1], prefix + GATE, layer.gate, WHOLE)
+        pairs += experts
+        pairs.append((layer.gate, gate))
+        pairs += _residual(main, states, prefix, residuals.get(id(layer)), names)
+    return pairs
 
 
 def _experts(folder: Path, number: int, layers: list[MoE], names: dict[str, str]) -> tuple[list[Pair], str]:
@@ -80,85 +86,101 @@ def _experts(folder: Path, number: int, layers: list[MoE], names: dict[str, str]
     unnamed = [name for name, _ in bank.named_parameters() if name not in names]
     if unnamed:
         raise ValueError(f"names has {', '.join(names)}, but nothing for {', '.join(unnamed)}")
-    for beyond in (f"layer_{number}_expert_{layer.num_experts}", f"layer_{len(layers)}_expert_0"):
-        if any(folder.glob(f"{beyond}_mp_rank_*")):
-            raise ValueError(f"{folder} has {beyond}, which the model does not have")
-    found: list[Pair] = []
+    # An expert more, or a layer more, is of another model.
+    for excess in (f"layer_{number}_expert_{layer.num_experts}", f"layer_{len(layers)}_expert_0"):
+        if any(folder.glob(f"{excess}_mp_rank_*")):
+            raise ValueError(f"{folder} has {excess}, which the model does not have")
+    pairs: list[Pair] = []
     prefix = ""
     for place, expert in enumerate(bank.experts):
-        files = sorted(folder.glob(f"layer_{number}_expert_{expert}_mp_rank_*_model_states.pt"))
+        pattern = f"layer_{number}_expert_{expert}_mp_rank_*_model_states.pt"
+        files = sorted(folder.glob(pattern))
         if not files:
-            raise FileNotFoundError(f"{folder} has no layer_{number}_expert_{expert}_mp_rank_*_model_states.pt")
-        parts = [_read(file) for file in files]
-        prefix = next(iter(parts[0]), "").partition(EXPERTS)[0]
-        found += _network(files[0], parts, f"{prefix}{EXPERTS}{expert}.", _of_expert(bank, place), names)
-    return found, prefix
+            raise FileNotFoundError(f"{folder} has no {pattern}")
+        states = [_read(file) for file in files]
+        prefix = next(iter(states[0]), "").partition(EXPERTS)[0]
+        pairs += _network(files[0], states, f"{prefix}{EXPERTS}{expert}.", _of_expert(bank, place), names)
+    return pairs, prefix
 
 
 def _residual(
-    file: Path, mains: list[Any], prefix: str, layer: ResidualMoE | None, names: dict[str, str]
+    file: Path, states: list[State], prefix: str, layer: ResidualMoE | None, names: dict[str, str]
 ) -> list[Pair]:
     """The MLP and the coefficient of a layer. layer: None where the model has a plain MoE."""
     if layer is None or layer.coefficient is None:
-        parts = (COEFFICIENT,) if layer else (RESIDUAL, COEFFICIENT)
-        extra = next((key for key in mains[0] if key.startswith(tuple(prefix + part for part in parts))), None)
-        if extra is not None:
-            raise ValueError(f"{file} has {extra}, expected none: in the model it is no ResidualMoE(combine='learned')")
+        # What the file has and the model has not would be lost silently.
+        unknown = (COEFFICIENT,) if layer else (RESIDUAL, COEFFICIENT)
+        prefixes = tuple(prefix + name for name in unknown)
+        excess = next((key for key in states[0] if key.startswith(prefixes)), None)
+        if excess is not None:
+            raise ValueError(
+                f"{file} has {excess}, expected none: in the model it is no ResidualMoE(combine='learned')"
+            )
     if layer is None:
         return []
-    found = _network(file, mains, prefix + RESIDUAL, _of_mlp(layer.mlp), names)
+    pairs = _network(file, states, prefix + RESIDUAL, _of_mlp(layer.mlp), names)
     if layer.coefficient is not None:
         for name, values in layer.coefficient.named_parameters():
-            found.append((values, _whole(file, mains[:1], prefix + COEFFICIENT + name, values, WHOLE)))
-    return found
+            pairs.append((values, _whole(file, states[:1], prefix + COEFFICIENT + name, values, WHOLE)))
+    return pairs
 
 
-def _network(file: Path, parts: list[Any], prefix: str, weights: Weights, names: dict[str, str]) -> list[Pair]:
+def _network(file: Path, states: list[State], prefix: str, weights: Weights, names: dict[str, str]) -> list[Pair]:
     """The weights of one expert or MLP. Those without a name, biases, become 0."""
-    found = [
-        (values, _whole(file, parts, prefix + names[name], values, of) if name in names else torch.zeros_like(values))
-        for name, (values, of) in weights.items()
-        if values.numel()
-    ]
+    pairs = []
+    for name, (values, slice_of) in weights.items():
+        if not values.numel():
+            continue
+        if name in names:
+            pairs.append((values, _whole(file, states, prefix + names[name], values, slice_of)))
+        else:
+            pairs.append((values, torch.zeros_like(values)))
     known = {prefix + names[name] for name in weights if name in names}
-    others = sorted(key for key in parts[0] if key.startswith(prefix) and key not in known)
-    if others:
-        raise ValueError(f"{file} has {others[0]}, which neither names nor the model has")
-    return found
+    unknown = sorted(key for key in states[0] if key.startswith(prefix) and key not in known)
+    if unknown:
+        raise ValueError(f"{file} has {unknown[0]}, which neither names nor the model has")
+    return pairs
 
 
 def _of_expert(bank: Experts, place: int) -> Weights:
-    part = bank.slices["up"].part
-    weights = {"up": (bank.up[place].T, Slice(0, part)), "down": (bank.down[place].T, Slice(1, part))}
+    ranks = bank.slices["up"].part
+    columns, rows = Slice(0, ranks), Slice(1, ranks)
+    weights = {"up": (bank.up[place].T, columns), "down": (bank.down[place].T, rows)}
     if bank.activation == "swiglu":
-        weights["gate"] = bank.gate[place].T, Slice(0, part)
-    else:
-        weights["up_bias"] = bank.up_bias[place], Slice(0, part)
-        none = bank.up_bias.new_empty(0)  # another slice has it
-        weights["down_bias"] = none if bank.down_bias is None else bank.down_bias[place], WHOLE
+        weights["gate"] = bank.gate[place].T, columns
+        return weights
+    weights["up_bias"] = bank.up_bias[place], columns
+    # Slice 0 alone has this bias; without numbers it is left out.
+    nothing = bank.up_bias.new_empty(0)
+    weights["down_bias"] = nothing if bank.down_bias is None else bank.down_bias[place], WHOLE
     return weights
 
 
 def _of_mlp(mlp: MLP) -> Weights:
-    part = mlp.up.slices["weight"].part
-    weights = {"down": (mlp.down.weight, Slice(1, part)), "down_bias": (mlp.down.bias, WHOLE)}
+    ranks = mlp.up.slices["weight"].part
+    weights = {"down": (mlp.down.weight, Slice(1, ranks)), "down_bias": (mlp.down.bias, WHOLE)}
     blocks = ("gate", "up") if mlp.activation == "swiglu" else ("up",)
-    views = zip(blocks, mlp.up.weight.chunk(len(blocks)), mlp.up.bias.chunk(len(blocks)), strict=True)
-    for name, weight, bias in views:
-        weights[name], weights[f"{name}_bias"] = (weight, Slice(0, part)), (bias, Slice(0, part))
+    matrices = mlp.up.weight.chunk(len(blocks))
+    biases = mlp.up.bias.chunk(len(blocks))
+    for name, weight, bias in zip(blocks, matrices, biases, strict=True):
+        weights[name] = weight, Slice(0, ranks)
+        weights[f"{name}_bias"] = bias, Slice(0, ranks)
     return weights
 
 
-def _whole(file: Path, parts: list[Any], key: str, values: Tensor, of: Slice) -> Tensor:
+def _whole(file: Path, states: list[State], key: str, values: Tensor, slice_of: Slice) -> Tensor:
     """What belongs into values, from one whole weight or from slices of it."""
-    if any(key not in part for part in parts):
-        raise ValueError(f"{file} has no {key}, but {', '.join(list(parts[0])[:6])}")
-    tensors = [part[key] for part in parts]
-    shape = [size * of.part[1] if dim == of.dim else size for dim, size in enumerate(values.shape)]
-    whole = tensors[0] if list(tensors[0].shape) == shape else torch.cat(tensors, of.dim)
-    if list(whole.shape) != shape:
-        raise ValueError(f"{key} in {file} has shape {tuple(whole.shape)}, expected {tuple(shape)}")
-    return part_of(whole, of.dim, of.part)
+    if any(key not in state for state in states):
+        raise ValueError(f"{file} has no {key}, but {', '.join(list(states[0])[:6])}")
+    tensors = [state[key] for state in states]
+    dim, ranks = slice_of.dim, slice_of.part
+    shape = list(values.shape)
+    shape[dim] *= ranks[1]
+    # DeepSpeed slices by its own tensor ranks, which need not be as many as ours; a weight may be whole in each file.
+    weight = tensors[0] if list(tensors[0].shape) == shape else torch.cat(tensors, dim)
+    if list(weight.shape) != shape:
+        raise ValueError(f"{key} in {file} has shape {tuple(weight.shape)}, expected {tuple(shape)}")
+    return part_of(weight, dim, ranks)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -52,20 +52,24 @@ class Experts(Part):
         self.split = part[1] > 1 or num_experts not in (None, len(self.experts))
         """Whether other ranks hold other experts, or other slices."""
         self.wrapper = 0
-        """id of the DistributedDataParallel that was found to leave them alone."""
+        """id of the DistributedDataParallel that was seen to leave the experts alone."""
 
         def bank(name: str, shape: tuple[int, int]) -> nn.Parameter:
-            whole = weights or (lambda e, name: draw(shape, std, *key, "expert", e, name))
-            slices = [part_of(whole(e, name), SLICED[name], part) for e in experts]
+            slices = []
+            for expert in experts:
+                weight = weights(expert, name) if weights else draw(shape, std, *key, "expert", expert, name)
+                slices.append(part_of(weight, SLICED[name], part))
+            # A rank may have no expert at all; torch.stack needs one.
             return parameter(torch.stack(slices) if slices else torch.zeros(0, *shape), like)
 
         self.up = bank("up", (hidden, ffn))
         self.down = bank("down", (ffn, hidden))
         if activation == "swiglu":
             self.gate = bank("gate", (hidden, ffn))
-        else:
-            self.up_bias = parameter(torch.zeros(len(experts), ffn // part[1]), like)
-            self.down_bias = parameter(torch.zeros(len(experts), hidden), like) if part[0] == 0 else None
+            return
+        self.up_bias = parameter(torch.zeros(len(experts), ffn // part[1]), like)
+        # The answers of the slices are added, so only one slice may add the bias.
+        self.down_bias = parameter(torch.zeros(len(experts), hidden), like) if part[0] == 0 else None
 
     def place(self) -> list[int]:
         """As Part has it."""
@@ -77,7 +81,7 @@ class Experts(Part):
             raise ValueError(f"Experts: {FSDP}")
         super().__setattr__(name, value)
 
-    def forward(self, rows: Tensor, rows_per_expert: Any) -> Tensor:
+    def forward(self, rows: Tensor, rows_per_expert: np.ndarray | Tensor) -> Tensor:
         """rows [N, hidden], rows_per_expert [E'] of them for each expert, in this order -> [N, hidden].
 
         rows_per_expert may be numpy, or a tensor on the rows' device that sums up to less than N: the rows behind
@@ -86,46 +90,55 @@ class Experts(Part):
         multiply = _Grouped if _is_grouped(rows, self.up) else _Loop
         product = multiply(rows, rows_per_expert)
         if self.activation == "swiglu":
-            inner = F.silu(product(rows, self.gate, None)) * product(rows, self.up, None)
+            gate = product(rows, self.gate, None)
+            inner = F.silu(gate) * product(rows, self.up, None)
             return product(inner, self.down, None)
-        return product(F.gelu(product(rows, self.up, self.up_bias)), self.down, self.down_bias)
+        inner = F.gelu(product(rows, self.up, self.up_bias))
+        return product(inner, self.down, self.down_bias)
 
 
 def _is_grouped(rows: Tensor, weight: Tensor) -> bool:
-    """torch's kernel takes bfloat16 and multiples of 16 bytes; for other dtypes it loops as we do."""
-    lengths_fit = all(length % 8 == 0 for length in weight.shape[1:])
-    return rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and lengths_fit
+    # torch's kernel takes bfloat16 and rows of a multiple of 16 bytes. For other dtypes it has a loop, as _Loop.
+    fits = all(length % 8 == 0 for length in weight.shape[1:])
+    return rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and fits
 
 
 class _Loop:
     """Products of an expert's rows and its weight, one expert after the other."""
 
-    def __init__(self, rows: Tensor, rows_per_expert: Any) -> None:
-        self.counts = rows_per_expert.tolist()
-        self.beyond = len(rows) - sum(self.counts)
+    def __init__(self, rows: Tensor, rows_per_expert: np.ndarray | Tensor) -> None:
+        counts: list[int] = rows_per_expert.tolist()
+        self.lengths = [*counts, len(rows) - sum(counts)]
 
     def __call__(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        *parts, rest = rows.split([*self.counts, self.beyond])
-        weights = weight.to(rows.dtype).unbind()  # not weight[e]: its gradient is as large as the whole bank
+        *groups, beyond = rows.split(self.lengths)
+        # unbind, not weight[e] in the loop: the gradient of that is as large as the bank, once for each expert.
+        weights = weight.to(rows.dtype).unbind()
         biases = [None] * len(weights) if bias is None else bias.to(rows.dtype).unbind()
-        products = [F.linear(x, w.T, b) for x, w, b in zip(parts, weights, biases, strict=True)]
-        return torch.cat([*products, rest.new_zeros(self.beyond, weight.shape[2])])
+        products = []
+        for group, matrix, vector in zip(groups, weights, biases, strict=True):
+            products.append(F.linear(group, matrix.T, vector))
+        products.append(beyond.new_zeros(len(beyond), weight.shape[2]))
+        return torch.cat(products)
 
 
 class _Grouped:
     """All products in one kernel, which reads on the device where each expert's rows end."""
 
-    def __init__(self, rows: Tensor, rows_per_expert: Any) -> None:
+    def __init__(self, rows: Tensor, rows_per_expert: np.ndarray | Tensor) -> None:
         on_host = isinstance(rows_per_expert, np.ndarray)
-        counts = torch.from_numpy(rows_per_expert).to(rows.device) if on_host else rows_per_expert
+        counts = torch.as_tensor(rows_per_expert, device=rows.device)
         self.ends = counts.cumsum(0, dtype=torch.int32)
-        place = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        self.expert = torch.bucketize(place, self.ends, right=True)  # of each row; E' behind the last one
+        # Of each row its expert's place in the bank; E' for the rows behind the last expert's.
+        index = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        self.expert = torch.bucketize(index, self.ends, right=True)
+        # Counts that the host knows add up to all rows: the exchange made as many as it needs.
         self.beyond = None if on_host else (self.expert == len(counts))[:, None]
 
     def __call__(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.grouped_mm(rows, weight.to(rows.dtype), offs=self.ends)
-        if bias is not None:  # as a product: its gradient is a product too, in a fixed order
-            here = self.expert[:, None] == torch.arange(len(bias), device=rows.device)
-            y = torch.addmm(y, here.to(y.dtype), bias.to(y.dtype))
+        if bias is not None:
+            # A product instead of bias[expert]: its gradient is a product too, which adds up in a fixed order.
+            chosen = self.expert[:, None] == torch.arange(len(bias), device=rows.device)
+            y = torch.addmm(y, chosen.to(y.dtype), bias.to(y.dtype))
         return y if self.beyond is None else y.masked_fill(self.beyond, 0)

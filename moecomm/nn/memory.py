@@ -52,88 +52,119 @@ def memory_estimate(
     Raises ValueError for topologies that are not one for each layer with experts, stages that cannot share the layers,
     or a rank that the topologies do not have.
     """
-    topologies = [topology] * max(1, len(config.experts)) if isinstance(topology, Topology) else list(topology)
-    if len(topologies) != max(1, len(config.experts)):
-        raise ValueError(f"memory_estimate: got {len(topologies)} topologies, expected {max(1, len(config.experts))}")
-    first, size = topologies[0], dtype.itemsize
-    if config.num_layers % first.pipeline:
+    count = max(1, len(config.experts))
+    topologies = [topology] * count if isinstance(topology, Topology) else list(topology)
+    if len(topologies) != count:
+        raise ValueError(f"memory_estimate: got {len(topologies)} topologies, expected {count}")
+    axes, size = topologies[0], dtype.itemsize
+    if config.num_layers % axes.pipeline:
         raise ValueError(
-            f"memory_estimate: {config.num_layers} layers, which pipeline={first.pipeline} stages cannot share"
+            f"memory_estimate: {config.num_layers} layers, which pipeline={axes.pipeline} stages cannot share"
         )
     tokens = sequences * (config.context if length is None else length)
-    stage, each = first.coords(rank)["pipeline"], config.num_layers // first.pipeline
-    needs, gates, experts = [], 0, dict.fromkeys(topologies, 0)
-    for layer in range(stage * each, (stage + 1) * each):
-        needs.append(_attention(config, tokens, first.tensor, size))
-        count = config.experts_of(layer)
-        if not count or config.residual != "none":
-            needs.append(_mlp(config, tokens, first.tensor, size))
-        if count:
-            mine = topologies[layer // 2]
-            needs.append(_moe(config, tokens, count, mine, skew, size))
-            gates += count
-            part = (mine.coords(rank)["expert_tensor"], mine.expert_tensor)
-            experts[mine] += count // mine.expert * config.num_in_expert(part)
-    dense, kept = (sum(need[i] for need in needs) for i in range(2))
-    buffers = max(need.moment for need in needs)
-    h, vocabulary = config.hidden, config.vocabulary
-    if stage == 0:
-        dense, kept = dense + config.context * h, kept + 8 * tokens
-    if stage in (0, first.pipeline - 1):
-        dense += vocabulary * h
-    if stage == first.pipeline - 1:  # norm, logits, their log-softmax
-        dense, kept = dense + 2 * h, kept + tokens * (2 * size * h + 8 * vocabulary + 8)
-        freed = tokens * (2 * size * h + 4 * vocabulary)  # when the backward pass comes to a layer
-        buffers = max(buffers - freed, 8 * tokens * vocabulary)
-    if first.world_size > 1:  # the copies of reduce_gradients; there are no activations then
-        buffers = max(buffers, size * max(2 * dense, 3 * max(experts.values())) - kept)
-    gradients = size * (dense + sum(experts.values())) + 4 * gates * h
-    return Memory(gradients + 4 * gates, gradients, states * gradients, kept, buffers)
+    stage, num_layers = axes.coords(rank)["pipeline"], config.num_layers // axes.pipeline
+    needs = []
+    gates = 0
+    experts = dict.fromkeys(topologies, 0)
+    for layer in range(stage * num_layers, (stage + 1) * num_layers):
+        needs.append(_attention(config, tokens, axes.tensor, size))
+        num_experts = config.experts_of(layer)
+        if not num_experts or config.residual != "none":
+            needs.append(_mlp(config, tokens, axes.tensor, size))
+        if num_experts:
+            spread = topologies[layer // 2]
+            needs.append(_moe(config, tokens, num_experts, spread, skew, size))
+            gates += num_experts * config.hidden
+            slice_of = (spread.coords(rank)["expert_tensor"], spread.expert_tensor)
+            experts[spread] += num_experts // spread.expert * config.num_in_expert(slice_of)
+    needs.append(_ends(config, tokens, stage, axes.pipeline, size))
+    dense = sum(need.dense for need in needs)
+    activations = sum(need.activations for need in needs)
+    buffers = max(need.backward for need in needs)
+    if stage == axes.pipeline - 1:
+        # Of the logits' activations most are gone when the backward pass comes to a layer.
+        freed = tokens * (2 * size * config.hidden + 4 * config.vocabulary)
+        buffers = max(max(need.backward for need in needs[:-1]) - freed, needs[-1].backward)
+    if axes.world_size > 1:
+        # The copies in which reduce_gradients adds up: the activations are gone then, and leave room for them.
+        copies = size * max(2 * dense, 3 * max(experts.values()))
+        buffers = max(buffers, copies - activations)
+    # Gates are float32 whatever the model is. Each expert has a bias beside them, 4 bytes, which is no parameter.
+    gradients = size * (dense + sum(experts.values())) + 4 * gates
+    biases = 4 * gates // config.hidden
+    return Memory(gradients + biases, gradients, states * gradients, activations, buffers)
 
 
 class _Need(NamedTuple):
-    """Of a part of the model.
+    """What a layer needs.
 
-    dense   numbers in weights, gates and experts aside
-    kept    bytes of activations
-    moment  bytes that its backward pass needs at once
+    dense        numbers in weights, gates and experts aside
+    activations  bytes of them that the backward pass reads
+    backward     bytes that its backward pass needs at once
     """
 
     dense: int
-    kept: int
-    moment: int = 0
+    activations: int
+    backward: int = 0
+
+
+def _ends(config: Config, tokens: int, stage: int, num_stages: int, size: int) -> _Need:
+    """The embeddings of the first stage; the last one's norm, logits and their log-softmax."""
+    h, vocabulary = config.hidden, config.vocabulary
+    dense = activations = backward = 0
+    if stage == 0:
+        dense += config.context * h
+        activations += 8 * tokens
+    # Both ends have the embedding: it is the matrix of the logits, too.
+    if stage in (0, num_stages - 1):
+        dense += vocabulary * h
+    if stage == num_stages - 1:
+        dense += 2 * h
+        activations += tokens * (2 * size * h + 8 * vocabulary + 8)
+        backward = 8 * tokens * vocabulary
+    return _Need(dense, activations, backward)
 
 
 def _attention(config: Config, tokens: int, lanes: int, size: int) -> _Need:
     """With both norms of a layer: their inputs, outputs and statistics; q, k, v and what comes of them."""
     h = config.hidden
-    kept = size * tokens * (4 * h + 4 * h // lanes) + 4 * tokens * (4 + config.heads // lanes)
-    return _Need((4 * h + 3) * h // lanes + 5 * h, kept)
+    statistics = 4 * tokens * (4 + config.heads // lanes)
+    activations = size * tokens * (4 * h + 4 * h // lanes)
+    return _Need((4 * h + 3) * h // lanes + 5 * h, activations + statistics)
 
 
-def _widths(config: Config) -> tuple[int, int]:
-    """Of a feed-forward layer: how many activations as wide as it are kept, how many gradients are there at once."""
+def _inner_widths(config: Config) -> tuple[int, int]:
+    """Of a feed-forward layer: how many activations as wide as it it has, and how many gradients at once."""
     return (4, 3) if config.activation == "swiglu" else (2, 2)
 
 
 def _mlp(config: Config, tokens: int, lanes: int, size: int) -> _Need:
-    h, width, (kept, passing) = config.hidden, config.ffn // lanes, _widths(config)
-    return _Need(config.num_in_mlp(lanes), size * tokens * kept * width, size * tokens * (h + passing * width))
+    h, width = config.hidden, config.ffn // lanes
+    activations, gradients = _inner_widths(config)
+    return _Need(
+        config.num_in_mlp(lanes),
+        size * tokens * activations * width,
+        size * tokens * (h + gradients * width),
+    )
 
 
-def _moe(config: Config, tokens: int, count: int, topology: Topology, skew: float, size: int) -> _Need:
+def _moe(config: Config, tokens: int, num_experts: int, topology: Topology, skew: float, size: int) -> _Need:
     """Rows at the experts and answers at home; logits and tables of the gate; what "learned" weights."""
-    h, width, (kept, passing) = config.hidden, config.ffn // topology.expert_tensor, _widths(config)
+    h, width = config.hidden, config.ffn // topology.expert_tensor
+    activations, gradients = _inner_widths(config)
     sent = tokens * config.top_k * topology.expert_tensor // topology.tensor
     rows = int(sent * skew)
-    if topology.expert * topology.tensor * topology.expert_tensor == 1 and config.capacity_factor is not None:
-        sent = rows = count * expert_capacity(tokens, count, config.top_k, factor=config.capacity_factor)
-    learned = config.residual == "learned"
-    of_rows = size * (rows * (h + kept * width) + sent * h)
-    of_gate = 4 * (tokens * (count + 4 * config.top_k + 1) + sent)
-    weight = size * count // topology.expert * h * width
-    return _Need(
-        learned * (2 * h + 2),
-        of_rows + of_gate + learned * 2 * tokens * (size * h + 4),
-        max(size * rows * (h + passing * width), 2 * weight),  # a weight's gradients one by one, then as one bank
-    )
+    alone = topology.expert * topology.tensor * topology.expert_tensor == 1
+    if alone and config.capacity_factor is not None:
+        # LocalExchange has a row for each place of each expert, filled or not.
+        sent = rows = num_experts * expert_capacity(tokens, num_experts, config.top_k, factor=config.capacity_factor)
+    of_rows = size * (rows * (h + activations * width) + sent * h)
+    of_gate = 4 * (tokens * (num_experts + 4 * config.top_k + 1) + sent)
+    dense = of_coefficient = 0
+    if config.residual == "learned":
+        dense = 2 * h + 2
+        of_coefficient = 2 * tokens * (size * h + 4)
+    # The gradients of a weight are made expert by expert, then put together as one bank.
+    banks = 2 * size * num_experts // topology.expert * h * width
+    backward = max(size * rows * (h + gradients * width), banks)
+    return _Need(dense, of_rows + of_gate + of_coefficient, backward)

@@ -40,8 +40,9 @@ class Part(nn.Module):
     ) -> None:  # fmt: skip
         saved = state_dict.get(prefix + SUFFIX)
         if isinstance(saved, Tensor) and not saved.is_meta:
-            wanted = torch.tensor(self.place()).to(saved.dtype)  # casts of a whole state_dict cast the place too
-            if not torch.equal(saved.cpu(), wanted):
+            # A cast of all tensors of a state_dict has cast the place, too.
+            place = torch.tensor(self.place()).to(saved.dtype)
+            if not torch.equal(saved.cpu(), place):
                 errors.append(
                     f"{prefix[:-1] or type(self).__name__}: the state_dict has {_words(saved.long().tolist())}, this "
                     f"rank {_words(self.place())}; moecomm.nn.checkpoint saves and loads the parts of all ranks."

@@ -37,19 +37,22 @@ def pipeline_stage(model: TransformerLM, micro_batch: int, length: int, group: A
 
     Gradients: make the schedule with scale_grads=False and tell `reduce_gradients` the number of micro-batches.
     """
-    number, parts = model.stage
-    first = next(model.parameters())
+    number, num_stages = model.stage
+    weight = next(model.parameters())
 
-    def passed(width: int, dtype: Any) -> tuple[Tensor, Tensor]:
+    # Given its shapes a stage needs no exchange of them before the first step.
+    def passed(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         hidden = torch.empty(micro_batch, length, width, dtype=dtype, device="meta", requires_grad=True)
         return hidden, torch.empty(1, device="meta", requires_grad=True)
 
     tokens = torch.empty(micro_batch, length, dtype=torch.int64, device="meta")
-    between = passed(model.config.hidden, first.dtype)
+    hidden_states = passed(model.config.hidden, weight.dtype)
     logits = passed(model.config.vocabulary, torch.float32)
     return PipelineStage(
-        Stage(model), number, parts, first.device, group=group,
-        input_args=between if number else (tokens,), output_args=logits if number == parts - 1 else between,
+        Stage(model), number, num_stages, weight.device,
+        input_args=hidden_states if number else (tokens,),
+        output_args=logits if number == num_stages - 1 else hidden_states,
+        group=group,
     )  # fmt: skip
 
 

@@ -28,12 +28,12 @@ def pyramid(num_layers: int, num_experts: int, shape: Shape = "pyramid", *, num_
             f"pyramid: got num_layers {num_layers}, num_experts {num_experts}, num_wide {num_wide}; expected layers "
             f"and experts >= 1, and num_wide 0 .. num_layers"
         )
-    first = num_layers // 2
+    half = num_layers // 2
     shapes: dict[str, list[tuple[int, int]]] = {
         "standard": [(num_layers, num_experts)],
         "pyramid": [(num_layers - num_wide, num_experts), (num_wide, 2 * num_experts)],
-        "first-half": [(first, num_experts), (num_layers - first, 0)],
-        "second-half": [(first, 0), (num_layers - first, num_experts)],
+        "first-half": [(half, num_experts), (num_layers - half, 0)],
+        "second-half": [(half, 0), (num_layers - half, num_experts)],
     }
     if shape not in shapes:
         raise ValueError(f"pyramid: shape is {shape!r}, expected one of {', '.join(map(repr, shapes))}")
@@ -52,10 +52,12 @@ def layer_topologies(
     {32, 64, 128} experts on 128 ranks are shared by {32, 64, 128} ranks, so that there are {4, 2, 1} copies.
     Raises ValueError for sizes that do not divide the ranks.
     """
-    whole = Topology(world_size, expert_tensor=expert_tensor, **dense)
-    most = whole.expert_data if expert is None else expert
-    Topology(world_size, expert_tensor=expert_tensor, expert=most, **dense)  # raises for a size that does not divide
-    sizes = [math.gcd(most, count) for count in num_experts]  # of a dense layer, 0 experts: as whole
+    if expert is None:
+        expert = Topology(world_size, expert_tensor=expert_tensor, **dense).expert_data
+    # A size that does not divide the ranks raises, where its common divisor with the experts might divide them.
+    Topology(world_size, expert_tensor=expert_tensor, expert=expert, **dense)
+    # A layer with 0 experts, a dense one, gets the size itself.
+    sizes = [math.gcd(expert, count) for count in num_experts]
     return [Topology(world_size, expert_tensor=expert_tensor, expert=size, **dense) for size in sizes]
 
 

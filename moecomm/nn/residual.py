@@ -12,6 +12,9 @@ from moecomm.nn.linear import MLP
 from moecomm.nn.moe import MoE
 from moecomm.nn.seeds import draw, parameter
 
+OF_MOE = ("top_k", "groups", "exchange", "capacity_factor", "eval_capacity_factor", "choices")
+"""Options that the MLP does not have."""
+
 
 class ResidualMoE(nn.Module):
     """x [..., hidden] -> (y [..., hidden], routing): a fixed MLP plus one expert, at the traffic of top-1.
@@ -32,13 +35,13 @@ class ResidualMoE(nn.Module):
             raise ValueError(f"ResidualMoE: combine is {combine!r}, expected 'sum' or 'learned'")
         self.moe = MoE(hidden, ffn, num_experts, **options)
         groups = options.get("groups")
-        of_moe = ("top_k", "groups", "exchange", "capacity_factor", "eval_capacity_factor", "choices")
-        of_both = {name: value for name, value in options.items() if name not in of_moe}
-        self.mlp = MLP(hidden, ffn, tensor=None if groups is None else groups.tensor, **of_both)
+        shared = {name: value for name, value in options.items() if name not in OF_MOE}
+        self.mlp = MLP(hidden, ffn, tensor=None if groups is None else groups.tensor, **shared)
         self.coefficient: nn.Linear | None = None
         if combine == "learned":
-            like: dict[str, Any] = {name: of_both[name] for name in ("device", "dtype") if name in of_both}
+            like: dict[str, Any] = {name: shared[name] for name in ("device", "dtype") if name in shared}
             self.coefficient = nn.Linear(hidden, 2, **like)
+            # Drawn as all weights are, so that it does not depend on what was drawn before it on this rank.
             weight = draw((2, hidden), options.get("std", 0.02), *options.get("key", (0,)), "coefficient")
             self.coefficient.weight = parameter(weight, like)
             nn.init.zeros_(self.coefficient.bias)
@@ -49,15 +52,18 @@ class ResidualMoE(nn.Module):
         if not x.is_cuda:
             (corrected, routing), fixed = self.moe(x), self.mlp(x)
         else:
-            here = torch.cuda.current_stream(x.device)
+            current = torch.cuda.current_stream(x.device)
             self._stream = self._stream or torch.cuda.Stream(x.device)
-            self._stream.wait_stream(here)
-            with torch.cuda.stream(self._stream):  # first: the exchange makes the host wait for counts
+            # x is made on the current stream, and the MLP must not read it earlier.
+            self._stream.wait_stream(current)
+            # The MLP is queued before the exchange, which may make the host wait for counts.
+            with torch.cuda.stream(self._stream):
                 fixed = self.mlp(x)
+            # The allocator knows the stream that made a tensor, and would reuse its memory while another stream reads.
             x.record_stream(self._stream)
             corrected, routing = self.moe(x)
-            here.wait_stream(self._stream)
-            fixed.record_stream(here)
+            current.wait_stream(self._stream)
+            fixed.record_stream(current)
         if self.coefficient is None:
             return fixed + corrected, routing
         share = self.coefficient(x).softmax(-1)

@@ -42,12 +42,14 @@ def parameter(values: Tensor, like: dict[str, Any]) -> torch.nn.Parameter:
 
     like  device and dtype, or nothing: torch's default dtype
     """
-    return torch.nn.Parameter(values.to(**{"dtype": torch.get_default_dtype(), **like}, copy=True).contiguous())
+    form = {"dtype": torch.get_default_dtype(), **like}
+    # A copy, since values may be a slice: it would keep the memory of the whole weight.
+    return torch.nn.Parameter(values.to(**form, copy=True).contiguous())
 
 
-def part_of(values: Tensor, dim: int, part: tuple[int, int]) -> Tensor:
-    """Slice i of n equal ones, part = (i, n), along a dimension. Raises ValueError if n does not divide it."""
-    number, parts = part
-    if values.shape[dim] % parts:
-        raise ValueError(f"a weight {tuple(values.shape)} has {values.shape[dim]} slices, which {parts} cannot share")
-    return values.chunk(parts, dim)[number]
+def part_of(values: Tensor, dim: int, slice_of: tuple[int, int]) -> Tensor:
+    """Slice i of n equal ones, slice_of = (i, n), along a dimension. Raises ValueError if n does not divide it."""
+    number, ranks = slice_of
+    if values.shape[dim] % ranks:
+        raise ValueError(f"a weight {tuple(values.shape)} has {values.shape[dim]} slices, which {ranks} cannot share")
+    return values.chunk(ranks, dim)[number]

@@ -46,17 +46,20 @@ class Attention(nn.Module):
         if config.heads % size:
             raise ValueError(f"TransformerLM: {config.heads} heads, which tensor={size} ranks cannot share")
         self.layer, self.heads = layer, config.heads // size
-        h, same = config.hidden, {"tensor": tensor, "std": config.std, **like}
-        self.qkv = ColumnLinear(h, h, blocks=3, key=(*key, "qkv"), **same)
-        self.out = RowLinear(h, h, key=(*key, "out"), **same)
+        h = config.hidden
+        options = {"tensor": tensor, "std": config.std, **like}
+        self.qkv = ColumnLinear(h, h, blocks=3, key=(*key, "qkv"), **options)
+        self.out = RowLinear(h, h, key=(*key, "out"), **options)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         """x [B, S, hidden] -> [B, S, hidden]; the positions in cache come before, and x's are added to it."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (by_head.transpose(1, 2) for by_head in self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3))
         mask = None
         if cache is not None:
             if self.layer in cache:
-                k, v = (torch.cat(pair, 2) for pair in zip(cache[self.layer], (k, v), strict=True))
+                keys, values = cache[self.layer]
+                k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+                # is_causal would take the first new position for position 0.
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
                 mask = mask.tril(k.shape[2] - q.shape[2])
             cache[self.layer] = k, v
@@ -75,25 +78,28 @@ class Block(nn.Module):
         h, key, experts = config.hidden, (*key, layer), config.experts_of(layer)
         self.norms = nn.ModuleList(nn.LayerNorm(h, **like) for _ in range(2))
         self.attention = Attention(config, layer, tensor, key, **like)
-        same: dict[str, Any] = {"activation": config.activation, "std": config.std, "key": (*key, "ffn"), **like}
-        of_moe: dict[str, Any] = {
-            "groups": groups, "exchange": exchange, "choices": {"normalize": config.normalize},
-            "capacity_factor": config.capacity_factor, "eval_capacity_factor": config.eval_capacity_factor,
-        }  # fmt: skip
+        options: dict[str, Any] = {"activation": config.activation, "std": config.std, "key": (*key, "ffn"), **like}
         self.ffn: MLP | MoE | ResidualMoE
         if not experts:
-            self.ffn = MLP(h, config.ffn, tensor=tensor, **same)
-        elif config.residual == "none":
-            self.ffn = MoE(h, config.ffn, experts, config.top_k, **of_moe, **same)
+            self.ffn = MLP(h, config.ffn, tensor=tensor, **options)
+            return
+        options["groups"] = groups
+        options["exchange"] = exchange
+        options["choices"] = {"normalize": config.normalize}
+        options["capacity_factor"] = config.capacity_factor
+        options["eval_capacity_factor"] = config.eval_capacity_factor
+        if config.residual == "none":
+            self.ffn = MoE(h, config.ffn, experts, config.top_k, **options)
         else:
-            self.ffn = ResidualMoE(h, config.ffn, experts, combine=config.residual, **of_moe, **same)
+            self.ffn = ResidualMoE(h, config.ffn, experts, combine=config.residual, **options)
 
     def forward(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Routing | None]:
         """x [B, S, hidden] -> the same, and the routing where there are experts."""
         x = x + self.attention(self.norms[0](x), cache)
-        y, routing = self.ffn(self.norms[1](x)), None
-        if not isinstance(self.ffn, MLP):
-            y, routing = y
+        z = self.norms[1](x)
+        if isinstance(self.ffn, MLP):
+            return x + self.ffn(z), None
+        y, routing = self.ffn(z)
         return x + y, routing
 
 
@@ -115,25 +121,31 @@ class TransformerLM(nn.Module):
         exchange: Any = None, seed: int = 0, **like: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        number, parts = stage
-        if not 0 <= number < parts:
+        number, num_stages = stage
+        if not 0 <= number < num_stages:
             raise ValueError(f"TransformerLM: stage is {stage}, expected (i, n) with 0 <= i < n")
-        if config.num_layers % parts:
-            raise ValueError(f"TransformerLM: {config.num_layers} layers, which pipeline={parts} stages cannot share")
+        if config.num_layers % num_stages:
+            raise ValueError(
+                f"TransformerLM: {config.num_layers} layers, which pipeline={num_stages} stages cannot share"
+            )
         if groups is not None and len(groups) != max(1, len(config.experts)):
             raise ValueError(f"TransformerLM: got {len(groups)} groups, expected {max(1, len(config.experts))}")
         self.config, self.stage, self.groups = config, stage, groups[0] if groups else None
-        each = config.num_layers // parts
+        num_layers = config.num_layers // num_stages
         self.blocks = nn.ModuleDict()
-        for layer in range(number * each, (number + 1) * each):
-            mine = groups[min(layer // 2, len(groups) - 1)] if groups else None
-            made = exchange(mine, config.experts_of(layer)) if exchange and config.experts_of(layer) else None
-            self.blocks[str(layer)] = Block(config, layer, mine, (seed, "layer"), made, **like)
-        if number in (0, parts - 1):  # input and output share it
+        for layer in range(number * num_layers, (number + 1) * num_layers):
+            # Groups are one for each layer with experts, and such are every second. A dense layer needs the tensor
+            # group alone, which all of them have in common.
+            layer_groups = groups[min(layer // 2, len(groups) - 1)] if groups else None
+            num_experts = config.experts_of(layer)
+            layer_exchange = exchange(layer_groups, num_experts) if exchange and num_experts else None
+            self.blocks[str(layer)] = Block(config, layer, layer_groups, (seed, "layer"), layer_exchange, **like)
+        # The matrix of the logits is the embedding, so that both ends of a pipeline have it.
+        if number in (0, num_stages - 1):
             self.embedding = parameter(draw((config.vocabulary, config.hidden), config.std, seed, "embedding"), like)
         if number == 0:
             self.position = parameter(draw((config.context, config.hidden), config.std, seed, "position"), like)
-        if number == parts - 1:
+        if number == num_stages - 1:
             self.norm = nn.LayerNorm(config.hidden, **like)
 
     def forward(self, x: Tensor, loss: Tensor | None = None, cache: Cache | None = None) -> Output:

@@ -22,13 +22,13 @@ Without --text: the sources of Python's standard library. The same losses for an
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser(
+    options = argparse.ArgumentParser(
         prog="python -m moecomm.train",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = made.add_argument
+    add = options.add_argument
     add("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 files, any number")
     add("--config", default="small", help="name of a model in moecomm.nn.CONFIGS (default: %(default)s)")
     add("--steps", type=positive, default=200, help="(default: %(default)s)")
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--save-every", type=positive, default=100, metavar="STEPS", help="(default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the same settings")
     add("--seed", type=natural, default=0)
-    return made
+    return options
 
 
 def natural(text: str, least: int = 0) -> int:
@@ -70,7 +70,8 @@ def launch(options: argparse.Namespace, source: str) -> int:
         from moecomm.train.run import run, world
 
         build = import_module(source).build
-        for drawing in ("tqdm", "matplotlib"):  # now, not when a long run ends
+        # Needed when a run ends; what is missing is said before it begins.
+        for drawing in ("tqdm", "matplotlib"):
             import_module(drawing)
     except ImportError as error:
         print(f"error: {error}: pip install 'moecomm[train]'", file=sys.stderr)
@@ -85,9 +86,9 @@ def launch(options: argparse.Namespace, source: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except CommError as error:
-        last = checkpoint.last(options.out)
-        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-        print(f"error: a rank was lost: {error}\n{kept}", file=sys.stderr)
+        path = checkpoint.last(options.out)
+        advice = f"the last checkpoint is {path}" if path else "there is no checkpoint yet"
+        print(f"error: a rank was lost: {error}\n{advice}", file=sys.stderr)
         return 1
     return 0
 

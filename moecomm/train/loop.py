@@ -91,19 +91,20 @@ class Trainer:
         self.optimizer.zero_grad()
         layers = self.model.moe_layers()
         carried = [torch.zeros(layer.num_experts, device=self.device) for layer in layers]
+        # Added up on the device, so that the host does not wait for it before the step's end.
         total, num_micro = torch.zeros((), device=self.device), 0
-        for tokens in self._mine(self.text.batch(number, self.plan.batch)):
+        for tokens in self._micro_batches(self.text.batch(number, self.plan.batch)):
             losses, output = self._losses(tokens)
             self.objective(number, tokens, losses, output).backward()
             total += losses.detach().mean()
             num_micro += 1
-            for here, routing in zip(carried, output.routings, strict=True):
-                here += self._carried(routing, losses)
+            for of_layer, routing in zip(carried, output.routings, strict=True):
+                of_layer += self._carried(routing, losses)
         reduce_gradients(self.model, self.model.groups, num_micro)
         self.optimizer.step()
         if self.plan.balance in ("bias", "loss-bias"):
-            for layer, here in zip(layers, carried, strict=True):
-                update_bias(layer, here, self.plan.bias_rate)
+            for layer, of_layer in zip(layers, carried, strict=True):
+                update_bias(layer, of_layer, self.plan.bias_rate)
         return float(total) / num_micro
 
     def objective(self, number: int, tokens: Tensor, losses: Tensor, output: Output) -> Tensor:
@@ -119,15 +120,19 @@ class Trainer:
     def validate(self, num_batches: int = 4) -> float:
         """The mean loss on held-out sequences, on this rank. Collective over all ranks."""
         self.model.eval()
-        tokens = self.text.validation(num_batches * self.plan.batch)
-        means = [self._losses(part)[0].mean() for part in self._mine(tokens)]
+        sequences = self.text.validation(num_batches * self.plan.batch)
+        means = []
+        for tokens in self._micro_batches(sequences):
+            losses, _ = self._losses(tokens)
+            means.append(losses.mean())
         return float(torch.stack(means).mean())
 
     def report(self) -> list[LayerReport]:
         """Of the first held-out micro-batch of each data rank. Collective over all ranks."""
         self.model.eval()
+        tokens = next(self._micro_batches(self.text.validation(self.plan.batch)))
         with self._precision():
-            return routing_report(self.model, next(self._mine(self.text.validation(self.plan.batch)))[:, :-1])
+            return routing_report(self.model, tokens[:, :-1])
 
     def _learning_rate(self, number: int) -> float:
         share = min(1.0, (number + 1) / WARM_UP)
@@ -135,17 +140,21 @@ class Trainer:
             share *= 1 - 0.9 * min(1.0, number / self.plan.decay_steps)
         return self.plan.learning_rate * share
 
-    def _precision(self) -> Any:
+    def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16")
 
-    def _mine(self, batch: Tensor) -> Iterator[Tensor]:
+    def _micro_batches(self, batch: Tensor) -> Iterator[Tensor]:
+        """Those of this data rank."""
         rank, ranks = part_in(self.data)
-        yield from batch.to(self.device).chunk(ranks)[rank].split(self.plan.micro_batch)
+        sequences = batch.to(self.device).chunk(ranks)[rank]
+        yield from sequences.split(self.plan.micro_batch)
 
     def _losses(self, tokens: Tensor) -> tuple[Tensor, Output]:
+        """[B * S] of each next token."""
         with self._precision():
             output = self.model(tokens[:, :-1])
-        return F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"), output
+        logits, following = output.logits.flatten(0, 1), tokens[:, 1:].flatten()
+        return F.cross_entropy(logits, following, reduction="none"), output
 
     def _carried(self, routing: Routing, losses: Tensor) -> Tensor:
         return loss_carried(routing, losses) if self.plan.balance == "loss-bias" else routing.load

@@ -25,6 +25,8 @@ from moecomm.train.text import Text, read_text
 
 LIMIT = 120.0
 """Seconds after which a rank that does not come counts as lost."""
+Settings = dict[str, Any]
+"""What JSON can say, by name: the settings of a run, or another record of its log."""
 
 
 @contextmanager
@@ -41,7 +43,8 @@ def world() -> Iterator[tuple[Comm | None, torch.device]]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield TorchComm(dist.group.WORLD, limit=LIMIT), device
-    if not cuda:  # NCCL's groups go with the process: torch 2.11 was seen to wait for ever in destroying them
+    # NCCL's groups go with the process: torch 2.11 was seen to wait for ever in destroying them.
+    if not cuda:
         dist.destroy_process_group()
 
 
@@ -55,8 +58,10 @@ def build(options: Namespace, comm: Comm | None, device: torch.device, config: C
     if comm is not None:
         comm.agree("train: text", f"{text.identity()}")
     model = split_model(config, options, comm, device)
-    of_run = {name: getattr(options, name) for name in ("batch", "micro_batch", "learning_rate", "balance", "seed")}
-    return Trainer(model, text, TrainingPlan(precision="bfloat16" if device.type == "cuda" else "float32", **of_run))
+    names = ("batch", "micro_batch", "learning_rate", "balance", "seed")
+    choices = {name: getattr(options, name) for name in names}
+    plan = TrainingPlan(precision="bfloat16" if device.type == "cuda" else "float32", **choices)
+    return Trainer(model, text, plan)
 
 
 def split_model(config: Config, options: Namespace, comm: Comm | None, device: torch.device) -> TransformerLM:
@@ -80,34 +85,42 @@ def run(
     together, if another run is using options.out, or if options.out has a checkpoint already that is not to be resumed,
     or of a run with other settings.
     """
-    trainer, first = make(options, comm, device), comm is None or comm.rank == 0
+    trainer, writes = make(options, comm, device), comm is None or comm.rank == 0
+    out = options.out
     with ExitStack() as stack:
-        together(comm, "run", lambda: stack.enter_context(alone(options.out, options.resume)) if first else None)
-        if not options.resume and any(mean_of_ranks(comm, float(checkpoint.last(options.out) is not None))):
-            raise ValueError(f"out: {options.out} has a run already, whose checkpoint would be lost: resume it")
+        together(comm, "run", lambda: stack.enter_context(alone(out, options.resume)) if writes else None)
+        if not options.resume and any(mean_of_ranks(comm, float(checkpoint.last(out) is not None))):
+            raise ValueError(f"out: {out} has a run already, whose checkpoint would be lost: resume it")
         settings = trainer.settings()
-        made = 0
+        done = 0
         if options.resume:
-            made, values = restore(options.out, trainer.model, comm, trainer.optimizer)
-            together(comm, "resume", lambda: check_settings(options.out, settings, values) if first else None)
-        log = together(comm, "log", lambda: Log(options.out, options.steps, settings, first, made))
-        with stop_signals() as came:
-            for step in range(made + 1, options.steps + 1):
-                start = time.perf_counter()
-                loss = trainer.step(step - 1)
-                loss, stopped = mean_of_ranks(comm, loss, float(bool(came)))
-                tokens = trainer.plan.batch * trainer.text.length
-                log.step({"step": step, "loss": loss, "tokens_per_s": tokens / (time.perf_counter() - start)})
+            done, values = restore(out, trainer.model, comm, trainer.optimizer)
+            together(comm, "resume", lambda: check_settings(out, settings, values) if writes else None)
+        log = together(comm, "log", lambda: Log(out, options.steps, settings, writes, done))
+        with stop_signals() as signals:
+            for step in range(done + 1, options.steps + 1):
+                stopped = _logged_step(trainer, log, step, comm, signals)
                 if stopped or step % options.save_every == 0 or step == options.steps:
-                    values = {"settings": settings}
                     path = checkpoint.save(
-                        options.out, step, trainer.model, trainer.optimizer, comm=comm, values=values, keep=1
+                        out, step, trainer.model, trainer.optimizer, comm=comm, values={"settings": settings}, keep=1
                     )
                     (validation,) = mean_of_ranks(comm, trainer.validate())
                     log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
                 if stopped:
                     break
         log.end()
+
+
+def _logged_step(trainer: Trainer, log: Log, step: int, comm: Comm | None, signals: list[int]) -> bool:
+    """Train for a step, counted from 1. Returns whether a signal has come to any rank. Collective."""
+    start = time.perf_counter()
+    loss = trainer.step(step - 1)
+    # A signal comes to the ranks between different steps, but all of them end after the same one.
+    loss, stopped = mean_of_ranks(comm, loss, float(bool(signals)))
+    seconds = time.perf_counter() - start
+    tokens = trainer.plan.batch * trainer.text.length
+    log.step({"step": step, "loss": loss, "tokens_per_s": tokens / seconds})
+    return stopped > 0
 
 
 @contextmanager
@@ -120,44 +133,55 @@ def alone(out: Path, resume: bool) -> Iterator[None]:
         yield
 
 
-def restore(folder: Path, model: TransformerLM, comm: Comm | None, optimizer: Any = None) -> tuple[int, dict[str, Any]]:
+def restore(
+    folder: Path, model: TransformerLM, comm: Comm | None, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[int, Settings]:
     """Fill model and optimizer from the last checkpoint of a run, whatever its split.
 
     Returns how many steps it had made and the values saved. Collective. Raises ValueError if there is no checkpoint, or
     one of another model.
     """
     path = checkpoint.last(folder)
-    if any(mean_of_ranks(comm, float(path is None))) or path is None:  # on one rank or more
+    # All ranks raise where one has none, as with a folder that they do not share.
+    if any(mean_of_ranks(comm, float(path is None))) or path is None:
         raise ValueError(f"{folder} has no checkpoint")
     values = checkpoint.load(path, model, optimizer, comm=comm)
     return int(path.name.removeprefix("step-")), values
 
 
-def check_settings(out: Path, settings: dict[str, Any], values: dict[str, Any]) -> None:
+def check_settings(out: Path, settings: Settings, values: Settings) -> None:
     """Raises ValueError unless the run in out began with these, by its log and by the values of its checkpoint.
 
     A log without a text, and a checkpoint without settings, are old ones and take any. What an old one does not say of
     the config had its default.
     """
-    defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
-
-    def flat(record: dict[str, Any]) -> dict[str, Any]:
-        parts = {"text": settings["text"], **record, "config": defaults | record["config"]}
-        named = {f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
-        return dict(json.loads(json.dumps(named)))  # as a log has them
-
-    now = flat(settings)
+    current = _flat(settings, settings)
     try:
-        began = flat(read_log(out)[0])
-        saved = flat(values["settings"]) if "settings" in values else now
+        logged = _flat(read_log(out)[0], settings)
+        saved = _flat(values["settings"], settings) if "settings" in values else current
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         reason = f" ({error})" if isinstance(error, OSError) else ""
         raise ValueError(f"{out / 'log.jsonl'} does not say which settings the run began with{reason}") from None
-    for before, source in ((began, f"the run in {out} began"), (saved, f"the run of its checkpoint in {out} began")):
-        other = [name for name in before | now if before.get(name) != now.get(name)]
-        if other:
-            got = ", ".join(f"{name} is {now.get(name)!r}, expected {before.get(name)!r}" for name in other)
-            raise ValueError(f"{got}, as {source}")
+    sources = {f"the run in {out} began": logged, f"the run of its checkpoint in {out} began": saved}
+    for source, expected in sources.items():
+        differences = []
+        for name in expected | current:
+            if expected.get(name) != current.get(name):
+                differences.append(f"{name} is {current.get(name)!r}, expected {expected.get(name)!r}")
+        if differences:
+            raise ValueError(f"{', '.join(differences)}, as {source}")
+
+
+def _flat(record: Settings, settings: Settings) -> Settings:
+    """A record by names such as "plan batch". An old one gets the text of settings, and the defaults of Config."""
+    defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
+    sections = {"text": settings["text"], **record, "config": defaults | record["config"]}
+    flat = {}
+    for section, values in sections.items():
+        for name, value in values.items():
+            flat[f"{section} {name}"] = value
+    # As a log has them: JSON makes lists of tuples.
+    return dict(json.loads(json.dumps(flat)))
 
 
 def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
@@ -171,78 +195,81 @@ def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """The signals to stop that have come, Ctrl-C or a termination. torchrun sends its own after the terminal's."""
-    came: list[int] = []
+    signals: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    handlers = [signal.signal(number, lambda number, _: signals.append(number)) for number in numbers]
     try:
-        yield came
+        yield signals
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
 
 
 class Log:
-    """out/log.jsonl, a progress bar, and pictures at the end. Silent on all ranks but the first.
+    """out/log.jsonl, a progress bar, and pictures at the end.
 
-    made  steps that an earlier run has made: what its log says of them is kept
+    writes  whether this rank does: all others are silent
+    done    steps that an earlier run has made: what its log says of them stays
     """
 
-    def __init__(self, out: Path, steps: int, settings: dict[str, Any], first: bool, made: int = 0) -> None:
+    def __init__(self, out: Path, steps: int, settings: Settings, writes: bool, done: int = 0) -> None:
         from tqdm import tqdm
 
-        self.out, self.first = out, first
-        self.steps: list[dict[str, Any]] = []
-        self.checkpoints: list[dict[str, Any]] = []
+        self.out, self.writes = out, writes
+        self.steps: list[Settings] = []
+        self.checkpoints: list[Settings] = []
         self.reports: list[LayerReport] = []
-        self.bar = tqdm(total=steps, initial=made, unit=" steps", disable=not first)
-        if first:
-            out.mkdir(parents=True, exist_ok=True)
-            kept = [record for record in read_log(out)[1:] if record["step"] <= made] if made else []
-            self.steps = [record for record in kept if "loss" in record]
-            self.checkpoints = [record for record in kept if "validation_loss" in record]
-            with replacing(out / "log.jsonl") as unfinished:
-                unfinished.write_text("".join(json.dumps(record) + "\n" for record in (settings, *kept)))
+        self.bar = tqdm(total=steps, initial=done, unit=" steps", disable=not writes)
+        if not writes:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        # Steps after the checkpoint are made again, and would be in the log twice.
+        records = [record for record in read_log(out)[1:] if record["step"] <= done] if done else []
+        self.steps = [record for record in records if "loss" in record]
+        self.checkpoints = [record for record in records if "validation_loss" in record]
+        with replacing(out / "log.jsonl") as unfinished:
+            unfinished.write_text("".join(json.dumps(record) + "\n" for record in (settings, *records)))
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Settings) -> None:
         """A step, for the file and the bar."""
         self.steps.append(record)
         self._write(record)
         self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"})
         self.bar.update()
 
-    def checkpoint(self, record: dict[str, Any], reports: list[LayerReport], path: Path) -> None:
+    def checkpoint(self, record: Settings, reports: list[LayerReport], path: Path) -> None:
         """What was measured at a checkpoint, for the file; where that is, above the bar."""
         self.checkpoints.append(record)
         self.reports = reports
         self._write(record)
         for report in reports:
             self._write({"step": record["step"], **asdict(report)})
-        if self.first:
+        if self.writes:
             self.bar.write(f"step {record['step']}: validation loss {record['validation_loss']:.3f}, saved in {path}")
 
     def end(self) -> None:
         """Draw the losses and the last routing report. Needs matplotlib."""
         self.bar.close()
-        if self.first:
+        if self.writes:
             if self.reports:
                 with replacing(self.out / "routing.png") as picture:
                     plot_routing(self.reports, picture)
             with replacing(self.out / "loss.png") as picture:
                 plot_losses({"training": self.steps, "validation": self.checkpoints}, picture)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if self.first:
+    def _write(self, record: Settings) -> None:
+        if self.writes:
             with open(self.out / "log.jsonl", "a", opener=regular) as file:
                 file.write(json.dumps(record) + "\n")
 
 
-def read_log(out: Path) -> list[dict[str, Any]]:
+def read_log(out: Path) -> list[Settings]:
     """The records of a run: its settings first. A line that a full disk has cut off is none."""
     with open(out / "log.jsonl", opener=regular) as file:
         return [json.loads(line) for line in file.read().split("\n")[:-1]]
 
 
-def plot_losses(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot_losses(curves: dict[str, list[Settings]], path: Path) -> None:
     """A curve for each name: records with a step and a loss or validation_loss."""
     from matplotlib.figure import Figure
 

@@ -24,20 +24,21 @@ def read_text(files: Sequence[str | Path]) -> Tensor:
     Raises ValueError for a file that cannot be read, is no regular file or not UTF-8, or if there is no text at all.
     """
     paths = [Path(file) for file in files] or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    parts = []
+    texts = []
     for path in paths:
         try:
             with open(path, encoding="utf-8", opener=regular) as file:
-                parts.append(file.read().encode())
+                texts.append(file.read().encode())
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"text: {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
             ) from None
         except OSError as error:
             raise ValueError(f"text: {path}: {error.strerror}") from None
-        if not parts[-1]:
+        if not texts[-1]:
             raise ValueError(f"text: {path} is empty")
-    return torch.from_numpy(np.frombuffer(b"".join(parts), np.uint8).copy())
+    # A copy, since torch must not share memory that cannot be written.
+    return torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy())
 
 
 class Text:
@@ -69,5 +70,6 @@ class Text:
         return self._draw(self.held_out, num, (0,))
 
     def _draw(self, text: Tensor, num: int, seed: tuple[int, ...]) -> Tensor:
+        # A generator for each batch: a run that is resumed draws what the interrupted one would have drawn.
         starts = np.random.default_rng(seed).integers(len(text) - self.length, size=num)
         return torch.stack([text[start : start + self.length + 1] for start in starts]).long()
