@@ -32,6 +32,13 @@ GATES = {
     "gumbel": (Gate("float", 64, 2, noise=1), 4096),
     "jitter on scores": (Gate("float", 64, 2, noise=2, bias=1), 4096),
     **{f"drop {drop}": (Gate("float", 64, 2, capacity=1, drop=drop, normalize=1), 4096) for drop in range(4)},
+    "recorded": (Gate("float", 128, 8, normalize=1, recorded=1), 32768),
+    "recorded, sigmoid, masked, few tokens": (Gate("bfloat16", 60, 4, 1, mask=1, recorded=1), 64),
+    **{
+        f"recorded, drop {drop}": (Gate("float", 64, 2, capacity=1, drop=drop, recorded=1, mask=1), 4096)
+        for drop in range(4)
+    },
+    "recorded, rows": (Gate("float", 128, 8, recorded=1, aligned=1, row_bytes=8192), 4096),
     "rows": (Gate("float", 128, 8, row_bytes=8192), 4096),
     "rows of odd size": (Gate("float", 128, 2, capacity=1, row_bytes=2002, word=2), 4096),
 }

@@ -206,15 +206,12 @@ bool select_all(const Route& a, Chunks& chunks) {
 
 // load, aux_loss and z_loss: of what was chosen, before drops.
 void write_losses(const Route& a, const Chunks& chunks) {
-    std::int64_t choices = 0;
     for (int e = 0; e < a.E; ++e) {
         std::int32_t chosen = 0;
         for (std::int64_t i = e; i < chunks.size() * chunks.counts; i += a.E) chosen += chunks.next[i];
         a.load[e] = chosen;
-        choices += chosen;
     }
-    // Tokens that are not masked; each has K choices.
-    const double num_tokens = std::max(1.0, static_cast<double>(choices) / a.K);
+    const double num_tokens = std::max(1.0, static_cast<double>(num_counted(a)));
     double lse_squared = 0, balance = 0;
     for (int e = 0; e < a.E; ++e) {
         double sum = 0;

@@ -35,6 +35,8 @@ struct Route : Choices {
     const void* logits;          // [T, E] of `type`
     const float* bias;           // [E], or null
     const std::uint8_t* mask;    // [T], or null: 0 is padding
+    const std::int32_t* recorded;  // [T, K] experts to take instead of choosing, -1: none; or null
+    const std::int64_t* live;    // the tokens that are not masked; null without `recorded` or without a mask
     std::int64_t T;
     int E, K;
     Type type;
@@ -54,6 +56,7 @@ struct RouteBackward : Choices {
     const float* lse;            // [T]
     const std::int32_t* load;    // [E]
     const std::uint8_t* mask;    // [T], or null
+    const std::int64_t* live;    // as in Route
     std::int64_t T;
     int E, K;
     Type type;
@@ -95,6 +98,17 @@ struct PermuteFp8 {
     std::int64_t H;
     Type type;
 };
+
+// The tokens over which the losses are means: those that are not masked, of which each has K choices before drops, unless
+// the choices were recorded. static: each instruction set has its own.
+template <class Call>
+static std::int64_t num_counted(const Call& a) {
+    if (a.mask == nullptr) return a.T;
+    if (a.live != nullptr) return *a.live;
+    std::int64_t choices = 0;
+    for (int e = 0; e < a.E; ++e) choices += a.load[e];
+    return choices / a.K;
+}
 
 // The bits of Routing.status; outputs other than 0 mean nothing.
 int route(const Route& a);

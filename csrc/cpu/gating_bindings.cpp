@@ -100,12 +100,14 @@ Call call_on(nb::handle record, nb::handle choices) {
     a.E = static_cast<int>(logits.shape(1));
     a.K = number<int>(choices, "top_k");
     a.mask = reinterpret_cast<const std::uint8_t*>(numbers_or_null<bool>(record, "mask"));
+    a.live = numbers_or_null<std::int64_t>(record, "live");
     return a;
 }
 
 int route_arrays(nb::handle inputs, nb::handle choices, nb::handle fields) {
     auto a = call_on<Route>(inputs, choices);
     a.bias = numbers_or_null<float>(inputs, "bias");
+    a.recorded = numbers_or_null<std::int32_t>(inputs, "recorded");
     a.N = static_cast<std::int64_t>(nb::len(nb::object(fields.attr("source"))));
     a.expert = numbers<std::int32_t>(fields, "expert");
     a.slot = numbers<std::int32_t>(fields, "slot");

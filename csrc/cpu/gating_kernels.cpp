@@ -305,8 +305,22 @@ void add_share(float* share, const float* score, const Block& b, Score kind, int
         for (int l = 0; l < kLanes; ++l) share[e * kLanes + l] += score[e * kLanes + l] * factor[l];
 }
 
+// Choice k of a lane's token, with its score [E][16] and in the count of its expert. expert: -1 for none.
+inline void note_choice(const Route& a, const Block& b, int lane, int k, int expert, const float* score, Chunk& out) {
+    const std::int64_t i = (b.t + lane) * a.K + k;
+    const bool taken = b.used[lane] && expert >= 0;
+    a.expert[i] = taken ? expert : -1;
+    a.weight[i] = taken ? score[expert * kLanes + lane] : 0.0f;
+    if (taken) ++out.chosen[(a.drop == kByChoice ? k * a.E : 0) + expert];
+}
+
+void take_recorded(const Route& a, const Block& b, const float* score, Chunk& out) {
+    for (int l = 0; l < b.n; ++l)
+        for (int k = 0; k < a.K; ++k) note_choice(a, b, l, k, a.recorded[(b.t + l) * a.K + k], score, out);
+}
+
 void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) {
-    const int E = a.E, K = a.K;
+    const int E = a.E;
     load_block(s.x, b, a.logits, a.type, E, s.rows, nullptr);
     alignas(64) float largest[kLanes], total[kLanes], inverse[kLanes], lse[kLanes];
     out.bad |= largest_logits(largest, s.x, E);
@@ -329,6 +343,10 @@ void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) 
         if (b.used[l]) out.lse_squared += static_cast<double>(lse[l]) * lse[l];
     }
 
+    if (a.recorded != nullptr) {
+        take_recorded(a, b, s.score, out);
+        return;
+    }
     float *seen = s.x, *value = s.x;  // the logits that select, and what the keys are made of
     if (a.noise != kNoNoise) load_block(seen = value = s.seen, b, a.logits, a.type, E, s.rows, &a);
     auto* key = reinterpret_cast<std::int32_t*>(s.key);
@@ -346,16 +364,9 @@ void select_block(const Route& a, const Block& b, const Scratch& s, Chunk& out) 
     if (a.num_groups > 1) keep_top_groups(key, value, a, s.work);
 
     alignas(64) std::int32_t index[kLanes];
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < a.K; ++k) {
         take_best(index, key, E);
-        std::int32_t* chosen = out.chosen + (a.drop == kByChoice ? k * E : 0);
-        for (int l = 0; l < b.n; ++l) {
-            const int e = index[l];
-            const std::int64_t i = (b.t + l) * K + k;
-            a.expert[i] = b.used[l] ? e : -1;
-            a.weight[i] = b.used[l] ? s.score[e * kLanes + l] : 0.0f;
-            chosen[e] += b.used[l];
-        }
+        for (int l = 0; l < b.n; ++l) note_choice(a, b, l, k, index[l], s.score, out);
     }
 }
 
@@ -391,9 +402,8 @@ void weight_backward(const RouteBackward& a, std::int64_t t, const float* score,
 void route_backward(const RouteBackward& a, std::int64_t first, std::int64_t last, float* scratch) {
     const Scratch s = views(scratch, a.E);
     const int E = a.E;
-    std::int64_t choices = 0;
-    for (int e = 0; e < E; ++e) choices += a.load[e];
-    const float num_tokens = static_cast<float>(choices / a.K > 0 ? choices / a.K : 1);
+    const std::int64_t counted = num_counted(a);
+    const float num_tokens = static_cast<float>(counted > 0 ? counted : 1);
     const float of_share = a.grad_aux * static_cast<float>(E) / static_cast<float>(a.K) / (num_tokens * num_tokens);
     const float of_lse = a.grad_z * 2.0f / num_tokens;
     for (std::int64_t t = first; t < last; t += kLanes) {

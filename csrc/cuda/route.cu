@@ -57,13 +57,15 @@ constexpr bool DIRECT = !CHOICE_MAJOR && !CHUNKED;         // bits are set while
 constexpr bool EARLY = DIRECT && WORDS32 <= 2;            // counts are published as soon as the bits are there
 constexpr bool WEIGHTS_LATER = NORMALIZE || CAPACITY;      // a weight depends on other choices of its token, or on drops
 constexpr int PASSES = CHOICE_MAJOR ? K : 1;
-constexpr unsigned NOTHING = 0xffffffffu;                  // the choice of a masked token
+constexpr unsigned NOTHING = 0xffffffffu;                  // a choice of a masked token, or of no expert
 
 struct Arguments {
   const ELEMENT* logits;      // [T, E]
   const float* bias;          // [E]
   const unsigned char* mask;  // [T]
   const int64* step;
+  const int* recorded;  // [T, K]
+  const int64* live;    // with RECORDED and MASK: the tokens that are not masked
   int* expert;    // [T, K]
   float* weight;  // [T, K]
   int* slot;      // [T, K]
@@ -244,7 +246,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   if ((NOISE || RANKED) && a.step) generator.offset += static_cast<unsigned long long>(*a.step);
   // A thread's sums over all tokens that its team chooses for. They become the losses.
   float mean[VALUES] = {}, z = 0.0f;
-  bool bad = false;
+  bool bad = false, misrecorded = false;
   const Selection how{a.bias, generator, a.noise_scale, scratch + warp * (E + GROUPS)};
   // All lanes of a warp stay in the loop as long as one team has a token: they take part in its shuffles.
 #pragma unroll 1
@@ -261,34 +263,38 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       for (int i = 0; i < VALUES; ++i)
         if (!live) x[i] = 0.0f;
     const unsigned long long element = static_cast<unsigned long long>(first + local) * E;
-    const Token token = choose(x, row, element, member, live ? 1.0f : 0.0f, how, mean);
+    const int* const recorded = RECORDED ? a.recorded + first_assignment + min(local, tokens - 1) * K : nullptr;
+    const Token token = choose(x, row, recorded, element, member, live ? 1.0f : 0.0f, how, mean);
     if (local >= tokens) continue;
     if (member == 0) {
       a.lse[first + local] = live ? token.lse : 0.0f;
       if (live) z = fmaf(token.lse, token.lse, z);
     }
     bad |= live && token.bad;
+    misrecorded |= live && token.misrecorded;
 #pragma unroll
     for (int s = 0; s < PER_LANE; ++s) {
       const int j = s * LANES + member;
       if (j >= K) continue;
-      pick[local * K + j] = live ? token.expert[s] : NOTHING;
-      if (WEIGHTS_LATER) score[local * K + j] = live ? token.score[s] : 0.0f;
+      const bool taken = live && token.expert[s] != NO_EXPERT;
+      pick[local * K + j] = taken ? token.expert[s] : NOTHING;
+      if (WEIGHTS_LATER) score[local * K + j] = taken ? token.score[s] : 0.0f;
       // Without a capacity nothing is dropped: what was chosen is final, and written while other warps still choose.
       if (!CAPACITY) {
         const int64 assignment = first_assignment + local * K + j;
-        a.expert[assignment] = live ? token.expert[s] : -1;
-        if (!NORMALIZE) a.weight[assignment] = live ? moecomm::mul(a.scale, token.score[s]) : 0.0f;
+        a.expert[assignment] = taken ? token.expert[s] : -1;
+        if (!NORMALIZE) a.weight[assignment] = taken ? moecomm::mul(a.scale, token.score[s]) : 0.0f;
       }
       // Tokens of one word are on several lanes and warps. The order of the atomics leaves no trace in the bits.
-      if (DIRECT && live) atomicOr(&bits[local / 32 * E + token.expert[s]], 1u << local % 32);
+      if (DIRECT && taken) atomicOr(&bits[local / 32 * E + token.expert[s]], 1u << local % 32);
     }
   }
   if (BIAS)
     share_out<E>([&](int e) { bad |= !(fabsf(a.bias[e]) < INFINITE); });
   // The barrier below makes bits, choices and these sums of all warps visible to the block.
   z = warp_sum(z);
-  const unsigned problems = __any_sync(ALL, bad) ? 1 : 0;
+  unsigned problems = __any_sync(ALL, bad) ? 1 : 0;
+  if (RECORDED) problems |= __any_sync(ALL, misrecorded) ? 4 : 0;
   if (lane == 0) warp_losses[warp] = make_uint4(0, __float_as_uint(z), problems, 0);
   __syncthreads();
   // With many tokens the rows come after the logits: both share the bandwidth, and only logits are waited for.
@@ -407,7 +413,9 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
   }
   if (lane == 0) warp_losses[warp].x = __float_as_uint(aux);
   if (warp == WARPS - 1) {  // where it can be, a warp without tokens
-    const unsigned chosen = scan_experts(total, a.align, begin);
+    unsigned chosen = scan_experts(total, a.align, begin);
+    // A choice that was dropped when it was recorded is in no count, but its token is in the means.
+    if (RECORDED) chosen = K * static_cast<unsigned>(MASK ? *a.live : a.num_tokens);
     if (lane == 0) num_chosen = chosen;
   }
   __syncthreads();
@@ -516,7 +524,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) route(
       const int start = CAPACITY ? e * a.capacity : begin[e], end = CAPACITY ? start + a.capacity : begin[e + 1];
       for (int r = start + kept + unit % parts * WARPS + warp; r < end; r += parts * WARPS) empty_row(r);
     }
-  if (!CAPACITY && (MASK || ALIGNED))
+  if (!CAPACITY && (MASK || ALIGNED || RECORDED))
     for (int r = begin[E] + block * WARPS + warp; r < a.num_rows; r += blocks * WARPS) empty_row(r);
 
 #if CLUSTER

@@ -8,6 +8,7 @@
 #define TOP_GROUPS 1
 #define BEST_IN_GROUP 1
 #define NOISE 0
+#define RECORDED 0
 #define EXACT 0
 #include "route_select.cuh"
 
@@ -20,6 +21,7 @@ struct Arguments {
   const float* lse;       // [T]
   const int* load;        // [E]
   const unsigned char* mask;
+  const int64* live;  // the tokens that are not masked; null: the loads tell it
   ELEMENT* grad_logits;
   float floor, scale;
   int num_tokens;
@@ -69,8 +71,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const Argum
     slope[i] = expert_of(i, member) < E ? static_cast<float>(a.load[expert_of(i, member)]) : 0.0f;
     chosen += slope[i];
   }
-  // Masked tokens are not counted. All others have K choices before drops, so the loads tell their number.
-  if (MASK) counting = fmaxf(team_sum(chosen) / K, 1.0f);
+  // Masked tokens are not counted. All others have K choices before drops, so the loads tell their number, unless the
+  // choices were recorded.
+  if (MASK) counting = fmaxf(a.live ? static_cast<float>(*a.live) : team_sum(chosen) / K, 1.0f);
   const float aux = *a.grad_aux_loss * (static_cast<float>(E) / K) / counting / counting;
   const float z = *a.grad_z_loss * 2.0f / counting;
   // aux_loss = E / K * sum over experts of (scores summed / tokens) * (load / tokens); the loads have no gradient.

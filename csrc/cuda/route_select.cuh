@@ -8,6 +8,7 @@
 // GROUPS    groups of experts, of which the best TOP_GROUPS are eligible; 1: no groups
 // BEST_IN_GROUP  keys of a group that are added to its score: its largest, or its two largest
 // NOISE     0: none, 1: Gumbel, 2: jitter
+// RECORDED  1: the experts were chosen before
 // EXACT     1: scores select or drop, so they must have the reference's bits (exp and order of sums of score.h)
 #pragma once
 #include "../gating/score.h"
@@ -146,7 +147,7 @@ __device__ inline void choose_by_rounds(float (&key)[VALUES], int lane, int (&ex
 constexpr int INDEX_BITS = log2_up(E);
 constexpr unsigned INDEX_MASK = (1u << INDEX_BITS) - 1;
 constexpr int LENGTH = 1 << log2_up(VALUES);
-constexpr bool SORTED = LANES == 32 && K >= 3 && K < 32 && LENGTH <= 16;
+constexpr bool SORTED = !RECORDED && LANES == 32 && K >= 3 && K < 32 && LENGTH <= 16;
 constexpr bool LOSSLESS = sizeof(ELEMENT) == 2 && KEYS_ARE_LOGITS && NOISE == 0;  // the low bits of a 16-bit logit are 0
 
 __device__ inline void sort_descending(unsigned (&word)[LENGTH]) {  // Batcher's odd-even merge sort
@@ -248,11 +249,14 @@ __device__ inline void keep_best_groups(float (&key)[VALUES], int lane, float* s
 
 // ---- one token -----------------------------------------------------------------------------------------------------
 
+constexpr int NO_EXPERT = -1;
+
 struct Token {
   int expert[PER_LANE];
   float score[PER_LANE];
   float lse;
-  bool bad;
+  bool bad;          // a logit
+  bool misrecorded;  // a recorded expert
 };
 
 struct Selection {
@@ -262,15 +266,28 @@ struct Selection {
   float* scratch;
 };
 
-// Chooses, and adds the token's share of each expert's score to `mean` (times `live`: 0 for a token that does not count).
-__device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, unsigned long long first_element, int lane,
-                               float live, const Selection& how, float (&mean)[VALUES]) {
+// Choice j of a token that was chosen before. NO_EXPERT for none, and for what cannot be: then token.misrecorded is set.
+__device__ inline int recorded_expert(const int* of_token, int j, Token& token) {
+  const int expert = of_token[j];
+  bool wrong = expert < -1 || expert >= E;
+  // A token that stood twice in an expert's line would have one bit there, and two rows.
+  for (int earlier = 0; earlier < j; ++earlier) wrong |= expert >= 0 && of_token[earlier] == expert;
+  token.misrecorded |= wrong;
+  return wrong || expert < 0 ? NO_EXPERT : expert;
+}
+
+// Chooses, or with RECORDED takes the K experts of `recorded`, and adds the token's share of each expert's score to `mean`
+// (times `live`: 0 for a token that does not count).
+__device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, const int* recorded,
+                               unsigned long long first_element, int lane, float live, const Selection& how,
+                               float (&mean)[VALUES]) {
   Token token;
+  token.misrecorded = false;
   float term[VALUES], key[VALUES];
   float largest, sum, inverse, best[PER_LANE];
   bool known = false;  // best[] holds the logits of the choices
   // With EXACT the scores come first: they are keys. Otherwise the choice comes first: it tells the largest logit.
-  if constexpr (EXACT || NOISE) {
+  if constexpr (EXACT || NOISE || RECORDED) {
     largest = largest_of(x);
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) term[i] = softmax_term(x[i], largest);
@@ -317,18 +334,23 @@ __device__ inline Token choose(const float (&x)[VALUES], const ELEMENT* row, uns
   // All lanes agree on `chosen`, and go through the rounds together.
   bool chosen = false;
   if constexpr (SORTED) chosen = choose_from_sorted(key, lane, token.expert);
-  if (!SORTED || !chosen) {
+  if constexpr (RECORDED) {
+#pragma unroll
+    for (int s = 0; s < PER_LANE; ++s)
+      token.expert[s] = s * LANES + lane < K ? recorded_expert(recorded, s * LANES + lane, token) : NO_EXPERT;
+  } else if (!SORTED || !chosen) {
     choose_by_rounds(key, lane, token.expert, best);
     known = KEYS_ARE_LOGITS && !NOISE;
   }
 #pragma unroll
   for (int s = 0; s < PER_LANE; ++s) {
-    if (!known) best[s] = s * LANES + lane < K ? to_float(row[token.expert[s]]) : -INFINITE;
+    if (!known)
+      best[s] = s * LANES + lane < K && token.expert[s] != NO_EXPERT ? to_float(row[token.expert[s]]) : -INFINITE;
     // A masked token counts as zeros in x. Its row may hold anything: what lies there must not meet the zeros, or
     // infinity times 0 would reach `mean`.
     if (MASK && live == 0.0f) best[s] = 0.0f;
   }
-  if constexpr (!EXACT && !NOISE) {
+  if constexpr (!EXACT && !NOISE && !RECORDED) {
     // The first choice is the largest logit: no reduction is needed.
     largest = __shfl_sync(ALL, best[0], 0, LANES);
 #pragma unroll

@@ -18,7 +18,7 @@ from moecomm.exchange.plan import Plan
 from moecomm.exchange.table import by_label, check_size, one_each
 from moecomm.failures import Failing, collective, refused
 from moecomm.gating import Routing
-from moecomm.gating.routing import problem
+from moecomm.gating.routing import STATUSES, problem
 
 
 class RoutedExchange(Exchange[Plan]):
@@ -226,13 +226,13 @@ class RoutedExchange(Exchange[Plan]):
 
 def alarms(comm: Comm, status: int, num_rows: int, width: int) -> Counts:
     """[num_rows, width] labels below -1: what a rank with an unusable routing sends where others send expert ids."""
-    return np.full((num_rows, width), -2 - (4 * comm.rank + status))
+    return np.full((num_rows, width), -2 - (STATUSES * comm.rank + status))
 
 
 def raise_alarm(labels: Counts, comm: Comm) -> None:
     """Raise ValueError if alarms came, which then every rank has got."""
     if labels.min(initial=0) < -1:
-        rank, status = divmod(-2 - int(labels[labels < -1].max()), 4)
+        rank, status = divmod(-2 - int(labels[labels < -1].max()), STATUSES)
         raise refused(
             ValueError(
                 f"dispatch: the gate of rank {comm.world_rank(rank)} had no answer: {problem(status)}{comm.where()}"

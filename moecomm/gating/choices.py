@@ -34,6 +34,10 @@ class Inputs(NamedTuple):
     """[T] bool."""
     step: Array | None = None
     """One int64 on the device, which the kernel adds to the generator's offset."""
+    recorded: Array | None = None
+    """[T, K] int32, the experts that were chosen before; -1: none."""
+    live: Array | None = None
+    """One int64, the tokens that are not masked: where recorded and mask are both given, the loads do not tell it."""
 
 
 class Choices(NamedTuple):
@@ -105,6 +109,7 @@ class Saved(NamedTuple):
     lse: Array
     load: Array
     mask: Array | None
+    live: Array | None = None
 
 
 def new_fields(ints: Callable[..., Array], floats: Callable[..., Array], T: int, E: int, choices: Choices) -> Fields:

@@ -100,6 +100,7 @@ class Gate:
     drop: int = 0
     mask: int = 0
     noise: int = 0
+    recorded: int = 0
     aligned: int = 0
     row_bytes: int = -1
     """Of x, which is moved in the same launch; -1: no x."""
@@ -239,6 +240,7 @@ def _macros(gate: Gate, cut: Geometry, counts: Counting) -> dict[str, object]:
         "TOP_GROUPS": gate.top_groups,
         "BEST_IN_GROUP": gate.best_in_group,
         "NOISE": gate.noise,
+        "RECORDED": gate.recorded,
         "ALIGNED": gate.aligned,
         "CAPACITY": gate.capacity,
         # Where scores decide, and not logits alone, they must have the bits of the definition.
@@ -274,15 +276,15 @@ def _struct(name: str, **fields: str) -> type[ctypes.Structure]:
 # The fields of the records in choices.py have the same names here: a record becomes pointers by name.
 _Arguments = _struct(  # of route.cu
     "Arguments",
-    c_void_p="logits bias mask step expert weight slot row source count offset load aux_loss z_loss lse status "
-    "board key place x rows",
+    c_void_p="logits bias mask step recorded live "
+    "expert weight slot row source count offset load aux_loss z_loss lse status board key place x rows",
     c_uint64="seed generator_offset",
     c_float="floor scale noise_scale",
     c_int="num_tokens tokens_per_block capacity align num_rows row_bytes",
 )
 _BackwardArguments = _struct(  # of route_backward.cu
     "BackwardArguments",
-    c_void_p="grad_weight grad_aux_loss grad_z_loss logits expert lse load mask grad_logits",
+    c_void_p="grad_weight grad_aux_loss grad_z_loss logits expert lse load mask live grad_logits",
     c_float="floor scale",
     c_int="num_tokens",
 )
@@ -389,6 +391,7 @@ def _gate(inputs: Inputs, choices: Choices, x: Tensor | None) -> Gate:
         drop=DROPS.index(order),
         mask=int(inputs.mask is not None),
         noise=NOISES.index(choices.noise),
+        recorded=int(inputs.recorded is not None),
         aligned=int(choices.align > 1),
         row_bytes=row_bytes,
         word=gcd(16, row_bytes),

@@ -23,6 +23,8 @@ def route(inputs: Inputs, choices: Choices) -> Fields:
     Then every assignment is dropped, and status says why.
     """
     T, E = inputs.logits.shape
+    if inputs.recorded is not None:
+        check_recorded(inputs.recorded, E)
     fields = new_fields(_ints, _floats, T, E, choices)
     status = _core.route(inputs, choices, fields)
     if status and choices.unusable == "raise":
@@ -33,6 +35,17 @@ def route(inputs: Inputs, choices: Choices) -> Fields:
             array.fill(-1 if name in PLACES else 0)
     fields.status.fill(status)
     return fields
+
+
+def check_recorded(recorded: NDArray, num_experts: int) -> None:
+    """Raise ValueError unless recorded [T, K] has expert ids or -1, and no token the same expert twice."""
+    sorted_ids = np.sort(recorded, axis=1)
+    is_repeated = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & (sorted_ids[:, 1:] >= 0)
+    is_outside = (recorded < -1) | (recorded >= num_experts)
+    for tokens, problem in ((is_outside, f"an id outside -1 .. {num_experts - 1}"), (is_repeated, "an expert twice")):
+        if tokens.any():
+            token = int(np.flatnonzero(tokens.any(axis=1))[0])
+            raise ValueError(f"route: expert[{token}] has {problem}")
 
 
 def route_backward(grads: Gradients, saved: Saved, choices: Choices) -> NDArray:

@@ -176,7 +176,7 @@ def _save_route(ctx: Any, inputs: Inputs, choices: Choices, fields: Fields) -> N
     # Nothing that has a gradient follows from lse: without the mark autograd would make zeros for it.
     ctx.mark_non_differentiable(fields.lse)
     ctx.choices = choices
-    ctx.save_for_backward(inputs.logits, fields.expert, fields.lse, fields.load, inputs.mask, fields.row)
+    ctx.save_for_backward(inputs.logits, fields.expert, fields.lse, fields.load, inputs.mask, inputs.live, fields.row)
 
 
 def _grad_logits(ctx: Any, grads: Fields) -> tuple[Tensor | None, ...]:

@@ -23,6 +23,7 @@ def route(
     logits: NDArray,
     top_k: int,
     *,
+    expert: NDArray | None = None,
     score: str = "softmax",
     bias: NDArray | None = None,
     num_groups: int = 1,
@@ -50,8 +51,11 @@ def route(
         keys = np.where(clean == -np.inf, np.finfo(np.float32).min, keys)
     chosen = np.full((T, top_k), -1, np.int32)
     for token in np.flatnonzero(mask):
-        chosen[token] = best(allowed(keys[token], num_groups, top_groups, best_in_group), top_k)
-    load = np.bincount(chosen[mask].ravel(), minlength=E).astype(np.int32)
+        if expert is None:
+            chosen[token] = best(allowed(keys[token], num_groups, top_groups, best_in_group), top_k)
+        else:
+            chosen[token] = expert[token]
+    load = np.bincount(chosen[chosen >= 0], minlength=E).astype(np.int32)
 
     expert = chosen
     if capacity is not None and drop == "probability":

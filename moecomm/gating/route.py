@@ -27,6 +27,7 @@ def route(
     logits: Array,
     top_k: int,
     *,
+    expert: Array | None = None,
     score: Literal["softmax", "sigmoid"] = "softmax",
     bias: Array | None = None,
     num_groups: int = 1,
@@ -48,6 +49,9 @@ def route(
     logits      [T, E] float32, float16 or bfloat16, numpy or torch; E <= 1024; -inf: not this expert,
                 unless fewer than K are left: then it is chosen with weight 0 and takes a place
     top_k       K, 1 .. min(E, 32). Ties go to the lower expert
+    expert      [T, K] int32 or int64: nothing is chosen, these experts are taken, such as those that an earlier pass
+                recorded; -1: none. Weights and losses follow from logits. What selects must be left out: bias, groups,
+                noise
     score       of an expert for a token: softmax over the token's logits, or sigmoid of its logit
     bias        [E] float32, added to the scores for the selection alone (DeepSeek-V3's load balancing)
     num_groups  the experts are so many groups of neighbours; a token chooses within the top_groups of them whose best
@@ -71,12 +75,14 @@ def route(
 
     The same logits give the same Routing on every rank and run, on CPU and GPU: integers exactly, floats to rounding.
     Differentiable in logits, through weight, aux_loss and z_loss. Not collective. Raises ValueError or TypeError for
-    arguments that do not fit; on the CPU also for NaN or +inf in logits, see `unusable` and `Routing.check`.
+    arguments that do not fit; on the CPU also for NaN or +inf in logits, see `unusable` and `Routing.check`, and for
+    ids in expert that are no expert's or stand twice in a token.
     Source: Shazeer et al. 2017 (arXiv 1701.06538); GShard (2006.16668); DeepSpeed-MoE (2201.05596), section 5.4.
     """
     inputs, choices = request(
         logits,
         top_k,
+        expert=expert,
         bias=bias,
         mask=mask,
         noise=noise,
@@ -125,6 +131,7 @@ def request(
     logits: Array,
     top_k: int,
     *,
+    expert: Array | None,
     bias: Array | None,
     mask: Array | None,
     noise: Noise | None,
@@ -161,7 +168,34 @@ def request(
         _beside("mask", mask, logits, "bool", num_tokens),
         step,
     )
+    if expert is not None:
+        inputs = _with_recorded(inputs, choices, expert)
     return inputs, choices
+
+
+def _with_recorded(inputs: Inputs, choices: Choices, expert: Array) -> Inputs:
+    """The inputs and the recorded experts, int32 as the kernels take them. On the CPU the kernel checks the ids."""
+    if inputs.bias is not None or choices.num_groups > 1 or choices.noise != "none":
+        raise ValueError(
+            "route: expert is given, so nothing is selected: expected no bias, no noise and num_groups = 1"
+        )
+    logits = inputs.logits
+    num_tokens, num_experts = logits.shape
+    _check_beside("expert", expert, logits)
+    if dtype_name(expert) not in ("int32", "int64") or tuple(expert.shape) != (num_tokens, choices.top_k):
+        raise ValueError(
+            f"route: expert is {dtype_name(expert)} {tuple(expert.shape)}, expected int32 or int64 "
+            f"{(num_tokens, choices.top_k)}, [T, K]"
+        )
+    # An id that int32 cannot hold must not become the id of an expert: it stays just outside the range.
+    recorded = expert.clip(-2, num_experts)
+    live = None if inputs.mask is None else inputs.mask.sum()
+    if isinstance(recorded, np.ndarray):
+        live = None if live is None else np.asarray(live, np.int64)
+        return inputs._replace(recorded=np.ascontiguousarray(recorded, np.int32), live=live)
+    import torch
+
+    return inputs._replace(recorded=recorded.to(torch.int32).contiguous(), live=live)
 
 
 def _check_words(choices: Choices) -> None:
@@ -256,13 +290,18 @@ def _beside(name: str, array: Any, logits: Array, dtype: str, length: int) -> An
     if array is None:
         return None
     # Nothing is converted: a mask of ints or a bias in float64 may be meant for something else.
-    if isinstance(array, np.ndarray) != isinstance(logits, np.ndarray) or not hasattr(array, "shape"):
-        raise TypeError(f"route: {name} is a {type(array).__name__}, expected a {type(logits).__name__} as logits is")
+    _check_beside(name, array, logits)
     if tuple(array.shape) != (length,) or dtype_name(array) != dtype:
         raise ValueError(f"route: {name} is {dtype_name(array)} {tuple(array.shape)}, expected {dtype} ({length},)")
+    return contiguous(f"route: {name}", array)
+
+
+def _check_beside(name: str, array: Any, logits: Array) -> None:
+    """array is of logits' kind and on its device."""
+    if isinstance(array, np.ndarray) != isinstance(logits, np.ndarray) or not hasattr(array, "shape"):
+        raise TypeError(f"route: {name} is a {type(array).__name__}, expected a {type(logits).__name__} as logits is")
     if not isinstance(array, np.ndarray) and array.device != logits.device:
         raise ValueError(f"route: {name} is on {array.device}, expected {logits.device} as logits is")
-    return contiguous(f"route: {name}", array)
 
 
 def _counter(generator: Generator | None, logits: Array) -> tuple[int, int, Array | None]:

@@ -40,17 +40,22 @@ class Routing:
     lse: Array = None
     """[T] float32: log(sum(exp(logits))); 0 where masked."""
     status: Array = None
-    """int32 scalar: not 0 if logits or bias were unusable. See `check`."""
+    """int32 scalar: not 0 if logits, bias or recorded experts were unusable. See `check`."""
     capacity: int | None = None
     """Rows of each expert, or None: as many as it needs."""
 
     def check(self) -> Routing:
-        """Return self. Raises ValueError if a logit was NaN or +inf, a whole row -inf, or a bias not finite.
+        """Return self. Raises ValueError if a logit was NaN or +inf, a whole row -inf, or a bias not finite, or if
+        recorded experts were none of the layer's or stood twice in a token.
 
         On the CPU `route` has done so, unless it was told to note it; on a GPU this waits for the kernel.
         """
         check_status(0 if self.status is None else int(self.status))
         return self
+
+
+STATUSES = 8
+"""One more than the highest Routing.status: each problem has a bit."""
 
 
 def check_status(status: int) -> None:
@@ -61,7 +66,11 @@ def check_status(status: int) -> None:
 
 def problem(status: int) -> str:
     """What the bits of Routing.status say."""
-    problems = {1: "logits has a NaN or +inf, or a row of -inf alone", 2: "bias has a number that is not finite"}
+    problems = {
+        1: "logits has a NaN or +inf, or a row of -inf alone",
+        2: "bias has a number that is not finite",
+        4: "expert has ids of no expert, or of one expert twice in a token",
+    }
     return "; ".join(text for bit, text in problems.items() if status & bit)
 
 

@@ -136,6 +136,32 @@ def check_route(T: int, E: int, K: int, drop: str) -> None:
         check_routing(got, reference.route(wide(logits), K, **arrays), logits, choices, what)
 
 
+def check_replay(T: int, E: int, K: int, drop: str) -> None:
+    """Recorded experts, some of them dropped: routing and gradient; then one that stands twice in a token."""
+    logits = random_logits(T, E)
+    chosen = draw.random((T, E)).argsort(axis=1)[:, :K]
+    recorded = torch.from_numpy(np.where(draw.random((T, K)) < draw.choice([0, 0.3]), -1, chosen))
+    mask = torch.from_numpy(draw.random(T) < 0.8) if draw.random() < 0.5 else None
+    spoil(logits, mask)
+    logits = logits.to(DTYPES[draw.integers(3)])
+    choices = {
+        "score": str(draw.choice(["softmax", "sigmoid"])), "normalize": str(draw.choice(["none", "selected"])),
+        "drop": drop, "scale": 1.5, "capacity": draw.choice([None, max(T * K // (2 * E), 1)]), "expert": recorded,
+        "generator": Generator(int(draw.integers(2**40))), "mask": mask,
+    }  # fmt: skip
+    there = {name: on_device(choice) for name, choice in choices.items()}
+    leaf = on_device(logits.clone()).requires_grad_()
+    got, what = route(leaf, K, **there).check(), (T, E, K, logits.dtype, choices)
+    check_routing(got, route(logits, K, **choices), logits, choices, what)
+    direction = torch.randn(T, K)
+    loss = (got.weight * on_device(direction)).sum() + 2 * got.aux_loss + 0.1 * got.z_loss
+    grad = torch.autograd.grad(loss, leaf)[0]
+    near_route_gradient(grad, logits, (direction, direction.abs(), 0), (2, 0.1), got, mask, choices, what)
+    if options.device == "cuda" and K > 1 and T and mask is None:
+        there["expert"][0, :2] = 0
+        assert int(route(leaf, K, **there).status) == 4, what
+
+
 def check_route_gradient(shape: tuple[int, int, int], score: str, normalize: str) -> None:
     """Through weights and losses."""
     T, E, K = shape
@@ -444,6 +470,7 @@ FUSED = [(1, 8, 1), (64, 128, 1), (64, 128, 8), (500, 64, 2), (4096, 128, 8), (3
 product = itertools.product
 CHECKS: dict[str, tuple[Callable, list[tuple]]] = {
     "route": (check_route, [(*r, d) for r, d in product(ROUTES, ("position", "choice", "probability", "random"))]),
+    "replay": (check_replay, [(*r, d) for r, d in product(ROUTES, ("position", "choice", "probability", "random"))]),
     "route_gradient": (check_route_gradient, [*product(GRADIENTS, ("softmax", "sigmoid"), ("none", "selected"))]),
     "rows": (check_rows, [*product(ROWS, (1, 7, 8, 120, 128, 1000, 4096))]),
     "fused": (check_fused, [*product(FUSED, (7, 64, 4096), (None, 40))]),
