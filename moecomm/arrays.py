@@ -93,6 +93,15 @@ def empty_rows(num_rows: int, like: Array) -> Array:
     return np.empty(shape, like.dtype, like=like)  # a cupy array for a cupy array
 
 
+def zeros(shape: int | tuple[int, ...], dtype: str, like: Array) -> Array:
+    """An array of the kind of `like`, where that is."""
+    if not is_torch(like):
+        return np.zeros(shape, dtype)
+    import torch
+
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device=like.device)
+
+
 def row_bytes(rows: Array) -> int:
     itemsize = rows.element_size() if is_torch(rows) else rows.itemsize
     return int(itemsize * math.prod(rows.shape[1:]))
@@ -148,26 +157,20 @@ def copy_rows(dst: Array, src: Array) -> None:
     as_bytes(dst)[:] = as_bytes(src)
 
 
-def copy_blocks(dst: Array, src: Array, order: Counts, sizes: Counts | None = None) -> None:
+def copy_blocks(dst: Array, src: Array, order: Array, sizes: Array | None = None) -> None:
     """dst [n, ...] = the blocks of src [n, ...], one behind the other, in the order `order` [N].
 
-    Block i of src has sizes[i] rows, or one row where sizes is None.
+    Block i of src has sizes[i] rows, or one row where sizes is None. order and sizes are numpy arrays; of rows on a
+    device they may be tensors there.
     """
     if on_host(src):
         copy_host_blocks(as_bytes(dst), as_bytes(src), order, sizes, row_bytes(src))
-        return
-    # On a device: one gather of rows by their index.
-    index = order if sizes is None else _row_index(order, sizes)
-    if is_cupy(src):
+    elif is_cupy(src):
         import cupy
 
-        src.take(cupy.asarray(index), axis=0, out=dst)
-        return
-    import torch
-
-    index = torch.from_numpy(index).to(src.device)
-    word = _widest_word(src, dst)
-    torch.index_select(_as_words(src, word), 0, index, out=_as_words(dst, word))
+        src.take(cupy.asarray(order if sizes is None else _row_index(order, sizes)), axis=0, out=dst)
+    else:
+        _copy_blocks_on_device(dst, src, order, sizes)
 
 
 def _row_index(order: Counts, sizes: Counts) -> Counts:
@@ -178,6 +181,22 @@ def _row_index(order: Counts, sizes: Counts) -> Counts:
     # Inside a block the index grows by 1 as the place in the result does: only the distance of the two differs.
     distances = np.repeat(source_starts - result_starts, counts)
     return distances + np.arange(counts.sum(), dtype=np.int64)
+
+
+def _copy_blocks_on_device(dst: Array, src: Array, order: Array, sizes: Array | None) -> None:
+    """One gather of rows by their index. The index is made on the device: only what each block has goes there."""
+    import torch
+
+    index = torch.as_tensor(order, device=src.device)
+    if sizes is not None:
+        sizes = torch.as_tensor(sizes, device=src.device)
+        counts = sizes[index]
+        # As in _row_index.
+        distances = (sizes.cumsum(0) - sizes)[index] - (counts.cumsum(0) - counts)
+        rows = torch.arange(len(dst), device=src.device)
+        index = distances.repeat_interleave(counts, output_size=len(dst)) + rows
+    word = _widest_word(src, dst)
+    torch.index_select(_as_words(src, word), 0, index, out=_as_words(dst, word))
 
 
 def _widest_word(src: Array, dst: Array) -> Any:

@@ -153,9 +153,9 @@ def test_one_row_for_each_token_and_rank() -> None:
 
     def body(comm: Comm) -> None:
         row = 1024 * 4
-        labels, weights = 8, 4
-        assert bytes_sent(comm, "assignments") == (T * (p - 1) * 2 * (row + labels), T * (p - 1) * 2 * row)
-        assert bytes_sent(comm, "tokens") == (T * (p - 1) * (row + 8 * (labels + weights)), T * (p - 1) * row)
+        number, weights = 4, 8 * 4
+        assert bytes_sent(comm, "assignments") == (T * (p - 1) * 2 * row, T * (p - 1) * 2 * row)
+        assert bytes_sent(comm, "tokens") == (T * (p - 1) * (row + 2 * number + weights), T * (p - 1) * row)
 
     threads.run(p, body)
 

@@ -153,7 +153,7 @@ def test_rows_between_and_inside_nodes_are_those_of_the_formula(
     K = min(K, sum(map(len, ids)))  # noqa: N806
     world = make_world(p, sum(map(len, ids)), K, seed=K)
     node_of = {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
-    between = inside = 0
+    between = inside = numbers_between = numbers_inside = 0
     for rank, (_, routing) in enumerate(world):
         for experts_of_token in routing.expert.tolist():
             holders = {holder for holder in range(p) if set(ids[holder]) & set(experts_of_token)}
@@ -162,31 +162,36 @@ def test_rows_between_and_inside_nodes_are_those_of_the_formula(
             for node in needed:
                 relay = nodes[node][nodes[node_of[rank]].index(rank) % len(nodes[node])]
                 inside += len({holder for holder in holders if node_of[holder] == node} - {relay})
+                for holder in (h for h in holders if node_of[h] == node):
+                    num_assignments = len(set(ids[holder]) & set(experts_of_token))
+                    numbers_between += num_assignments if node != node_of[rank] else 0
+                    numbers_inside += num_assignments if holder != relay else 0
 
-    def body(comm: Comm) -> list[tuple[int, int]]:
+    def body(comm: Comm) -> list[list[int]]:
         timed = Timed(comm)
         exchange = make(timed, nodes, experts)
         x, routing = world[comm.rank]
         other_node = np.array([node_of[rank] != node_of[comm.rank] for rank in range(p)])
-        counted = []
 
-        def count(bytes_of_row: int) -> None:
+        def count() -> list[int]:
             sent = timed.record["all_to_allv"].bytes
-            rows = np.array([sent[other_node].sum(), sent[~other_node].sum()])
-            assert (rows % bytes_of_row == 0).all()
-            counted.append(rows // bytes_of_row)
             timed.clear()
+            return [int(sent[other_node].sum()), int(sent[~other_node].sum())]
 
         timed.clear()
         rows, plan = exchange.dispatch(x, routing)
         assert timed.record["all_to_all"].calls == 2, "the counts are exchanged once in each hop"
-        count(3 * 8 + K * (8 + 8))  # three float64, ids of experts and float64 weights
+        dispatched = count()
         exchange.combine(rows, plan)
-        count(3 * 8)
-        return counted
+        return [dispatched, count()]
 
-    for rows in np.sum(threads.run(p, body), axis=0).tolist():  # of dispatch, of combine
-        assert rows == [between, inside]
+    dispatched, combined = np.sum(threads.run(p, body), axis=0).tolist()
+    row, weights, number = 3 * 8, K * 8, 4  # three float64, a float64 weight for each choice, an int32
+    assert combined == [between * row, inside * row]
+    assert dispatched == [
+        between * (row + weights) + numbers_between * number,
+        inside * (row + weights) + numbers_inside * number,
+    ]
 
 
 def test_counts_are_exchanged_once_for_both_directions() -> None:

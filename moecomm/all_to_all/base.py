@@ -151,6 +151,22 @@ class AllToAll(Identity, ABC):
     @abstractmethod
     def _route(self, send_counts: Counts) -> Route: ...
 
+    # An exchange tells each rank several counts at once, and makes routes of them afterwards. An algorithm that can do
+    # so without one more message for each route writes these two.
+
+    def _tell(self, numbers: Array) -> tuple[Array, list[tuple[Array, Array, Array]]]:
+        """numbers [p, C]: a row for each rank -> the rows of all ranks [p, C], and what each hop saw of the numbers.
+
+        That are the fields of Hop, with an axis C. numbers may be on a device: nothing waits for it.
+        """
+        received = empty_rows(numbers.shape[0], numbers)
+        self._even(numbers, received)
+        return received, []
+
+    def _told_route(self, send_counts: Counts, recv_counts: Counts, hops: list[Hop]) -> Route:
+        """The route of counts that are one column, or the sum of some, of what was told. Collective."""
+        return self._route(send_counts)
+
     @abstractmethod
     def _send(self, rows: Array, route: Route) -> Array: ...
 

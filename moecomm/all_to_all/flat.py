@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moecomm.all_to_all.base import AllToAll, Route
+from moecomm.all_to_all.base import AllToAll, Hop, Route
 from moecomm.arrays import Array, Counts, empty_rows
 from moecomm.comm import CommLike
 from moecomm.transports import as_comm
@@ -27,6 +27,9 @@ class FlatAllToAll(AllToAll):
     def _route(self, send_counts: Counts) -> Route:
         recv_counts = np.empty_like(send_counts)
         self.comm.move(send_counts, recv_counts)
+        return Route(send_counts, recv_counts)
+
+    def _told_route(self, send_counts: Counts, recv_counts: Counts, hops: list[Hop]) -> Route:
         return Route(send_counts, recv_counts)
 
     def _send(self, rows: Array, route: Route) -> Array:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
 from moecomm.all_to_all.base import AllToAll, Hop, Route, agreed_nodes
-from moecomm.arrays import Array, Counts, copy_blocks, copy_rows, empty_rows
+from moecomm.arrays import Array, Counts, copy_blocks, copy_rows, empty_rows, zeros
 from moecomm.comm import Comm, CommLike
 from moecomm.failures import collective
 from moecomm.nodes import Nodes
@@ -94,13 +94,19 @@ class HierarchicalAllToAll(AllToAll):
     # ---- uneven form -----------------------------------------------------------------------------------------------
 
     def _route(self, send_counts: Counts) -> Route:
-        sizes = send_counts
+        received, hops = self._tell(send_counts.reshape(-1, 1))
+        return Route(send_counts, received[:, 0], tuple(Hop(*(numbers[:, 0] for numbers in hop)) for hop in hops))
+
+    def _tell(self, numbers: Array) -> tuple[Array, list[tuple[Array, Array, Array]]]:
         hops = []
         for hop in self._hops:
-            sizes_after, to_ranks, from_ranks = hop.exchange_counts(sizes)
-            hops.append(Hop(sizes, to_ranks, from_ranks))
-            sizes = sizes_after
-        return Route(send_counts, sizes[self._order_by_source], tuple(hops))
+            after, to_ranks, from_ranks = hop.exchange_numbers(numbers)
+            hops.append((numbers, to_ranks, from_ranks))
+            numbers = after
+        return numbers[self._order_by_source], hops
+
+    def _told_route(self, send_counts: Counts, recv_counts: Counts, hops: list[Hop]) -> Route:
+        return Route(send_counts, recv_counts, tuple(hops))
 
     def _route_of_ones(self) -> Route:
         """Of blocks of one row, which need not be exchanged to be known."""
@@ -163,24 +169,32 @@ class _Hop:
     send_blocks: Counts  # [comm.size] how many of them go to each rank
     recv_blocks: Counts  # [comm.size] how many come from each rank
     widest: int  # the most blocks that any rank of comm sends to any other
+    sent_cells: Counts = field(init=False)  # [blocks sent] where each is in an array of `widest` for each rank
+    received_cells: Counts = field(init=False)  # [blocks received] the same
+
+    def __post_init__(self) -> None:
+        for name, num_blocks in (("sent_cells", self.send_blocks), ("received_cells", self.recv_blocks)):
+            object.__setattr__(self, name, np.flatnonzero(np.arange(self.widest) < num_blocks[:, None]))
 
     def blocks_are_equal(self) -> bool:
         counts = {*self.send_blocks.tolist(), *self.recv_blocks.tolist()}
         return len(counts) == 1
 
-    def exchange_counts(self, sizes: Counts) -> tuple[Counts, Counts, Counts]:
-        """The sizes of the blocks after the hop, and the rows to send to and receive from each rank. Collective.
+    def exchange_numbers(self, numbers: Array) -> tuple[Array, Array, Array]:
+        """numbers [blocks, C] of the blocks here before the hop, such as their sizes. Collective.
 
-        Each rank sends each other one row of counts, padded to the same length: one small exchange of equal blocks.
+        Returns those of the blocks here after the hop, and their sums over the blocks to and from each rank.
+
+        Each rank sends each other rows of numbers, padded to the same length: one small exchange of equal blocks.
         """
-        send = np.zeros((self.comm.size, self.widest), np.int64)
-        is_sent = np.arange(self.widest) < self.send_blocks[:, None]
-        send[is_sent] = sizes[self.order]
-        recv = np.empty_like(send)
+        num_columns = numbers.shape[1]
+        send = zeros((self.comm.size * self.widest, num_columns), "int64", numbers)
+        send[self.sent_cells] = numbers[self.order]
+        recv = empty_rows(len(send), send)
         self.comm.move(send, recv)
-        is_received = np.arange(self.widest) < self.recv_blocks[:, None]
-        # What pads a row of counts is 0, so whole rows can be summed.
-        return recv[is_received], send.sum(axis=1), recv.sum(axis=1)
+        by_rank = (self.comm.size, self.widest, num_columns)
+        # What pads the rows is 0, so they can be summed.
+        return recv[self.received_cells], send.reshape(by_rank).sum(1), recv.reshape(by_rank).sum(1)
 
 
 class _Forwarding:

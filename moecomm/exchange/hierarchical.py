@@ -8,13 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from moecomm.all_to_all import AllToAll, FlatAllToAll, HierarchicalAllToAll
-from moecomm.arrays import Array, Counts
+from moecomm.arrays import Array, Counts, zeros
 from moecomm.comm import Comm
-from moecomm.exchange.adjoint import Thread
-from moecomm.exchange.path import Leg, Path
+from moecomm.exchange.block_counts import BlockCounts
+from moecomm.exchange.holders import Holders
+from moecomm.exchange.path import Path, Way
 from moecomm.exchange.plan import Plan
-from moecomm.exchange.routed import RoutedExchange, alarms, raise_alarm
-from moecomm.exchange.table import by_label, one_each
+from moecomm.exchange.routed import RoutedExchange
+from moecomm.exchange.table import (
+    BlockOrder,
+    Blocks,
+    Copies,
+    as_int32,
+    by_label,
+    constant,
+    copies,
+    num_copies,
+    repeated,
+    table_of,
+)
 from moecomm.failures import collective
 
 
@@ -37,13 +49,16 @@ class HierarchicalExchange(RoutedExchange):
     experts_per_rank  as for RoutedExchange
     hop               makes the all-to-all of each hop, over the group of that hop
 
-    With every row go the ids of its K experts and K weights. Pays where top-k is large beside the number of nodes and
-    the network is slower than the node. Memory beside input and output: the rows sent, relayed and received.
+    With every row go its K weights, and four bytes for each of its assignments. Pays where top-k is large beside the
+    number of nodes and the network is slower than the node. Memory beside input and output: the rows sent, relayed and
+    received.
 
-    Making one is collective over all_to_all.cross. What dispatch and combine take, return and raise is what
+    Making one is collective over the all-to-all's ranks. What dispatch and combine take, return and raise is what
     RoutedExchange says, in the same order.
     Source: the dispatch of DeepSeek-V3 (arXiv 2412.19437), section 3.2.2, here for any nodes.
     """
+
+    _plan_type = RelayPlan
 
     def __init__(
         self,
@@ -59,54 +74,94 @@ class HierarchicalExchange(RoutedExchange):
         nodes, rank = all_to_all.nodes, self.comm.rank
         self._between, self._inside = hop(all_to_all.cross), hop(all_to_all.local)
         with collective("HierarchicalExchange", self.comm):
-            self._sources = all_to_all.cross.all_gather(np.array([rank]))
-        """[size of cross] its ranks."""
+            sources = all_to_all.cross.all_gather(np.array([rank]))
+            self._sources = sources
+            """[ranks of cross] their ranks."""
+            reach = np.full((1, self.comm.size), -1)
+            reach[0, : len(sources)] = sources
+            reaches = all_to_all.local.all_gather(reach)
         relays = [node[nodes.local_rank[rank] % len(node)] for node in nodes.ranks]
-        places = np.searchsorted(self._sources, relays)
-        # [p + 1] by the rank that holds an expert, the last one for none: where in either hop's group the way leads
-        self._relay = np.append(places[nodes.node_of], all_to_all.cross.size)
-        here = np.where(nodes.same_node(rank), nodes.local_rank, all_to_all.local.size)
-        self._receiver = np.append(here, all_to_all.local.size)
+        places = np.searchsorted(sources, relays)[nodes.node_of]
+        self._relay_place = np.append(places, len(sources))
+        """[p + 1] by the rank that holds an expert: where in cross the way to it begins; the last one: nowhere."""
+        self._local_rank = nodes.local_rank
+        by_relay = np.lexsort((nodes.local_rank, places))
+        self._holders = Holders.of(self.experts, by_relay.tolist())
+        self._make_orders(int(nodes.sizes().max()), reaches)
 
-    def _find_path(self, expert: Counts, status: int) -> tuple[Path, Counts]:
-        """As RoutedExchange has it. The counts are exchanged once in each hop."""
-        at_home, token, place = one_each(self._relay[self._holder[expert]], self._between.comm.size)
-        relayed_expert = expert[token]
-        if status:
-            place = np.unique(self._relay[:-1])
-            relayed_expert = alarms(self.comm, status, len(place), expert.shape[1])
-        between = Leg.along(self._between, np.bincount(place, minlength=self._between.comm.size))
-        relayed_expert = between.out(relayed_expert)
-        alarm = relayed_expert[relayed_expert.min(axis=1, initial=0) < -1]
-        relayed_expert = np.maximum(relayed_expert, -1)
-        relayed, token, place = one_each(self._receiver[self._holder[relayed_expert]], self._inside.comm.size)
-        source = np.repeat(self._sources, between.route.recv_counts)
-        labels = self._labels(relayed_expert[token], source[token], place)
-        if len(alarm):
-            # All ranks of this node must learn it, or they would wait for rows that do not come.
-            place = np.repeat(np.arange(self._inside.comm.size), len(alarm))
-            labels = np.tile(alarm, (self._inside.comm.size, 1))
-        inside = Leg.along(self._inside, np.bincount(place, minlength=self._inside.comm.size))
-        labels = inside.out(labels)
-        raise_alarm(labels, self.comm)
-        away, label = by_label(labels)
-        rows_per_expert = np.bincount(label // self.comm.size, minlength=self.num_local_experts)
-        return Path.over(self.comm, at_home, between, relayed, inside, away), rows_per_expert
+    def _make_orders(self, largest_node: int, reaches: Counts) -> None:
+        """The orders of blocks. reaches [ranks of this node, p]: the sources that each of them relays for, then -1."""
+        widest = self._holders.widest
+        self._largest_node = largest_node
+        self._most_sources = int((reaches >= 0).sum(axis=1).max())
+        # Between nodes blocks lie by source, local rank of the holder, expert. A relay sends on by local rank.
+        source, local_rank, expert = np.indices((len(self._sources), largest_node, widest)).reshape(3, -1)
+        self._by_local_rank = BlockOrder.sorted_by(local_rank, source, expert)
+        # Inside a node they lie by relay, source, expert. Experts see them by expert, then source.
+        relay, place, expert = np.indices((len(reaches), self._most_sources, widest)).reshape(3, -1)
+        self._by_expert = BlockOrder.sorted_by(expert, reaches[relay, place])
 
-    def _labels(self, expert: Counts, source: Counts, place: Counts) -> Counts:
-        """[N, K] what the receiver orders each row by: the number of its expert there, then the source.
+    # ---- who goes where --------------------------------------------------------------------------------------------
 
-        expert [N, K], source [N] and place [N], the rank inside the node, are of the rows to send on. -1 where a choice
-        is not that rank's.
+    def _way(self, place: Array, alarm: Array) -> Way:
+        """As RoutedExchange has it, with a relay. The counts of both hops go before anything else."""
+        num_choices = place.shape[1]
+        table, count = by_label(place, self._holders.num_places)
+        source = table.source
+        token = source // max(num_choices, 1)
+        rank = self._holders.on(place).rank[place.reshape(-1)[source]]
+        relay = constant(self._relay_place, place)[rank]
+        rows = copies(relay, token, self._between.comm.size, place.shape)
+        num_inside = num_copies(rank, token, self.comm.size, place.shape[0])
+        between = self._count_between(count, rows.count, num_inside, alarm)
+        inside = self._count_inside(between)
+        inside.raise_alarm(self.comm)
+
+        choice = between.send_choices(as_int32(rows.slot * num_choices + source % max(num_choices, 1)), num_choices)
+        choice = Blocks(self._by_local_rank, between.assignments.reshape(-1)).out(choice)
+        leg_between, leg_inside = between.leg_of_rows(), inside.leg_of_rows()
+        relayed = self._relay(between, choice, (int(leg_between.route.recv_counts.sum()), num_choices))
+
+        choice = as_int32(relayed.slot * num_choices + choice % max(num_choices, 1))
+        choice = inside.send_choices(choice, num_choices)
+        choice = Blocks(self._by_expert, inside.assignments.reshape(-1)).out(choice)
+        away = table_of(choice, (int(leg_inside.route.recv_counts.sum()), num_choices))
+        path = Path((rows.table, leg_between, relayed.table, leg_inside, away), self.comm)
+        return Way(path, lambda: inside.received_on_host().reshape(-1, self._holders.widest))
+
+    def _count_between(self, count: Array, num_rows: Array, num_inside: Array, alarm: Array) -> BlockCounts:
+        """What each relay is told: blocks by local rank and expert, rows for it, rows that it sends to each local rank.
+
+        count [P] assignments of each place, num_rows [relays], num_inside [p] rows for each rank behind its relay
         """
-        is_there = self._receiver[self._holder[expert]] == place[:, None]
-        return np.where(is_there, self._local_id[expert] * self.comm.size + source[:, None], -1)
+        holders = self._holders.on(count)
+        relay_place, local_rank = constant(self._relay_place, count), constant(self._local_rank, count)
+        num_relays, rank = self._between.comm.size, holders.rank[:-2]
+        assignments = zeros((num_relays, self._largest_node, holders.widest), "int64", count)
+        assignments[relay_place[rank], local_rank[rank], holders.local[:-2]] = count
+        rows_inside = zeros((num_relays, self._largest_node), "int64", count)
+        rows_inside[relay_place[:-1], local_rank] = num_inside
+        return BlockCounts.exchange(
+            self._between, assignments.reshape(num_relays, -1), num_rows, alarm, others=rows_inside
+        )
 
-    def _make_plan(
-        self, rows_per_expert: Counts, path: Path, home_weight: Array | None, away_weight: Array | None, thread: Thread
-    ) -> RelayPlan:
-        at_home, away = path.ends()
-        return RelayPlan(rows_per_expert, path, at_home, away, home_weight, away_weight, thread)
+    def _count_inside(self, between: BlockCounts) -> BlockCounts:
+        """What a relay tells the ranks of its node: blocks by source and expert, and rows."""
+        size, widest = self._inside.comm.size, self._holders.widest
+        num_sources = len(self._sources)
+        by_source = between.assignments.reshape(num_sources, self._largest_node, widest)
+        assignments = zeros((size, self._most_sources, widest), "int64", by_source)
+        for local_rank in range(size):
+            assignments[local_rank, :num_sources] = by_source[:, local_rank]
+        num_rows = between.others.sum(0)[:size]
+        return BlockCounts.exchange(self._inside, assignments.reshape(size, -1), num_rows, between.alarm.max())
+
+    def _relay(self, between: BlockCounts, choice: Array, shape: tuple[int, int]) -> Copies:
+        """The rows that this relay sends on. choice [N]: of each assignment its row and choice, by local rank."""
+        num_assignments = between.assignments.reshape(len(self._sources), self._largest_node, -1).sum(2).sum(0)
+        local_rank = constant(np.arange(self._largest_node), choice)
+        local_rank = repeated(local_rank, num_assignments, len(choice))
+        return copies(local_rank, choice // max(shape[1], 1), self._inside.comm.size, shape)
 
     def _combine_arguments(self, rows: Array, plan: Plan) -> tuple[Array, Plan]:
         if not isinstance(plan, RelayPlan):

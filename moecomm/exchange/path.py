@@ -2,83 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from moecomm.all_to_all import AllToAll, Route
-from moecomm.arrays import Array, Counts, as_rows, on_host
+from moecomm.arrays import Array, Counts, as_rows
 from moecomm.comm import Comm, rows_text
 from moecomm.exchange.adjoint import Thread, linear
-from moecomm.exchange.table import RowTable
+from moecomm.exchange.table import Blocks, RowTable
 
 
-@dataclass(frozen=True, eq=False)
 class Leg:
-    """Along a route and back. The caller has checked the rows and made the route."""
+    """Along a route and back. The caller has checked the rows.
 
-    all_to_all: AllToAll
-    route: Route
+    make_route  returns the route, which all_to_all made. It is called when rows first go this way: until then the
+                counts may still be on their way from a GPU. Collective
+    """
 
-    @classmethod
-    def along(cls, all_to_all: AllToAll, send_counts: Counts) -> Leg:
-        """The leg of so many rows to each rank. Collective: the counts are exchanged."""
+    def __init__(self, all_to_all: AllToAll, make_route: Callable[[], Route]) -> None:
         all_to_all._check_not_freed()
-        return cls(all_to_all, all_to_all._route(send_counts))
+        self.all_to_all = all_to_all
+        self.digest = ""
+        """Of the counts of all ranks, where the Comm is `Checked`: two ranks on different paths are found."""
+        self._make_route = make_route
+        self._route: Route | None = None
+
+    @property
+    def route(self) -> Route:
+        """Collective where it is not known yet."""
+        # Not a cached_property: before Python 3.12 that holds a lock, and ranks that are threads would wait in it.
+        if self._route is None:
+            self._route = self._make_route()
+        return self._route
 
     def out(self, rows: Array) -> Array:
-        """Collective."""
+        """Collective. Rows behind those of the last rank stay at home. One rank alone moves nothing."""
         self.all_to_all._check_not_freed()
-        return self.all_to_all._send(rows, self.route)
+        route = self.route
+        num_rows = int(route.send_counts.sum())
+        if len(rows) != num_rows:
+            rows = rows[:num_rows]
+        return rows if len(route.send_counts) == 1 else self.all_to_all._send(rows, route)
 
     def back(self, rows: Array) -> Array:
         """Collective."""
         self.all_to_all._check_not_freed()
-        return self.all_to_all._send_back(rows, self.route)
+        return rows if len(self.route.send_counts) == 1 else self.all_to_all._send_back(rows, self.route)
+
+
+Step: TypeAlias = "RowTable | Blocks | Leg"
 
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """Steps in turn. Collective over comm where one of them is a leg.
+    """Steps in turn. Collective over comm where one of them is a leg."""
 
-    digest  stands for the counts of all ranks, where comm is `Checked`: two ranks on different paths are found
-    """
-
-    steps: tuple[RowTable | Leg, ...]
+    steps: tuple[Step, ...]
     comm: Comm
-    digest: str
-
-    @classmethod
-    def over(cls, comm: Comm, *steps: RowTable | Leg) -> Path:
-        """A path of new legs. Collective under `Checked`."""
-        counts = [step.route.send_counts for step in steps if isinstance(step, Leg)]
-        return cls(steps, comm, comm.digest(np.concatenate(counts)))
-
-    def for_rows_like(self, x: Array) -> Path:
-        """The same path, with its tables where x is."""
-        if on_host(x):
-            return self
-        steps = [step.on(x.device) if isinstance(step, RowTable) else step for step in self.steps]
-        return Path(tuple(steps), self.comm, self.digest)
 
     def part(self, first: int, end: int | None) -> Path:
         """The steps from first on, up to end."""
-        return Path(self.steps[first:end], self.comm, self.digest)
+        return Path(self.steps[first:end], self.comm)
 
-    def ends(self) -> tuple[RowTable, RowTable]:
-        """The first and the last step."""
-        at_home, away = self.steps[0], self.steps[-1]
-        assert isinstance(at_home, RowTable)
-        assert isinstance(away, RowTable)
-        return at_home, away
+    def legs(self) -> list[Leg]:
+        """The steps that go to other ranks."""
+        return [step for step in self.steps if isinstance(step, Leg)]
+
+    def agree(self) -> None:
+        """Give the legs, whose counts are known by now, the digest of all ranks. Collective under `Checked`."""
+        legs = self.legs()
+        counts = [leg.route.send_counts for leg in legs]
+        digest = self.comm.digest(counts[0] if len(counts) == 1 else np.concatenate(counts))
+        for leg in legs:
+            leg.digest = digest
 
     def rows_sent(self) -> int:
         """Rows that this rank sends to other ranks, there and back."""
         rows = 0
-        for step in self.steps:
-            if isinstance(step, Leg):
-                both_ways = step.route.send_counts + step.route.recv_counts
-                rows += int(both_ways.sum() - both_ways[step.all_to_all.comm.rank])
+        for leg in self.legs():
+            both_ways = leg.route.send_counts + leg.route.recv_counts
+            rows += int(both_ways.sum() - both_ways[leg.all_to_all.comm.rank])
         return rows
 
     def carry(self, rows: Array, thread: Thread) -> tuple[Array, Thread]:
@@ -91,7 +97,8 @@ class Path:
 
     def text(self, rows: Array) -> str:
         """What must be the same on all ranks."""
-        return f"{rows_text(rows, in_equal_parts=False)} of the route {self.digest or 'without a digest'}"
+        digest = self.legs()[0].digest
+        return f"{rows_text(rows, in_equal_parts=False)} of the route {digest or 'without a digest'}"
 
     def _out(self, rows: Array) -> Array:
         for step in self.steps:
@@ -108,3 +115,27 @@ class Path:
 
     def _gradient_back(self, grad: Array) -> Array:
         return self._back(self.comm.checked("backward pass of dispatch", as_rows, grad, "gradient", same=self.text))
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """Where the rows of a dispatch go.
+
+    path      from the tokens of this rank to the experts of others: a table, a leg, and so on
+    received  returns [blocks, local experts]: the rows for each expert of this rank, whose sum is over the first axis
+    """
+
+    path: Path
+    received: Callable[[], Counts]
+
+    def at_home(self) -> RowTable:
+        """The first step, of the rows that are sent."""
+        table = self.path.steps[0]
+        assert isinstance(table, RowTable)
+        # A table that a device made ends with the assignments that go nowhere.
+        return RowTable(table.row, table.source[: self.path.legs()[0].route.send_counts.sum()])
+
+    def away(self) -> RowTable | None:
+        """The last step where rows are summed after it on their way back."""
+        table = self.path.steps[-1]
+        return table if isinstance(table, RowTable) else None

@@ -19,14 +19,12 @@ class Plan:
 
     rows_per_expert: Counts
     path: Path
-    """From the tokens of this rank to the experts of others: table, leg, table."""
+    """From the tokens of this rank to the experts of others."""
     at_home: RowTable
     """The first step: from the tokens of this rank to the rows that it sends."""
-    away: RowTable
-    """The last step: from the rows that came to those that the experts see."""
-    home_weight: Array | None
-    """[T, K] applied where the tokens are, or None."""
-    away_weight: Array | None
-    """[rows that came, K] applied where the experts are, or None."""
+    away: RowTable | None
+    """The last step, from the rows that came to those that the experts see, where rows are summed there."""
+    weight: Array
+    """[T, K], or [rows that came, K] where rows are summed at the experts' ranks."""
     thread: Thread
     """What ties combine's backward pass to dispatch's (torch), or None."""

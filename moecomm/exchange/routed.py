@@ -9,16 +9,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm.all_to_all import AllToAll
-from moecomm.arrays import Array, Counts, as_dtype, as_rows, dtype_name, is_torch, num_axes, sum_dtype
-from moecomm.comm import Comm
-from moecomm.exchange.adjoint import Thread, new_thread, weighted_sum
+from moecomm.arrays import Array, Counts, as_dtype, as_rows, dtype_name, is_torch, num_axes, sum_dtype, zeros
+from moecomm.arrays import on_host as is_on_host
+from moecomm.exchange.adjoint import new_thread, weighted_sum
+from moecomm.exchange.block_counts import ALARMS, UNKNOWN_EXPERT, BlockCounts
 from moecomm.exchange.contract import Exchange
-from moecomm.exchange.path import Leg, Path
+from moecomm.exchange.holders import Holders, expert_lists
+from moecomm.exchange.path import Path, Way
 from moecomm.exchange.plan import Plan
-from moecomm.exchange.table import by_label, check_size, one_each
-from moecomm.failures import Failing, collective, refused
+from moecomm.exchange.table import (
+    BlockOrder,
+    Blocks,
+    RowTable,
+    as_int32,
+    by_label,
+    check_size,
+    copies,
+    table_of,
+)
+from moecomm.failures import Failing, collective
 from moecomm.gating import Routing
-from moecomm.gating.routing import STATUSES, problem
 
 
 class RoutedExchange(Exchange[Plan]):
@@ -36,6 +46,7 @@ class RoutedExchange(Exchange[Plan]):
     """
 
     tells_unusable = True
+    _plan_type: type[Plan] = Plan
 
     def __init__(
         self,
@@ -53,24 +64,17 @@ class RoutedExchange(Exchange[Plan]):
         self.send = send
         self._compared = False
         """Whether the ranks compared what must be the same."""
-        experts = _expert_lists(experts_per_rank, self.comm.size)
-        self.local_experts = experts[self.comm.rank]
+        self.experts = expert_lists(experts_per_rank, self.comm.size)
+        """The ids of those that each rank holds."""
+        self.local_experts = self.experts[self.comm.rank]
         """The ids of this rank's experts, in the order of their rows."""
         self.num_local_experts = len(self.local_experts)
         """Experts of this rank."""
-        self.experts = experts
-        """The ids of those that each rank holds."""
-        held = [expert for group in experts for expert in group]
-        if len(set(held)) < len(held) or min(held, default=0) < 0:
-            raise ValueError(f"RoutedExchange: experts_per_rank is {experts}, expected every expert on one rank only")
-        self.num_experts = max(held, default=-1) + 1
+        self._holders = Holders.of(self.experts)
+        self.num_experts = self._holders.num_experts
         """E, one more than the highest id."""
-        nobody = self.comm.size
-        self._holder = np.full(self.num_experts + 1, nobody)  # [E + 1]: the last one is for -1, dropped
-        self._local_id = np.full(self.num_experts + 1, -1)
-        for rank, group in enumerate(experts):
-            self._holder[group] = rank
-            self._local_id[group] = np.arange(len(group))
+        source, local = np.divmod(np.arange(self.comm.size * self._holders.widest), max(self._holders.widest, 1))
+        self._by_expert = BlockOrder.sorted_by(local, source)
 
     @property
     def comms(self) -> tuple[Failing, ...]:
@@ -83,7 +87,7 @@ class RoutedExchange(Exchange[Plan]):
 
     def holds(self) -> NDArray[np.bool_]:
         """[E] whether any rank of this exchange holds the expert."""
-        return self._holder[:-1] < self.comm.size
+        return self._holders.is_held()
 
     def dispatch(self, x: Array, routing: Routing) -> tuple[Array, Plan]:
         """Send every token to its experts.
@@ -99,17 +103,18 @@ class RoutedExchange(Exchange[Plan]):
         Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 1; DeepSpeed-MoE (arXiv 2201.05596), section 5.
         """
         with collective("dispatch", self.comm):
-            status, expert = self._opened(x, routing)
-            path, rows_per_expert = self._find_path(expert, status)
-            path = path.for_rows_like(x)
+            expert, alarm = self._opened(x, routing)
             thread = new_thread(x)
-            home_weight, away_weight = routing.weight, None
-            if self.send == "tokens":
-                home_weight = None
+            way = self._way(self._holders.on(expert).places(expert), alarm)
+            away = way.away()
+            weight = routing.weight
+            if away is not None:
                 # The experts' ranks weight the answers: the weights end where the rows arrive, before they are copied.
-                away_weight, thread = path.part(0, -1).carry(routing.weight, thread)
-            rows, thread = path.carry(x, thread)
-            return rows, self._make_plan(rows_per_expert, path, home_weight, away_weight, thread)
+                weight, thread = way.path.part(0, -1).carry(weight, thread)
+            rows, thread = way.path.carry(x, thread)
+            way.path.agree()
+            rows_per_expert = way.received()[:, : self.num_local_experts].sum(axis=0)
+            return rows, self._plan_type(rows_per_expert, way.path, way.at_home(), away, weight, thread)
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum.
@@ -124,56 +129,67 @@ class RoutedExchange(Exchange[Plan]):
         with collective("combine", self.comm):
             self.comm.checked(f"{type(self).__name__}.combine", self._combine_arguments, rows, plan, same=_plan_text)
             dtype = rows.dtype if dtype is None else dtype
-            if plan.home_weight is not None:
+            if plan.away is None:
                 answers, thread = plan.path.part(1, None).carry_back(rows, plan.thread)
-                y = weighted_sum(answers, plan.home_weight, plan.at_home, dtype, self.comm)
+                y = weighted_sum(answers, plan.weight, plan.at_home, dtype, self.comm)
             else:
                 # The sums travel as wide as they are added: they are rounded when they are complete.
-                partial = weighted_sum(rows, plan.away_weight, plan.away, sum_dtype(rows), self.comm)
+                partial = weighted_sum(rows, plan.weight, plan.away, sum_dtype(rows), self.comm)
                 y, thread = plan.path.part(0, -1).carry_back(partial, plan.thread)
                 y = as_dtype(y, dtype)
             return y if thread is None else y + thread.sum().to(dtype)
 
     # ---- who goes where --------------------------------------------------------------------------------------------
 
-    def _find_path(self, expert: Counts, status: int) -> tuple[Path, Counts]:
-        """expert [T, K] -> the path of a token's row, and the rows of each expert of this rank. Collective.
+    def _way(self, place: Array, alarm: Array) -> Way:
+        """place [T, K] of each assignment's expert, alarm as in BlockCounts -> the way of the rows. Collective.
 
-        The receiver orders what comes by labels: for each row the local ids of the experts that it is for, [N, 1], or
-        [N, K] with -1 where a choice is not that rank's.
+        Assignments are sent in the order of their experts' places: the count of each source and expert is all that a
+        receiver needs to bring them in order.
         """
-        rank = self._holder[expert]
-        if self.send == "assignments":
-            at_home, destination = by_label(np.where(expert >= 0, rank, -1))
-            labels = self._local_id[expert.reshape(-1)[at_home.source]].reshape(-1, 1)
-        else:
-            at_home, token, destination = one_each(rank, self.comm.size)
-            labels = np.where(rank[token] == destination[:, None], self._local_id[expert[token]], -1)
-        send_counts = np.bincount(destination, minlength=self.comm.size)
-        if status:
-            send_counts = np.ones(self.comm.size, np.int64)
-            labels = alarms(self.comm, status, self.comm.size, labels.shape[1])
-        leg = Leg.along(self.all_to_all, send_counts)
-        labels = leg.out(labels)
-        raise_alarm(labels, self.comm)
-        away, local_id = by_label(labels)
-        rows_per_expert = np.bincount(local_id, minlength=self.num_local_experts)
-        return Path.over(self.comm, at_home, leg, away), rows_per_expert
+        at_home, count = by_label(place, self._holders.num_places)
+        if self.send == "tokens":
+            return self._way_of_tokens(place, at_home, count, alarm)
+        counts = BlockCounts.exchange(self.all_to_all, self._by_holder(count), None, alarm)
+        path = Path((at_home, counts.leg_of_rows(alarmed=self.comm), self._blocks(counts)), self.comm)
+        return Way(path, counts.received_on_host)
 
-    def _make_plan(
-        self, rows_per_expert: Counts, path: Path, home_weight: Array | None, away_weight: Array | None, thread: Thread
-    ) -> Plan:
-        at_home, away = path.ends()
-        return Plan(rows_per_expert, path, at_home, away, home_weight, away_weight, thread)
+    def _way_of_tokens(self, place: Array, assignments: RowTable, count: Array, alarm: Array) -> Way:
+        """One row for each token and rank. With each assignment goes a number: its row's place there, and its choice.
+
+        assignments, count  in the order of places, and of each place
+        """
+        num_choices = place.shape[1]
+        source = assignments.source
+        rank = self._holders.on(place).rank[place.reshape(-1)[source]]
+        rows = copies(rank, source // max(num_choices, 1), self.comm.size, place.shape)
+        counts = BlockCounts.exchange(self.all_to_all, self._by_holder(count), rows.count, alarm)
+        counts.raise_alarm(self.comm)
+        choice = as_int32(rows.slot * num_choices + source % max(num_choices, 1))
+        choice = self._blocks(counts).out(counts.send_choices(choice, num_choices))
+        leg = counts.leg_of_rows()
+        away = table_of(choice, (int(leg.route.recv_counts.sum()), num_choices))
+        return Way(Path((rows.table, leg, away), self.comm), counts.received_on_host)
+
+    def _by_holder(self, count: Array) -> Array:
+        """count [P] of each place -> [p, widest], by rank and expert."""
+        holders = self._holders.on(count)
+        counts = zeros((self.comm.size, holders.widest), "int64", count)
+        counts[holders.rank[:-2], holders.local[:-2]] = count
+        return counts
+
+    def _blocks(self, counts: BlockCounts) -> Blocks:
+        """What comes lies in blocks by source, then expert; experts see it by expert, then source."""
+        return Blocks(self._by_expert, counts.assignments.reshape(-1))
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _opened(self, x: Array, routing: Routing) -> tuple[int, Counts]:
-        """The status of the routing and the expert ids [T, K]. At the first dispatch the ranks compare arguments."""
+    def _opened(self, x: Array, routing: Routing) -> tuple[Array, Array]:
+        """The expert ids [T, K] and the alarm of their status, where x is. The ranks compare their first arguments."""
 
-        def same(checked: tuple[int, Counts]) -> str:
+        def same(checked: tuple[Array, Array]) -> str:
             return (
-                f"{tokens_text(x)}, K = {checked[1].shape[1]}, send={self.send!r}, experts on each rank {self.experts}"
+                f"{tokens_text(x)}, K = {checked[0].shape[1]}, send={self.send!r}, experts on each rank {self.experts}"
             )
 
         door = self.comm.checked if self._compared else self.comm.compared
@@ -181,7 +197,7 @@ class RoutedExchange(Exchange[Plan]):
         self._compared = True
         return checked
 
-    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[int, Counts]:
+    def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, Array]:
         if num_axes(x, "x") < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (T, H)")
         of_torch = is_torch(x)
@@ -190,31 +206,43 @@ class RoutedExchange(Exchange[Plan]):
         num_axes(routing.weight, "routing.weight")
         if of_torch != is_torch(routing.weight):
             raise TypeError(f"routing.weight is a {type(routing.weight).__name__}, expected a {type(x).__name__}, as x")
-        expert = on_host_as_int64(routing.expert)
+        if of_torch and routing.weight.device != x.device:
+            raise ValueError(f"routing.weight is on {routing.weight.device}, expected {x.device} as x is")
+        expert = expert_ids(routing.expert, x)
         if expert.ndim != 2 or expert.shape[0] != x.shape[0]:
             raise ValueError(
-                f"routing.expert has shape {expert.shape}, expected (T, K) with T = {x.shape[0]}, as x {tuple(x.shape)}"
+                f"routing.expert has shape {tuple(expert.shape)}, expected (T, K) with T = {x.shape[0]}, "
+                f"as x {tuple(x.shape)}"
             )
-        if tuple(routing.weight.shape) != expert.shape:
-            raise ValueError(f"routing.weight has shape {tuple(routing.weight.shape)}, expected {expert.shape}")
+        if tuple(routing.weight.shape) != tuple(expert.shape):
+            raise ValueError(f"routing.weight has shape {tuple(routing.weight.shape)}, expected {tuple(expert.shape)}")
+        check_size(*expert.shape)
+        if not is_torch(expert):
+            self._check_ids(expert)
+            status = 0 if routing.status is None else int(routing.status)
+            return expert, self._alarm(np.int64(status))
+        is_unknown = (self._holders.on(expert).places(expert) == self._holders.num_places).any()
+        status = 0 if routing.status is None else routing.status
+        return expert, self._alarm(is_unknown * UNKNOWN_EXPERT + status)
+
+    def _alarm(self, status: Array) -> Array:
+        return (status > 0) * (self.comm.rank * ALARMS) + status
+
+    def _check_ids(self, expert: Counts) -> None:
         if expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
             raise ValueError(f"routing.expert has {expert.min()}..{expert.max()}, expected -1..{self.num_experts - 1}")
-        lost = expert[(expert >= 0) & (self._holder[expert] == self.comm.size)]
+        lost = expert[self._holders.place[expert] == self._holders.num_places]
         if lost.size:
             raise ValueError(f"routing.expert names expert {lost[0]}, which no rank holds")
-        check_size(*expert.shape)
-        status = 0 if routing.status is None else int(routing.status)  # of a GPU: expert has waited for it
-        return status, expert
 
     def _combine_arguments(self, rows: Array, plan: Plan) -> tuple[Array, Plan]:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan is a {type(plan).__name__}, expected one that dispatch returned")
-        weight = plan.away_weight if plan.home_weight is None else plan.home_weight
-        if is_torch(rows) != is_torch(weight):
+        if is_torch(rows) != is_torch(plan.weight):
             raise TypeError(
-                f"rows is a {type(rows).__name__}, expected a {type(weight).__name__} as dispatch was given"
+                f"rows is a {type(rows).__name__}, expected a {type(plan.weight).__name__} as dispatch was given"
             )
-        wanted = len(plan.away.source)
+        wanted = int(plan.rows_per_expert.sum())
         if num_axes(rows, "rows") < 2 or rows.shape[0] != wanted:
             raise ValueError(
                 f"rows has shape {tuple(rows.shape)}, expected ({wanted}, H): the rows that dispatch returned"
@@ -224,25 +252,21 @@ class RoutedExchange(Exchange[Plan]):
         return rows, plan
 
 
-def alarms(comm: Comm, status: int, num_rows: int, width: int) -> Counts:
-    """[num_rows, width] labels below -1: what a rank with an unusable routing sends where others send expert ids."""
-    return np.full((num_rows, width), -2 - (STATUSES * comm.rank + status))
-
-
-def raise_alarm(labels: Counts, comm: Comm) -> None:
-    """Raise ValueError if alarms came, which then every rank has got."""
-    if labels.min(initial=0) < -1:
-        rank, status = divmod(-2 - int(labels[labels < -1].max()), STATUSES)
-        raise refused(
-            ValueError(
-                f"dispatch: the gate of rank {comm.world_rank(rank)} had no answer: {problem(status)}{comm.where()}"
-            )
-        )
-
-
 def on_host(array: Array) -> np.ndarray:
     """As numpy, wherever it is."""
     return array.detach().cpu().numpy() if is_torch(array) else np.asarray(array)
+
+
+def expert_ids(expert: Array, x: Array) -> Array:
+    """Expert ids as numpy where x is on the host, and as a tensor on the device of x otherwise."""
+    if is_on_host(x):
+        return on_host_as_int64(expert)
+    import torch
+
+    ids = torch.as_tensor(expert, device=x.device)
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"routing.expert has dtype {dtype_name(ids)}, expected integers")
+    return ids.long()
 
 
 def on_host_as_int64(expert: Array) -> Counts:
@@ -251,20 +275,6 @@ def on_host_as_int64(expert: Array) -> Counts:
     if ids.dtype.kind not in "iu":
         raise TypeError(f"routing.expert has dtype {ids.dtype}, expected integers")
     return ids.astype(np.int64)
-
-
-def _expert_lists(experts_per_rank: Any, size: int) -> list[list[int]]:
-    if isinstance(experts_per_rank, int | np.integer):
-        experts_per_rank = [int(experts_per_rank)] * size
-    groups = list(experts_per_rank)
-    if len(groups) != size:
-        raise ValueError(f"RoutedExchange: experts_per_rank has {len(groups)} entries, expected {size}, one per rank")
-    if all(isinstance(count, int | np.integer) for count in groups):
-        if min(groups) < 0:
-            raise ValueError(f"RoutedExchange: experts_per_rank is {groups}, expected counts >= 0")
-        ends = np.cumsum(groups).tolist()
-        groups = [range(end - count, end) for count, end in zip(groups, ends, strict=True)]
-    return [[int(expert) for expert in group] for group in groups]
 
 
 def tokens_text(x: Array) -> str:

@@ -1,18 +1,19 @@
-"""RowTable: which rows a rank makes of its tokens, for numpy and torch alike. Never communication."""
+"""Tables of rows inside a rank, for numpy and torch alike. Never communication.
+
+An assignment is a pair (token t, choice k), with the flat index t * K + k. On a GPU nothing here waits for the device:
+sizes come from the host, and what only the device knows stays there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.arrays import Array, Counts
+from moecomm.arrays import Array, Counts, copy_blocks, empty_rows, is_torch, on_host, zeros
 from moecomm.gating.rows import copy_rows, sum_rows
-
-if TYPE_CHECKING:
-    import torch
 
 LARGEST = 2**31 - 1
 """Rows and choices are numbered by int32, as `route` does it."""
@@ -31,12 +32,6 @@ class RowTable:
     row: Array
     source: Array
 
-    def on(self, device: torch.device) -> RowTable:
-        """The table as tensors there."""
-        import torch
-
-        return RowTable(torch.from_numpy(self.row).to(device), torch.from_numpy(self.source).to(device))
-
     def out(self, rows: Array) -> Array:
         """[T, ...] -> [N, ...], the copies."""
         return copy_rows(rows, self.row, self.source)
@@ -46,39 +41,147 @@ class RowTable:
         return sum_rows(rows, self.row, self.source)
 
 
-def by_label(labels: NDArray[Any]) -> tuple[RowTable, NDArray[Any]]:
-    """One copy of a row for each label >= 0 that it has.
+@dataclass(frozen=True, eq=False)
+class BlockOrder:
+    """Blocks of rows in another order.
 
-    labels   [T, S]; -1: none
-    returns  the copies, ordered by label and then by row, and the label of each
+    order    [B] which block comes first, second, ...
+    inverse  [B] the order that undoes it
     """
-    order = sorting(labels)[np.count_nonzero(labels < 0) :]
-    return _table(order, *labels.shape), labels.reshape(-1)[order]
+
+    order: Counts
+    inverse: Counts
+
+    changes: bool
+    """Whether any block changes its place."""
+    on_devices: dict[Any, tuple[Array, Array]] = field(default_factory=dict)
+
+    def at(self, rows: Array) -> tuple[Array, Array]:
+        """order and inverse where the rows are."""
+        if on_host(rows):
+            return self.order, self.inverse
+        if rows.device not in self.on_devices:
+            self.on_devices[rows.device] = constant(self.order, rows), constant(self.inverse, rows)
+        return self.on_devices[rows.device]
+
+    @classmethod
+    def sorted_by(cls, *keys: NDArray[Any]) -> BlockOrder:
+        """Ascending by the first key [B], equal ones by the next."""
+        order = np.lexsort(keys[::-1])
+        return cls(order, np.argsort(order), bool((order != np.arange(len(order))).any()))
 
 
-def one_each(destination: Counts, num_destinations: int) -> tuple[RowTable, Counts, Counts]:
-    """One copy of a row for each different destination that it has.
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Rows that lie in blocks, brought to another order of the blocks.
 
-    destination  [T, K] of the row's choices; num_destinations: none
-    returns      the copies, ordered by destination and then by row; the row [N] and the destination [N] of each
+    sizes  [B] rows of each block before: numpy where the rows are on the host, a tensor on their device otherwise
     """
-    T, K = destination.shape  # noqa: N806
-    is_first = destination < num_destinations
-    for k in range(1, K):
-        is_first[:, k] &= (destination[:, :k] != destination[:, k : k + 1]).all(axis=1)
-    firsts = np.flatnonzero(is_first)
-    firsts = firsts[sorting(destination.reshape(-1)[firsts])]
-    row = firsts // max(K, 1)
-    # A row's copies are summed in the order of their destinations: choice s is the s-th of them.
-    return _table(row * K + _earlier(row, T), T, K), row, destination.reshape(-1)[firsts]
+
+    order: BlockOrder
+    sizes: Array
+
+    def out(self, rows: Array) -> Array:
+        """[N, ...] -> [N, ...]"""
+        return self._moved(rows, self.order.at(rows)[0], self.sizes) if self.order.changes else rows
+
+    def back(self, rows: Array) -> Array:
+        """The adjoint of `out`, which is its inverse."""
+        if not self.order.changes:
+            return rows
+        order, inverse = self.order.at(rows)
+        return self._moved(rows, inverse, self.sizes[order])
+
+    def _moved(self, rows: Array, order: Array, sizes: Array) -> Array:
+        moved = empty_rows(len(rows), rows)
+        copy_blocks(moved, rows, order, sizes)
+        return moved
 
 
-def sorting(numbers: NDArray[Any]) -> Counts:
-    """The flat indices that sort numbers >= -1, equal ones in their order."""
-    if numbers.max(initial=0) < 2**15:
-        # numpy sorts int16 by radix, several times as fast as int64.
-        numbers = numbers.astype(np.int16)
-    return np.argsort(numbers, axis=None, kind="stable")
+def by_label(label: Array, num_labels: int) -> tuple[RowTable, Counts | Array]:
+    """The assignments, ordered by label and then by token.
+
+    label    [T, K] 0 .. num_labels - 1; what has the label num_labels or more is left out of the host's tables. On a
+             device it comes last: how many there are is not known
+    returns  the copies of tokens, one for each assignment, and the count [num_labels] of each label
+    """
+    if not is_torch(label):
+        count = np.bincount(label.reshape(-1), minlength=num_labels)[:num_labels]
+        return _table(_sorting(label)[: count.sum()], label.shape), count
+    import torch
+
+    ordered, source = label.reshape(-1).sort(stable=True)
+    ends = torch.searchsorted(ordered, torch.arange(num_labels, device=label.device), right=True)
+    count = torch.diff(ends, prepend=ends.new_zeros(1))
+    row = torch.empty_like(source, dtype=torch.int32)
+    row[source] = torch.arange(len(source), dtype=torch.int32, device=label.device)
+    row = torch.where(label < num_labels, row.reshape(label.shape), -1)
+    return RowTable(row, source.int()), count
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """One copy of a row for each different destination of its assignments, ordered by destination and then by row."""
+
+    table: RowTable
+    """A row's copies are summed in the order of their destinations: choice s is the s-th of them."""
+    slot: Array
+    """[N] of each assignment: the place of its copy among those for the same destination."""
+    count: Array
+    """[destinations] copies for each."""
+
+
+def num_copies(destination: Array, row: Array, num_destinations: int, num_rows: int) -> Array:
+    """[destinations] the counts of `copies` alone."""
+    is_copied = _pairs(destination, row, num_destinations, num_rows)[0]
+    return is_copied.reshape(num_destinations + 1, num_rows).sum(1)[:-1]
+
+
+def _pairs(destination: Array, row: Array, num_destinations: int, num_rows: int) -> tuple[Array, Array]:
+    """A bit for each pair of a destination and a row, set where there is an assignment; and the pair of each one."""
+    pair = destination * num_rows + row
+    is_copied = zeros((num_destinations + 1) * num_rows, "bool", destination)
+    is_copied[pair] = True
+    return is_copied, pair
+
+
+def copies(destination: Array, row: Array, num_destinations: int, shape: tuple[int, int]) -> Copies:
+    """destination [N] and row [N] of the assignments, shape (rows, choices of a row).
+
+    Assignments without a destination have num_destinations. On a device their copies come last.
+    """
+    num_rows, num_choices = shape
+    # Both orders, that of all copies and that of the copies of a row, are running sums over these bits.
+    is_copied, pair = _pairs(destination, row, num_destinations, num_rows)
+    by_destination = is_copied.reshape(num_destinations + 1, num_rows)
+    count = by_destination.sum(1)
+    start = count.cumsum(0) - count
+    copy = is_copied.cumsum(0)[pair] - 1
+    choice = row * num_choices + by_destination.cumsum(0).reshape(-1)[pair] - 1
+    has_destination = destination < num_destinations
+    if not is_torch(copy):
+        copy_of, choice_of = copy[has_destination], choice[has_destination]
+        source = zeros(int(count[:-1].sum()), "int32", copy)
+        source[copy_of] = choice_of
+        where = np.full(num_rows * num_choices, -1, np.int32)
+        where[choice_of] = copy_of
+    else:
+        source = zeros(len(copy), "int32", copy)
+        source[copy] = choice.int()
+        where = source.new_full((num_rows * num_choices,), -1)
+        where[choice] = copy.where(has_destination, -1).int()
+    return Copies(RowTable(where.reshape(shape), source), copy - start[destination], count[:-1])
+
+
+def table_of(choice: Array, shape: tuple[int, int]) -> RowTable:
+    """The copies whose rows and choices, r * K + k, are `choice` [N], in this order."""
+    if not is_torch(choice):
+        return _table(choice, shape)
+    import torch
+
+    row = choice.new_full((shape[0] * shape[1],), -1, dtype=torch.int32)
+    row[choice.long()] = torch.arange(len(choice), dtype=torch.int32, device=choice.device)
+    return RowTable(row.reshape(shape), choice.int())
 
 
 def check_size(num_rows: int, num_choices: int) -> None:
@@ -87,17 +190,41 @@ def check_size(num_rows: int, num_choices: int) -> None:
         raise ValueError(f"{num_rows} rows with {num_choices} choices are too many, expected {LARGEST} choices at most")
 
 
-def _table(source: Counts, num_rows: int, num_choices: int) -> RowTable:
+# ---- numpy and torch alike -----------------------------------------------------------------------------------------
+
+
+def constant(array: NDArray[Any], like: Array) -> Array:
+    """A numpy array, as one of the kind of `like`, where that is."""
+    if not is_torch(like):
+        return array
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
+
+
+def as_int32(array: Array) -> Array:
+    """As `route` numbers rows."""
+    return array.int() if is_torch(array) else array.astype(np.int32)
+
+
+def repeated(values: Array, counts: Array, length: int) -> Array:
+    """[length] value i counts[i] times, one behind the other. length: the sum of the counts."""
+    if not is_torch(values):
+        return np.repeat(values, counts)
+    return values.repeat_interleave(counts, output_size=length)
+
+
+def _sorting(numbers: NDArray[Any]) -> Counts:
+    """The flat indices that sort numbers >= 0, equal ones in their order."""
+    if numbers.max(initial=0) < 2**15:
+        # numpy sorts int16 by radix, several times as fast as int64.
+        numbers = numbers.astype(np.int16)
+    return np.argsort(numbers, axis=None, kind="stable")
+
+
+def _table(source: Counts, shape: tuple[int, ...]) -> RowTable:
+    num_rows, num_choices = shape
     check_size(num_rows, num_choices)
     row = np.full((num_rows, num_choices), -1, np.int32)
     row.reshape(-1)[source] = np.arange(len(source), dtype=np.int32)
     return RowTable(row, source.astype(np.int32))
-
-
-def _earlier(row: Counts, num_rows: int) -> Counts:
-    """[N] how many copies of the same row come before."""
-    order = sorting(row)
-    counts = np.bincount(row, minlength=num_rows)
-    earlier = np.empty_like(row)
-    earlier[order] = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return earlier

@@ -43,7 +43,7 @@ def sum_rows(rows: Array, row: Array, source: Array, weight: Array | None = None
     Summed in float32 (float64 for float64 rows) and rounded once.
     """
     dtype = rows.dtype if dtype is None else dtype
-    if weight is None and row.shape[1] == 1 and len(source) == len(row):
+    if weight is None and row.shape[1] == 1 and len(rows) == len(source) == len(row):
         # Each token has one row: nothing is added, and the table read the other way round says where each row goes.
         return as_dtype(copy_rows(rows, source.reshape(-1, 1), row.reshape(-1)), dtype)
     wide = sum_dtype(rows)

@@ -1,0 +1,101 @@
+"""The tables that exchanges make on a GPU, made of CPU tensors: the same operations, and no number of the host's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moecomm import Comm, FlatAllToAll, HierarchicalAllToAll, Nodes, RoutedExchange, Routing, testing
+from moecomm.exchange import HierarchicalExchange
+from moecomm.transports import threads
+
+torch = pytest.importorskip("torch")
+
+import test_exchange  # noqa: E402
+import test_hierarchical_exchange  # noqa: E402
+
+from moecomm import arrays  # noqa: E402
+from moecomm.conformance.exchanges import ExchangeCase  # noqa: E402
+from moecomm.exchange import autograd, routed, table  # noqa: E402
+from moecomm.gating import row_tensors, rows  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors pass for tensors on a device, but where the kernels of the CPU read tables."""
+
+    def on_cpu(function: object) -> object:
+        def call(x: object, *arguments: object) -> object:
+            return function(x, *(_numpy(a) if _is_table(a) else a for a in arguments))  # type: ignore[operator]
+
+        return call
+
+    def spread(grad: object, x: object, row: object, source: object, weight: object) -> object:
+        return row_tensors.spread_rows(grad, x, _numpy(row), _numpy(source), weight)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(routed, "is_on_host", lambda array: isinstance(array, np.ndarray))
+    monkeypatch.setattr(table, "copy_rows", on_cpu(rows.copy_rows))
+    monkeypatch.setattr(table, "sum_rows", on_cpu(rows.sum_rows))
+    monkeypatch.setattr(autograd, "sum_rows", on_cpu(rows.sum_rows))
+    monkeypatch.setattr(autograd, "spread_rows", spread)
+    monkeypatch.setattr(table, "copy_blocks", _copy_blocks)
+    monkeypatch.setattr(table, "on_host", lambda array: isinstance(array, np.ndarray))
+
+
+def _is_table(array: object) -> bool:
+    return isinstance(array, torch.Tensor) and array.dtype == torch.int32
+
+
+def _numpy(array: object) -> object:
+    return array.numpy() if isinstance(array, torch.Tensor) else array
+
+
+def _copy_blocks(dst: object, src: object, *blocks: object) -> None:
+    copy = arrays._copy_blocks_on_device if isinstance(src, torch.Tensor) else arrays.copy_blocks
+    copy(dst, src, *blocks)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("send", ["assignments", "tokens"])
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_routed(send: str, hierarchical: bool) -> None:
+    def make(comm: Comm, case: ExchangeCase) -> RoutedExchange:
+        all_to_all = HierarchicalAllToAll(comm, _nodes(comm.size)) if hierarchical else FlatAllToAll(comm)
+        return RoutedExchange(all_to_all, case.num_experts // comm.size, send=send)  # type: ignore[arg-type]
+
+    testing.check_exchange(threads.run, make, make=torch.tensor)
+
+
+def test_hierarchical() -> None:
+    def make(comm: Comm, case: ExchangeCase) -> HierarchicalExchange:
+        return HierarchicalExchange(HierarchicalAllToAll(comm, _nodes(comm.size)), case.num_experts // comm.size)
+
+    testing.check_exchange(threads.run, make, sizes=(1, 2, 3, 4, 5), make=torch.tensor)
+
+
+@pytest.mark.parametrize(("nodes", "experts"), test_hierarchical_exchange.PLACES)
+def test_ragged_nodes_and_experts(nodes: list[list[int]], experts: object) -> None:
+    p = sum(map(len, nodes))
+    K = min(5, sum(map(len, test_exchange.expert_ids(p, experts))))  # type: ignore[arg-type]  # noqa: N806
+    threads.run(p, lambda comm: test_hierarchical_exchange.check(comm, nodes, experts, K))
+
+
+@pytest.mark.parametrize("send", ["assignments", "tokens"])
+def test_expert_that_nobody_holds_is_refused_by_all(send: str) -> None:
+    """The host does not look at ids on a device: the ranks tell each other with the counts."""
+
+    def body(comm: Comm) -> None:
+        exchange = RoutedExchange(FlatAllToAll(comm), [[0], [3]], send=send)  # type: ignore[arg-type]
+        for wrong in (1, 4, -2, 10**12):
+            expert = torch.tensor([[wrong if comm.rank == 1 else 0, -1]])
+            with pytest.raises(ValueError, match=r"the gate of rank 1 had no answer: .*no rank holds"):
+                exchange.dispatch(torch.ones(1, 3), Routing(expert, torch.ones(1, 2)))
+        expert = torch.tensor([[0, -1], [3, 0]])
+        rows, plan = exchange.dispatch(torch.ones(2, 3), Routing(expert, torch.ones(2, 2)))
+        assert exchange.combine(rows, plan).tolist() == [[1] * 3, [2] * 3]
+
+    threads.run(2, body)
+
+
+def _nodes(size: int) -> Nodes:
+    ragged = [list(range(0, size, 2)), list(range(1, size, 2))]
+    return Nodes([ranks for ranks in ragged if ranks])
