@@ -20,7 +20,8 @@ def loss_carried(routing: Routing, token_losses: Tensor) -> Tensor:
     An expert of hard tokens then counts as full before one of easy ones. The plain form takes routing.load.
     """
     ids = torch.arange(routing.load.shape[0], device=token_losses.device)
-    chosen = (routing.expert[..., None] == ids).any(1)  # as a product: the same bits on all tensor ranks
+    chosen = (routing.expert[..., None] == ids).any(1)
+    # A product adds up in a fixed order: the same bits on all tensor ranks, whose gates must agree.
     return token_losses.detach().float() @ chosen.float()
 
 
@@ -39,6 +40,6 @@ def update_bias(layer: MoE, carried: Tensor, rate: float = 1e-3) -> None:
     total = carried.float()
     if layer.groups is not None:
         total = layer.groups.data.all_reduce(total)
-    if layer.bias.dtype != torch.float32:  # 16 bits would swallow steps of 0.001
-        layer.bias = layer.bias.float()
+    # 16 bits would swallow steps of 0.001.
+    layer.bias = layer.bias.float()
     layer.bias += rate * (total.mean() - total).sign()

@@ -29,17 +29,9 @@ from torch.optim import Optimizer
 from moecomm.comm import Comm
 from moecomm.nn.files import locked, to_disk
 from moecomm.nn.linear import part_in
-from moecomm.nn.optimizer import (
-    KINDS,
-    Reading,
-    check_groups,
-    group_settings,
-    optimizer_states,
-    state_dict,
-    states_to_read,
-)
+from moecomm.nn.optimizer import KINDS, State, group_settings, optimizer_states, state_dict, states_to_read
 from moecomm.nn.slices import Held, Piece, held
-from moecomm.nn.stored import INDEX, Index, Stored, Target, piece_line, read_index, write_index
+from moecomm.nn.stored import INDEX, Index, Stored, Target, piece_line, write_index
 from moecomm.nn.tensor_file import write
 from moecomm.together import gather, together
 
@@ -110,23 +102,21 @@ def load(
     file: a part that is cut otherwise is read as a whole. An optimizer's states are then its new ones, not copied once
     more where the optimizer is on the host.
     """
-    path, index = together(comm, "checkpoint", lambda: read_index(path))
-    if comm is not None:
-        comm.agree("checkpoint.load: path", f"{path.name} with id {index.get('id')}")
     with ExitStack() as stack:
-        stored = together(comm, "checkpoint", lambda: Stored(path, index, stack))
+        stored = together(comm, "checkpoint", lambda: Stored(path, stack))
+        path, index = stored.path, stored.index
+        if comm is not None:
+            comm.agree("checkpoint.load: path", f"{path.name} with id {index.get('id')}")
         if part_in(comm)[0] == 0 and not stored.with_checksums:
             warnings.warn(f"{path} has no checksums: numbers that have changed are not noticed", stacklevel=2)
         tensors = held(model)
-        copies = together(comm, "checkpoint", lambda: _host_memory(tensors))
-        targets = [target for copy in copies for target in copy.pieces()]
-        readings = together(comm, "checkpoint", lambda: _readings(tensors, targets, optimizer, stored, index))
+        copies, states, targets = together(comm, "checkpoint", lambda: _memory(tensors, optimizer, stored))
         _check_names(comm, stored, targets)
         together(comm, "checkpoint", lambda: stored.fill(targets))
     # All ranks have read and compared everything. What fails from here on is undone.
     if optimizer is not None:
         groups = index["groups"]
-        state = together(comm, "checkpoint", lambda: state_dict(optimizer, tensors, groups, readings))
+        state = together(comm, "checkpoint", lambda: state_dict(optimizer, tensors, groups, states))
         _load_state(comm, optimizer, state)
     together(comm, "checkpoint", lambda: _fill_model(tensors, copies))
     return dict(index["values"])
@@ -137,35 +127,37 @@ def last(folder: str | Path) -> Path | None:
     return max(_steps(Path(folder)), default=None, key=_step)
 
 
-def _host_memory(tensors: list[Held]) -> list[Held]:
-    """The tensors with new memory on the host, for what is read. Raises ValueError for one without memory."""
+def _memory(
+    tensors: list[Held], optimizer: Optimizer | None, stored: Stored
+) -> tuple[list[Held], list[State], list[Target]]:
+    """The tensors, and the optimizer's states in the checkpoint, with new memory on the host; and the pieces of both.
+
+    Raises ValueError for a tensor without memory, and for what the checkpoint does not have, or in another shape.
+    """
     copies = []
     for tensor in tensors:
         if tensor.tensor.is_meta:
             raise ValueError(f"{tensor.name} is on the meta device, expected one that has memory")
         copies.append(tensor._replace(tensor=torch.empty(tensor.tensor.shape, dtype=tensor.tensor.dtype)))
-    return copies
-
-
-def _readings(
-    tensors: list[Held], targets: list[Target], optimizer: Optimizer | None, stored: Stored, index: Index
-) -> list[Reading]:
-    """The optimizer's states that the checkpoint has, with new memory, whose pieces are added to the model's targets.
-
-    Raises ValueError for what the checkpoint does not have, or has in another shape.
-    """
+    # Before the states: a checkpoint of another model is called so.
+    targets = _pieces(copies)
     stored.check(targets)
-    if optimizer is None:
-        return []
-    check_groups(stored.path, optimizer, index["groups"])
-    readings = states_to_read(optimizer, tensors, stored)
-    targets += [target for reading in readings for target in reading.target.pieces()]
+    states = [] if optimizer is None else states_to_read(optimizer, tensors, stored)
+    targets += _pieces([target for _, target in states])
     stored.check(targets)
-    return readings
+    return copies, states, targets
+
+
+def _pieces(tensors: list[Held]) -> list[Target]:
+    pieces = []
+    for tensor in tensors:
+        pieces += tensor.pieces()
+    return pieces
 
 
 def _check_names(comm: Comm | None, stored: Stored, targets: list[Target]) -> None:
     """Raises ValueError if the checkpoint has a tensor that the model has on no rank. Collective."""
+    # A pipeline stage has some of the tensors, and a rank some of the experts: the names of all ranks count.
     names: set[str] = set()
     for text in gather(comm, json.dumps([piece.name for piece, _ in targets])):
         names.update(json.loads(text))
@@ -193,14 +185,14 @@ def _load_state(comm: Comm | None, optimizer: Optimizer, state: dict[str, Any]) 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _held_pieces(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[Piece, Tensor]]:
+def _held_pieces(model: nn.Module, optimizer: Optimizer | None) -> list[Target]:
     """All that this rank has of a model and an optimizer."""
     tensors = held(model)
     states = [] if optimizer is None else optimizer_states(optimizer, tensors)
-    return [piece for tensor in tensors + states for piece in tensor.pieces()]
+    return _pieces(tensors + states)
 
 
-def _owned(comm: Comm | None, pieces: list[tuple[Piece, Tensor]]) -> tuple[list[str], dict[Piece, Tensor]]:
+def _owned(comm: Comm | None, pieces: list[Target]) -> tuple[list[str], dict[Piece, Tensor]]:
     """The keys of all ranks, and the pieces that this rank writes. Collective.
 
     A piece that several ranks have is written by the one that writes the fewest numbers so far. The order of the keys
@@ -220,13 +212,15 @@ def _owned(comm: Comm | None, pieces: list[tuple[Piece, Tensor]]) -> tuple[list[
             sizes[key] = size
     rank, num_ranks = part_in(comm)
     load = [0] * num_ranks
-    owners = {}
+    owned = set()
     # What one rank alone has comes first, then the largest, so that the small ones can even out the load.
     for key in sorted(ranks, key=lambda key: (len(ranks[key]), -sizes[key])):
-        owners[key] = min(ranks[key], key=load.__getitem__)
-        load[owners[key]] += sizes[key]
+        owner = min(ranks[key], key=load.__getitem__)
+        load[owner] += sizes[key]
+        if owner == rank:
+            owned.add(key)
     # A tensor that has two names in the model may have two pieces of one key: they are written once.
-    return list(ranks), {piece: values for piece, values in pieces if owners[piece.key] == rank}
+    return list(ranks), {piece: values for piece, values in pieces if piece.key in owned}
 
 
 @contextmanager

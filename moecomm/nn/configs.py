@@ -7,6 +7,7 @@ from typing import Literal
 
 from moecomm.nn.linear import Activation, check_activation
 from moecomm.nn.pyramid import pyramid
+from moecomm.nn.seeds import Portion
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ class Config:
                 f"second of {self.num_layers} layers"
             )
         check_activation("Config", self.activation)
-        if self.residual not in ("none", "sum", "learned"):
-            raise ValueError(f"Config: residual is {self.residual!r}, expected 'none', 'sum' or 'learned'")
-        if self.normalize not in ("none", "selected"):
-            raise ValueError(f"Config: normalize is {self.normalize!r}, expected 'none' or 'selected'")
+        for name, kinds in {"residual": ("none", "sum", "learned"), "normalize": ("none", "selected")}.items():
+            if getattr(self, name) not in kinds:
+                expected = ", ".join(map(repr, kinds[:-1]))
+                raise ValueError(f"Config: {name} is {getattr(self, name)!r}, expected {expected} or {kinds[-1]!r}")
+        # The one expert corrects the MLP; the answers of several would have to be weighed against it.
         if self.residual != "none" and self.top_k != 1:
             raise ValueError(f"Config: top_k is {self.top_k}, expected 1 with residual={self.residual!r}")
 
@@ -69,24 +71,50 @@ class Config:
 
     def num_parameters(self) -> int:
         """Of the whole model, with tied input and output embeddings. Arithmetic: nothing is allocated."""
-        h = self.hidden
-        total = (self.vocabulary + self.context) * h + 2 * h
+        total = self.num_in_ends()
         for layer in range(self.num_layers):
-            experts = self.experts_of(layer)
-            total += 4 * (h * h + h) + 4 * h + experts * (self.num_in_expert() + h)
-            total += self.num_in_mlp() if not experts or self.residual != "none" else 0
-            total += 2 * h + 2 if experts and self.residual == "learned" else 0
+            # Each expert has a row of the gate.
+            experts = self.experts_of(layer) * (self.num_in_expert() + self.hidden)
+            total += self.num_dense(layer) + experts
+        return total
+
+    def num_in_ends(self, stage: int = 0, num_stages: int = 1) -> int:
+        """Parameters of a pipeline stage outside its layers: embeddings of tokens and positions, and the last norm."""
+        rows = 0
+        if stage == 0:
+            rows += self.context
+        # Both ends have the embedding: it is the matrix of the logits, too.
+        if stage in (0, num_stages - 1):
+            rows += self.vocabulary
+        if stage == num_stages - 1:
+            rows += 2
+        return rows * self.hidden
+
+    def num_dense(self, layer: int, tensor: int = 1) -> int:
+        """Parameters of a layer on each of so many tensor ranks, without its experts and gate."""
+        h = self.hidden
+        # Slices of four matrices and of the biases of three; whole are the fourth bias and two norms.
+        total = (4 * h + 3) * h // tensor + 5 * h
+        experts = self.experts_of(layer)
+        if not experts or self.residual != "none":
+            total += self.num_in_mlp(tensor)
+        if experts and self.residual == "learned":
+            total += 2 * h + 2
         return total
 
     def num_in_mlp(self, tensor: int = 1) -> int:
         """Parameters of a dense feed-forward layer on each of so many ranks."""
-        h, width = self.hidden, self.ffn // tensor
-        return (3 * h + 2) * width + h if self.activation == "swiglu" else (2 * h + 1) * width + h
+        matrices = 3 if self.activation == "swiglu" else 2
+        # Of the biases the last is whole on each rank.
+        return (matrices * (self.hidden + 1) - 1) * (self.ffn // tensor) + self.hidden
 
-    def num_in_expert(self, part: tuple[int, int] = (0, 1)) -> int:
-        """Parameters of slice i of n of an expert, part = (i, n)."""
-        h, width = self.hidden, self.ffn // part[1]
-        return 3 * h * width if self.activation == "swiglu" else (2 * h + 1) * width + h * (part[0] == 0)
+    def num_in_expert(self, portion: Portion = (0, 1)) -> int:
+        """Parameters of slice i of n of an expert, portion = (i, n)."""
+        number, slices = portion
+        if self.activation == "swiglu":
+            return 3 * self.hidden * (self.ffn // slices)
+        # Slice 0 alone has the bias of the answer.
+        return (2 * self.hidden + 1) * (self.ffn // slices) + self.hidden * (number == 0)
 
 
 _350M = Config(24, 1024, 16)

@@ -25,13 +25,12 @@ def exclude_experts(model: Model) -> Model:
     The experts' gradients are summed by `reduce_gradients`, after all backward passes of a step; the others have been
     averaged then, which averaging them again does not change.
     """
-    names = {
-        f"{name}.{weight}" if name else weight
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Experts)
-        for weight, _ in module.named_parameters()
-    }
-    setattr(model, IGNORED, sorted(names.union(getattr(model, IGNORED, ()))))
+    names = set(getattr(model, IGNORED, ()))
+    # DistributedDataParallel knows a module by each of its names: a layer that is used twice has two.
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Experts):
+            names.update(name for name, _ in module.named_parameters(path))
+    setattr(model, IGNORED, sorted(names))
     return model
 
 
@@ -42,7 +41,8 @@ def check_wrapping(experts: Experts, data: Comm) -> None:
 
     Called by each layer in each pass: it looks once at each DistributedDataParallel.
     """
-    if experts.split and "up" in vars(experts):  # a view into FullyShardedDataParallel's flat parameter
+    # FullyShardedDataParallel puts a view into its flat parameter in the place of a weight.
+    if experts.split and "up" in vars(experts):
         raise ValueError(f"Experts: {FSDP}")
     wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if wrapper is None or experts.wrapper == id(wrapper):
@@ -53,8 +53,12 @@ def check_wrapping(experts: Experts, data: Comm) -> None:
             f"DistributedDataParallel is over {size} ranks, expected the {data.size} of the data group: give "
             f"process_group{data.where()}"
         )
-    handled = {id(p) for name, p in wrapper.module.named_parameters() if name not in wrapper.parameters_to_ignore}
-    if experts.split and any(id(parameter) in handled for parameter in experts.parameters()):
+    # By identity: the wrapper may be around a module that has this layer under a longer name.
+    wrapped = set()
+    for name, parameter in wrapper.module.named_parameters():
+        if name not in wrapper.parameters_to_ignore:
+            wrapped.add(id(parameter))
+    if experts.split and any(id(parameter) in wrapped for parameter in experts.parameters()):
         raise ValueError(
             "DistributedDataParallel has given this rank the experts of rank 0: make the model again and wrap "
             f"exclude_experts(model){data.where()}"

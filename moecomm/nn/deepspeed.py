@@ -143,7 +143,7 @@ def _network(file: Path, states: list[State], prefix: str, weights: Weights, nam
 
 
 def _of_expert(bank: Experts, place: int) -> Weights:
-    ranks = bank.slices["up"].part
+    ranks = bank.slices["up"].portion
     columns, rows = Slice(0, ranks), Slice(1, ranks)
     weights = {"up": (bank.up[place].T, columns), "down": (bank.down[place].T, rows)}
     if bank.activation == "swiglu":
@@ -157,7 +157,7 @@ def _of_expert(bank: Experts, place: int) -> Weights:
 
 
 def _of_mlp(mlp: MLP) -> Weights:
-    ranks = mlp.up.slices["weight"].part
+    ranks = mlp.up.slices["weight"].portion
     weights = {"down": (mlp.down.weight, Slice(1, ranks)), "down_bias": (mlp.down.bias, WHOLE)}
     blocks = ("gate", "up") if mlp.activation == "swiglu" else ("up",)
     matrices = mlp.up.weight.chunk(len(blocks))
@@ -173,7 +173,7 @@ def _whole(file: Path, states: list[State], key: str, values: Tensor, slice_of: 
     if any(key not in state for state in states):
         raise ValueError(f"{file} has no {key}, but {', '.join(list(states[0])[:6])}")
     tensors = [state[key] for state in states]
-    dim, ranks = slice_of.dim, slice_of.part
+    dim, ranks = slice_of.dim, slice_of.portion
     shape = list(values.shape)
     shape[dim] *= ranks[1]
     # DeepSpeed slices by its own tensor ranks, which need not be as many as ours; a weight may be whole in each file.

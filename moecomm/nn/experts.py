@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moecomm.nn.linear import Activation, check_activation
 from moecomm.nn.part import Part
-from moecomm.nn.seeds import Slice, draw, parameter, part_of
+from moecomm.nn.seeds import Key, Portion, Slice, draw, parameter, part_of
 
 FSDP = "FSDP would mix the experts of its ranks as shards of one bank: expected none where ranks share experts"
 SLICED = {"up": 1, "gate": 1, "up_bias": 0, "down": 0}
@@ -38,38 +38,49 @@ class Experts(Part):
 
     def __init__(
         self, hidden: int, ffn: int, experts: Sequence[int], *, activation: Activation = "gelu",
-        part: tuple[int, int] = (0, 1), num_experts: int | None = None, std: float = 0.02,
-        key: tuple[object, ...] = (), weights: Callable[[int, str], Tensor] | None = None, **like: Any,
+        part: Portion = (0, 1), num_experts: int | None = None, std: float = 0.02,
+        key: Key = (), weights: Callable[[int, str], Tensor] | None = None, **like: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         check_activation("Experts", activation)
-        if ffn % part[1]:
-            raise ValueError(f"Experts: ffn is {ffn}, which {part[1]} slices cannot share")
+        number, slices = part
+        if ffn % slices:
+            raise ValueError(f"Experts: ffn is {ffn}, which {slices} slices cannot share")
         self.experts = tuple(experts)
         self.activation = activation
         self.slices = {name: Slice(dim, part) for name, dim in SLICED.items()}
         """Of one expert's weights."""
-        self.split = part[1] > 1 or num_experts not in (None, len(self.experts))
+        self.split = slices > 1 or num_experts not in (None, len(self.experts))
         """Whether other ranks hold other experts, or other slices."""
         self.wrapper = 0
         """id of the DistributedDataParallel that was seen to leave the experts alone."""
 
-        def bank(name: str, shape: tuple[int, int]) -> nn.Parameter:
-            slices = []
+        def bank(name: str, rows: int, columns: int) -> nn.Parameter:
+            weight = torch.zeros(0, rows, columns)
+            matrices = []
             for expert in experts:
-                weight = weights(expert, name) if weights else draw(shape, std, *key, "expert", expert, name)
-                slices.append(part_of(weight, SLICED[name], part))
+                if weights is None:
+                    weight = draw((rows, columns), std, *key, "expert", expert, name)
+                else:
+                    weight = weights(expert, name)
+                matrices.append(part_of(weight, SLICED[name], part))
             # A rank may have no expert at all; torch.stack needs one.
-            return parameter(torch.stack(slices) if slices else torch.zeros(0, *shape), like)
+            return parameter(torch.stack(matrices) if matrices else weight, like)
 
-        self.up = bank("up", (hidden, ffn))
-        self.down = bank("down", (ffn, hidden))
+        self.up = bank("up", hidden, ffn)
+        self.down = bank("down", ffn, hidden)
         if activation == "swiglu":
-            self.gate = bank("gate", (hidden, ffn))
+            self.gate = bank("gate", hidden, ffn)
             return
-        self.up_bias = parameter(torch.zeros(len(experts), ffn // part[1]), like)
+        self.up_bias = parameter(torch.zeros(len(experts), ffn // slices), like)
         # The answers of the slices are added, so only one slice may add the bias.
-        self.down_bias = parameter(torch.zeros(len(experts), hidden), like) if part[0] == 0 else None
+        self.down_bias = parameter(torch.zeros(len(experts), hidden), like) if number == 0 else None
+
+    def extra_repr(self) -> str:
+        """The sizes and the experts of this rank, for `repr`."""
+        number, slices = self.slices["up"].portion
+        shape = f"{tuple(self.up.shape[1:])}, activation={self.activation!r}, experts={list(self.experts)}"
+        return shape if slices == 1 else f"{shape}, part={(number, slices)}"
 
     def place(self) -> list[int]:
         """As Part has it."""
@@ -77,6 +88,7 @@ class Experts(Part):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Torch's fully_shard puts its shards here."""
+        # By name: the import of DTensor takes longer than this library's.
         if self.__dict__.get("split") and type(value).__name__ == "DTensor":
             raise ValueError(f"Experts: {FSDP}")
         super().__setattr__(name, value)
@@ -111,14 +123,14 @@ class _Loop:
         self.lengths = [*counts, len(rows) - sum(counts)]
 
     def __call__(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        *groups, beyond = rows.split(self.lengths)
+        *groups, padding = rows.split(self.lengths)
         # unbind, not weight[e] in the loop: the gradient of that is as large as the bank, once for each expert.
         weights = weight.to(rows.dtype).unbind()
         biases = [None] * len(weights) if bias is None else bias.to(rows.dtype).unbind()
         products = []
         for group, matrix, vector in zip(groups, weights, biases, strict=True):
             products.append(F.linear(group, matrix.T, vector))
-        products.append(beyond.new_zeros(len(beyond), weight.shape[2]))
+        products.append(padding.new_zeros(len(padding), weight.shape[2]))
         return torch.cat(products)
 
 
@@ -126,14 +138,15 @@ class _Grouped:
     """All products in one kernel, which reads on the device where each expert's rows end."""
 
     def __init__(self, rows: Tensor, rows_per_expert: np.ndarray | Tensor) -> None:
-        on_host = isinstance(rows_per_expert, np.ndarray)
         counts = torch.as_tensor(rows_per_expert, device=rows.device)
         self.ends = counts.cumsum(0, dtype=torch.int32)
         # Of each row its expert's place in the bank; E' for the rows behind the last expert's.
         index = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         self.expert = torch.bucketize(index, self.ends, right=True)
         # Counts that the host knows add up to all rows: the exchange made as many as it needs.
-        self.beyond = None if on_host else (self.expert == len(counts))[:, None]
+        self.padding = None
+        if isinstance(rows_per_expert, Tensor):
+            self.padding = (self.expert == len(counts))[:, None]
 
     def __call__(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.grouped_mm(rows, weight.to(rows.dtype), offs=self.ends)
@@ -141,4 +154,4 @@ class _Grouped:
             # A product instead of bias[expert]: its gradient is a product too, which adds up in a fixed order.
             chosen = self.expert[:, None] == torch.arange(len(bias), device=rows.device)
             y = torch.addmm(y, chosen.to(y.dtype), bias.to(y.dtype))
-        return y if self.beyond is None else y.masked_fill(self.beyond, 0)
+        return y if self.padding is None else y.masked_fill(self.padding, 0)

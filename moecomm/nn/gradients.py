@@ -94,7 +94,7 @@ def gradient_norm(model: nn.Module, groups: Groups | None) -> Tensor:
     shared = {
         id(module.embedding)
         for module in model.modules()
-        if isinstance(module, TransformerLM) and module.stage[1] > 1 and hasattr(module, "embedding")
+        if isinstance(module, TransformerLM) and module.is_first != module.is_last
     }
     total = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
     for parameter in held(model):
@@ -105,7 +105,7 @@ def gradient_norm(model: nn.Module, groups: Groups | None) -> Tensor:
         ranks = copies.get(id(parameter.tensor))
         if ranks is None:
             ranks = 1 if groups is None else groups.data.size
-            sliced = parameter.slice is not None and parameter.slice.part[1] > 1
+            sliced = parameter.slice is not None and parameter.slice.portion[1] > 1
             if groups is not None and not sliced:
                 ranks *= groups.tensor.size
             if groups is not None and id(parameter.tensor) in shared:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from moecomm.comm import Comm
 from moecomm.exchange.lanes import replicated, summed
 from moecomm.nn.part import Part
-from moecomm.nn.seeds import Slice, draw, parameter, part_of
+from moecomm.nn.seeds import Key, Portion, Slice, draw, parameter, part_of
 
 Activation = Literal["gelu", "swiglu"]
 
 
-def part_in(tensor: Comm | None) -> tuple[int, int]:
+def part_in(tensor: Comm | None) -> Portion:
     """(rank, size), or (0, 1) where there is no group."""
     return (0, 1) if tensor is None else (tensor.rank, tensor.size)
 
@@ -27,7 +27,25 @@ def check_activation(function: str, activation: str) -> None:
         raise ValueError(f"{function}: activation is {activation!r}, expected 'gelu' or 'swiglu'")
 
 
-class ColumnLinear(Part):
+class _SlicedLinear(Part):
+    """A linear layer whose matrices [outputs, inputs], `blocks` of them side by side, are sliced along `dim`."""
+
+    def __init__(
+        self, inputs: int, outputs: int, dim: int, *, blocks: int = 1, tensor: Comm | None = None, std: float = 0.02,
+        key: Key = (), **like: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        # One rank alone has nobody to send to.
+        self.tensor = None if tensor is None or tensor.size == 1 else tensor
+        portion = part_in(tensor)
+        matrices = draw((blocks, outputs, inputs), std, *key)
+        weight = part_of(matrices, dim + 1, portion).flatten(0, 1)
+        self.weight = parameter(weight, like)
+        self.bias = parameter(torch.zeros(len(weight)), like)
+        self.slices = {"weight": Slice(dim, portion, blocks)}
+
+
+class ColumnLinear(_SlicedLinear):
     """x [..., inputs], the same on all tensor ranks -> this rank's slice [..., blocks * outputs / L] of the outputs.
 
     blocks  how many matrices lie side by side, each of which is sliced: 3 for query, key and value
@@ -38,45 +56,32 @@ class ColumnLinear(Part):
     Biases begin at 0. Differentiable; the backward pass is collective over tensor.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, *, blocks: int = 1, tensor: Comm | None = None, std: float = 0.02,
-        key: tuple[object, ...] = (), **like: Any,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.tensor = tensor
-        weight = part_of(draw((blocks, outputs, inputs), std, *key), 1, part_in(tensor))
-        self.weight = parameter(weight.reshape(-1, inputs), like)
-        self.bias = parameter(torch.zeros(len(self.weight)), like)
-        self.slices = dict.fromkeys(("weight", "bias"), Slice(0, part_in(tensor), blocks))
+    def __init__(self, inputs: int, outputs: int, *, blocks: int = 1, **options: Any) -> None:
+        super().__init__(inputs, outputs, 0, blocks=blocks, **options)
+        self.slices["bias"] = self.slices["weight"]
 
     def forward(self, x: Tensor) -> Tensor:
         """Not collective."""
-        if self.tensor is not None and self.tensor.size > 1:
+        if self.tensor is not None:
             x = replicated(x, self.tensor)
         return F.linear(x, self.weight, self.bias)
 
 
-class RowLinear(Part):
+class RowLinear(_SlicedLinear):
     """This rank's slice x [..., inputs / L] of the inputs -> [..., outputs], the same on all tensor ranks.
 
     As ColumnLinear. Collective over tensor.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, *, tensor: Comm | None = None, std: float = 0.02,
-        key: tuple[object, ...] = (), **like: Any,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.tensor = tensor
-        self.weight = parameter(part_of(draw((outputs, inputs), std, *key), 1, part_in(tensor)), like)
-        self.bias = parameter(torch.zeros(outputs), like)
-        self.slices = {"weight": Slice(1, part_in(tensor))}
+    def __init__(self, inputs: int, outputs: int, **options: Any) -> None:
+        super().__init__(inputs, outputs, 1, blocks=1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Collective over tensor."""
         y = F.linear(x, self.weight)
-        if self.tensor is not None and self.tensor.size > 1:
+        if self.tensor is not None:
             y = summed(y, self.tensor)
+        # After the sum, which would add a bias of each rank.
         return y + self.bias.to(y.dtype)
 
 
@@ -89,7 +94,7 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, ffn: int, *, activation: Activation = "gelu", key: tuple[object, ...] = (), **options: Any
+        self, hidden: int, ffn: int, *, activation: Activation = "gelu", key: Key = (), **options: Any
     ) -> None:
         super().__init__()
         check_activation("MLP", activation)
@@ -103,5 +108,6 @@ class MLP(nn.Module):
         inner = self.up(x)
         if self.activation == "gelu":
             return self.down(F.gelu(inner))
+        # The two matrices lie side by side, so that one product makes both.
         gate, up = inner.chunk(2, -1)
         return self.down(F.silu(gate) * up)

@@ -41,10 +41,12 @@ class LocalExchange(Exchange[LocalPlan]):
         N is T * K, or what `align` makes of it, or E * capacity; rows that no token fills are zeros.
         """
         rows = permute(x, routing)
+        if routing.capacity is not None:
+            # Each expert has its capacity of rows, filled or not: the host knows the counts.
+            counts = np.full(self.num_experts, routing.capacity)
+            return rows.reshape(-1, x.shape[1]), LocalPlan(counts, routing)
         # Not routing.count: with `align` there are gaps behind the rows of an expert.
         counts = routing.offset[1:] - routing.offset[:-1]
-        if routing.capacity is not None:
-            rows, counts = rows.reshape(-1, x.shape[1]), np.full(self.num_experts, routing.capacity)
         return rows, LocalPlan(counts, routing)
 
     def combine(self, rows: Array, plan: LocalPlan) -> Array:

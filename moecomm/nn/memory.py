@@ -52,39 +52,37 @@ def memory_estimate(
     Raises ValueError for topologies that are not one for each layer with experts, stages that cannot share the layers,
     or a rank that the topologies do not have.
     """
-    count = max(1, len(config.experts))
-    topologies = [topology] * count if isinstance(topology, Topology) else list(topology)
-    if len(topologies) != count:
-        raise ValueError(f"memory_estimate: got {len(topologies)} topologies, expected {count}")
-    axes, size = topologies[0], dtype.itemsize
-    if config.num_layers % axes.pipeline:
-        raise ValueError(
-            f"memory_estimate: {config.num_layers} layers, which pipeline={axes.pipeline} stages cannot share"
-        )
+    topologies = _one_for_each_layer(config, topology)
+    axes = topologies[0]
+    size = dtype.itemsize
     tokens = sequences * (config.context if length is None else length)
     stage, num_layers = axes.coords(rank)["pipeline"], config.num_layers // axes.pipeline
     needs = []
+    dense = config.num_in_ends(stage, axes.pipeline)
     gates = 0
     experts = dict.fromkeys(topologies, 0)
     for layer in range(stage * num_layers, (stage + 1) * num_layers):
+        dense += config.num_dense(layer, axes.tensor)
         needs.append(_attention(config, tokens, axes.tensor, size))
         num_experts = config.experts_of(layer)
+        # An MLP's input is the output of the norm, which _attention counts.
         if not num_experts or config.residual != "none":
-            needs.append(_mlp(config, tokens, axes.tensor, size))
+            needs.append(_feed_forward(config, tokens, config.ffn // axes.tensor, size))
         if num_experts:
             spread = topologies[layer // 2]
             needs.append(_moe(config, tokens, num_experts, spread, skew, size))
             gates += num_experts * config.hidden
-            slice_of = (spread.coords(rank)["expert_tensor"], spread.expert_tensor)
-            experts[spread] += num_experts // spread.expert * config.num_in_expert(slice_of)
-    needs.append(_ends(config, tokens, stage, axes.pipeline, size))
-    dense = sum(need.dense for need in needs)
-    activations = sum(need.activations for need in needs)
+            portion = (spread.coords(rank)["expert_tensor"], spread.expert_tensor)
+            experts[spread] += num_experts // spread.expert * config.num_in_expert(portion)
+    # The embedding's backward pass reads the ids of the tokens.
+    activations = sum(need.activations for need in needs) + 8 * tokens * (stage == 0)
     buffers = max(need.backward for need in needs)
     if stage == axes.pipeline - 1:
-        # Of the logits' activations most are gone when the backward pass comes to a layer.
-        freed = tokens * (2 * size * config.hidden + 4 * config.vocabulary)
-        buffers = max(max(need.backward for need in needs[:-1]) - freed, needs[-1].backward)
+        logits = tokens * config.vocabulary
+        activations += tokens * (2 * size * config.hidden + 8) + 8 * logits
+        # Of these most are gone when the backward pass comes to a layer.
+        freed = tokens * 2 * size * config.hidden + 4 * logits
+        buffers = max(buffers - freed, 8 * logits)
     if axes.world_size > 1:
         # The copies in which reduce_gradients adds up: the activations are gone then, and leave room for them.
         copies = size * max(2 * dense, 3 * max(experts.values()))
@@ -95,76 +93,62 @@ def memory_estimate(
     return Memory(gradients + biases, gradients, states * gradients, activations, buffers)
 
 
-class _Need(NamedTuple):
-    """What a layer needs.
+def _one_for_each_layer(config: Config, topology: Topology | Sequence[Topology]) -> list[Topology]:
+    """The topologies of the layers with experts. Raises ValueError if the model does not fit them."""
+    count = max(1, len(config.experts))
+    topologies = [topology] * count if isinstance(topology, Topology) else list(topology)
+    if len(topologies) != count:
+        raise ValueError(f"memory_estimate: got {len(topologies)} topologies, expected {count}")
+    stages = topologies[0].pipeline
+    if config.num_layers % stages:
+        raise ValueError(f"memory_estimate: {config.num_layers} layers, which pipeline={stages} stages cannot share")
+    return topologies
 
-    dense        numbers in weights, gates and experts aside
-    activations  bytes of them that the backward pass reads
-    backward     bytes that its backward pass needs at once
+
+class _Need(NamedTuple):
+    """Bytes that a layer needs besides its weights.
+
+    activations  what the backward pass reads
+    backward     what its backward pass needs at once
     """
 
-    dense: int
     activations: int
     backward: int = 0
-
-
-def _ends(config: Config, tokens: int, stage: int, num_stages: int, size: int) -> _Need:
-    """The embeddings of the first stage; the last one's norm, logits and their log-softmax."""
-    h, vocabulary = config.hidden, config.vocabulary
-    dense = activations = backward = 0
-    if stage == 0:
-        dense += config.context * h
-        activations += 8 * tokens
-    # Both ends have the embedding: it is the matrix of the logits, too.
-    if stage in (0, num_stages - 1):
-        dense += vocabulary * h
-    if stage == num_stages - 1:
-        dense += 2 * h
-        activations += tokens * (2 * size * h + 8 * vocabulary + 8)
-        backward = 8 * tokens * vocabulary
-    return _Need(dense, activations, backward)
 
 
 def _attention(config: Config, tokens: int, lanes: int, size: int) -> _Need:
     """With both norms of a layer: their inputs, outputs and statistics; q, k, v and what comes of them."""
     h = config.hidden
+    # Float32 of each token: mean and deviation of two norms, and of each head the sum of its softmax.
     statistics = 4 * tokens * (4 + config.heads // lanes)
     activations = size * tokens * (4 * h + 4 * h // lanes)
-    return _Need((4 * h + 3) * h // lanes + 5 * h, activations + statistics)
+    return _Need(activations + statistics)
 
 
-def _inner_widths(config: Config) -> tuple[int, int]:
-    """Of a feed-forward layer: how many activations as wide as it it has, and how many gradients at once."""
-    return (4, 3) if config.activation == "swiglu" else (2, 2)
-
-
-def _mlp(config: Config, tokens: int, lanes: int, size: int) -> _Need:
-    h, width = config.hidden, config.ffn // lanes
-    activations, gradients = _inner_widths(config)
+def _feed_forward(config: Config, rows: int, width: int, size: int) -> _Need:
+    """What is as wide as the inside of an MLP or expert; the gradients of it, and that of the input."""
+    activations, gradients = (4, 3) if config.activation == "swiglu" else (2, 2)
     return _Need(
-        config.num_in_mlp(lanes),
-        size * tokens * activations * width,
-        size * tokens * (h + gradients * width),
+        size * rows * activations * width,
+        size * rows * (config.hidden + gradients * width),
     )
 
 
 def _moe(config: Config, tokens: int, num_experts: int, topology: Topology, skew: float, size: int) -> _Need:
     """Rows at the experts and answers at home; logits and tables of the gate; what "learned" weights."""
     h, width = config.hidden, config.ffn // topology.expert_tensor
-    activations, gradients = _inner_widths(config)
     sent = tokens * config.top_k * topology.expert_tensor // topology.tensor
     rows = int(sent * skew)
     alone = topology.expert * topology.tensor * topology.expert_tensor == 1
     if alone and config.capacity_factor is not None:
         # LocalExchange has a row for each place of each expert, filled or not.
         sent = rows = num_experts * expert_capacity(tokens, num_experts, config.top_k, factor=config.capacity_factor)
-    of_rows = size * (rows * (h + activations * width) + sent * h)
-    of_gate = 4 * (tokens * (num_experts + 4 * config.top_k + 1) + sent)
-    dense = of_coefficient = 0
+    inner = _feed_forward(config, rows, width, size)
+    activations = inner.activations + size * (rows + sent) * h
+    # Of the gate: float32 logits, and tables of int32 for tokens and rows.
+    activations += 4 * (tokens * (num_experts + 4 * config.top_k + 1) + sent)
     if config.residual == "learned":
-        dense = 2 * h + 2
-        of_coefficient = 2 * tokens * (size * h + 4)
+        activations += 2 * tokens * (size * h + 4)
     # The gradients of a weight are made expert by expert, then put together as one bank.
     banks = 2 * size * num_experts // topology.expert * h * width
-    backward = max(size * rows * (h + gradients * width), banks)
-    return _Need(dense, of_rows + of_gate + of_coefficient, backward)
+    return _Need(activations, max(inner.backward, banks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,7 @@ from moecomm.nn.ddp import check_wrapping
 from moecomm.nn.experts import Experts
 from moecomm.nn.linear import Activation
 from moecomm.nn.local import LocalExchange
-from moecomm.nn.seeds import draw, number, parameter
-from moecomm.topology import Topology
+from moecomm.nn.seeds import Key, Portion, draw, number, parameter
 
 
 def exchange_over(
@@ -40,23 +39,34 @@ def exchange_over(
     """
     if groups is None:
         return LocalExchange(num_experts)
-    topology, rank = groups.topology, groups.world.rank
+    topology = groups.topology
     if num_experts % topology.expert:
         raise ValueError(f"MoE: num_experts is {num_experts}, which expert={topology.expert} ranks cannot share")
-    each = num_experts // topology.expert
-    if topology.tensor == topology.expert_tensor == 1:
-        if topology.expert == 1:
-            return LocalExchange(num_experts)
-        return RoutedExchange(all_to_all(groups.expert), each, **options)
-    inner = RoutedExchange(all_to_all(groups.expert_lane), _held(topology, rank, "expert_lane", each), **options)
-    part = (topology.coords(rank)["expert_tensor"], topology.expert_tensor)
-    return TensorParallelExchange(inner, groups.tensor, part=part)
+    sliced = topology.tensor > 1 or topology.expert_tensor > 1
+    if topology.expert == 1 and not sliced:
+        return LocalExchange(num_experts)
+    # Tensor ranks have the same tokens, so each sends over its own lane what its lane's experts need.
+    axis = "expert_lane" if sliced else "expert"
+    experts = _experts_along(groups, axis, num_experts // topology.expert)
+    routed = RoutedExchange(all_to_all(getattr(groups, axis)), experts, **options)
+    if not sliced:
+        return routed
+    return TensorParallelExchange(routed, groups.tensor, part=_slice_of_experts(groups))
 
 
-def _held(topology: Topology, rank: int, axis: str, each: int) -> list[list[int]]:
-    """The global ids that the ranks of rank's group along an axis hold: `each` of them on each."""
-    places = [topology.coords(member)["expert"] for member in topology.group_of(rank, axis)]
-    return [list(range(place * each, (place + 1) * each)) for place in places]
+def _experts_along(groups: Groups, axis: str, count: int) -> list[list[int]]:
+    """The global ids of the `count` experts of each rank in this rank's group along an axis."""
+    topology = groups.topology
+    experts = []
+    for rank in topology.group_of(groups.world.rank, axis):
+        start = topology.coords(rank)["expert"] * count
+        experts.append(list(range(start, start + count)))
+    return experts
+
+
+def _slice_of_experts(groups: Groups) -> Portion:
+    topology = groups.topology
+    return topology.coords(groups.world.rank)["expert_tensor"], topology.expert_tensor
 
 
 class ExpertLayer(nn.Module):
@@ -72,7 +82,8 @@ class ExpertLayer(nn.Module):
         if self.groups is not None:
             check_wrapping(self.experts, self.groups.data)
         rows, plan = self.exchange.dispatch(tokens, routing)
-        with collective(type(self).__name__, *self.exchange.comms):  # the other ranks go on to combine
+        # Experts that fail on this rank must not leave the other ranks waiting in combine.
+        with collective(type(self).__name__, *self.exchange.comms):
             rows = self.experts(rows, plan.rows_per_expert)
         answers: Tensor = self.exchange.combine(rows, plan)
         return answers
@@ -120,63 +131,75 @@ class MoE(ExpertLayer):
         self, hidden: int, ffn: int, num_experts: int, top_k: int = 1, *, groups: Groups | None = None,
         exchange: Exchange | None = None, capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None, activation: Activation = "gelu", std: float = 0.02,
-        key: tuple[object, ...] = (0,), choices: dict[str, Any] | None = None, **like: Any,
+        key: Key = (0,), choices: dict[str, Any] | None = None, **like: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.exchange = exchange_over(groups, num_experts) if exchange is None else exchange
-        if not isinstance(self.exchange, Exchange):
-            raise TypeError(f"MoE: exchange is a {type(self.exchange).__name__}, expected an Exchange")
-        if self.exchange.num_experts != num_experts:
-            raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {self.exchange.num_experts}")
-        if groups is None and self.exchange.num_local_experts != num_experts:
+        if exchange is None:
+            exchange = exchange_over(groups, num_experts)
+        if not isinstance(exchange, Exchange):
+            raise TypeError(f"MoE: exchange is a {type(exchange).__name__}, expected an Exchange")
+        if exchange.num_experts != num_experts:
+            raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {exchange.num_experts}")
+        if groups is None and exchange.num_local_experts != num_experts:
             raise ValueError("MoE: give the groups too: an exchange alone does not say which experts are here")
-        self.num_experts, self.top_k, self.groups = num_experts, top_k, groups
+        self.exchange, self.groups = exchange, groups
+        self.num_experts, self.top_k = num_experts, top_k
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.choices = choices or {}
         if "generator" in self.choices:
             raise ValueError("MoE: choices has a generator, expected none: each forward pass draws from torch's")
+        # Data ranks have other tokens and draw other numbers. Tensor ranks have the same tokens and draw the same.
         self._seed = number(*key, "draws", 0 if groups is None else groups.data.rank)
-        here, part = held_experts(groups, self.exchange)
+        # The gate chooses by small differences between scores, which 16 bits would make ties.
         self.gate = parameter(draw((num_experts, hidden), std, *key, "gate"), like | {"dtype": torch.float32})
+        local, portion = held_experts(groups, exchange)
         self.experts = Experts(
-            hidden, ffn, here, activation=activation, part=part, num_experts=num_experts, std=std, key=key, **like
+            hidden, ffn, local, activation=activation, part=portion, num_experts=num_experts, std=std, key=key, **like
         )
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32, device=like.get("device")))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Collective over the exchange's ranks, and so is the backward pass."""
         tokens = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):  # the gate decides in float32
+        device = x.device.type
+        # The gate decides in float32 under autocast too.
+        with torch.autocast(device, enabled=False):
             logits = F.linear(tokens.float(), self.gate.float())
-        mixed = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
-        tokens = tokens.to(torch.float32 if dtype == torch.float64 else dtype)  # before anything travels
-        routing = route(
-            logits, self.top_k, bias=self.bias.float(), capacity=self._capacity(len(tokens)), **self._choices(x.device)
-        )
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        # Cast here and not by the experts, so that rows travel in the narrow dtype.
+        tokens = tokens.to(torch.float32 if dtype == torch.float64 else dtype)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        capacity = None
+        if factor is not None:
+            capacity = expert_capacity(len(tokens), self.num_experts, self.top_k, factor=factor)
+        routing = route(logits, self.top_k, bias=self.bias.float(), capacity=capacity, **self._choices(x.device))
         return self.answers(tokens, routing).to(dtype).reshape(x.shape), routing
 
+    def extra_repr(self) -> str:
+        """Sizes, the experts of this rank and the exchange, for `repr`."""
+        exchange = type(self.exchange).__name__
+        return f"{self.gate.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}, exchange={exchange}"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
-        """The way of to(), half(), cuda() ...: the bias moves, but stays float32, which its small steps need."""
-        before = self.bias
+        """What to(), half(), cuda() and the like call: the bias moves, but stays float32, which its steps need."""
+        bias = self.bias
         super()._apply(fn, recurse)
         if self.bias.dtype != torch.float32:
-            self.bias = before.to(self.bias.device, torch.float32)
+            # From the buffer before the cast: its bits beyond those of the other dtype are not lost.
+            self.bias = bias.to(self.bias.device, torch.float32)
         return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self.bias = self.bias.float()  # load_state_dict(assign=True) takes the dtype of the file
-
-    def _capacity(self, num_tokens: int) -> int | None:
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        if factor is None:
-            return None
-        return expert_capacity(num_tokens, self.num_experts, self.top_k, factor=factor)
+        # load_state_dict(assign=True) takes the dtype of the file.
+        self.bias = self.bias.float()
 
     def _choices(self, device: torch.device) -> dict[str, Any]:
         """Of `route`, for one forward pass. Collective over the tensor group where the gate is random."""
-        choices = {name: value for name, value in self.choices.items() if self.training or name != "noise"}
+        choices = dict(self.choices)
+        if not self.training:
+            choices.pop("noise", None)
+        # An exchange that tells all ranks raises on all of them; a gate that raises alone leaves the others waiting.
         if self.exchange.tells_unusable:
             choices["unusable"] = "note"
         if choices.get("noise") is not None or choices.get("drop") == "random":
@@ -186,28 +209,25 @@ class MoE(ExpertLayer):
     def _draw(self, device: torch.device) -> Tensor:
         """[1] int64 from torch's generator, on the device: no host waits for it. The same on all tensor ranks."""
         drawn = torch.randint(2**63 - 1, (1,), device=device)
-        if self.groups is None or self.groups.tensor.size == 1:
-            return drawn
-        every: Tensor = self.groups.tensor.all_gather(drawn)
-        return every[:1]
+        if self.groups is not None and self.groups.tensor.size > 1:
+            drawn = self.groups.tensor.all_gather(drawn)[:1]
+        return drawn
 
 
-def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[range, tuple[int, int]]:
-    """The global ids of the experts here, and which slice of them. ValueError where the exchange has others here."""
-    each = exchange.num_local_experts
+def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[Sequence[int], Portion]:
+    """The global ids of this rank's experts, and which slice of them. ValueError where the exchange has others here."""
     if groups is None:
-        return range(each), (0, 1)
-    topology, rank = groups.topology, groups.world.rank
-    if each * topology.expert != exchange.num_experts:
+        return exchange.local_experts, (0, 1)
+    count, ranks = exchange.num_local_experts, groups.topology.expert
+    if count * ranks != exchange.num_experts:
         raise ValueError(
-            f"MoE: the exchange has {each} of {exchange.num_experts} experts here, expected one of "
-            f"expert={topology.expert} equal parts"
+            f"MoE: the exchange has {count} of {exchange.num_experts} experts here, expected one of expert={ranks} "
+            f"equal parts"
         )
-    wanted = _held(topology, rank, "expert_lane" if exchange.on_lanes else "expert", each)
-    if exchange.experts != wanted:
+    axis = "expert_lane" if exchange.on_lanes else "expert"
+    expected = _experts_along(groups, axis, count)
+    if exchange.experts != expected:
         raise ValueError(
-            f"MoE: the exchange's ranks hold experts {exchange.experts}, expected {wanted} as the groups have them"
+            f"MoE: the exchange's ranks hold experts {exchange.experts}, expected {expected} as the groups have them"
         )
-    place = topology.coords(rank)
-    first = place["expert"] * each
-    return range(first, first + each), (place["expert_tensor"], topology.expert_tensor)
+    return exchange.local_experts, _slice_of_experts(groups)

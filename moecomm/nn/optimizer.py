@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,13 @@ from moecomm.nn.stored import DTYPES, Stored
 
 NOT_SAVED = {"params", "param_names"}
 """Of a parameter group: which parameters it has depends on the rank."""
-KINDS = ("optimizer/", "number/")
+NUMBER = "number/"
+KINDS = ("optimizer/", NUMBER)
 """The prefixes of names that are no tensor of the model: a tensor of the optimizer, or a Python number of it."""
 Settings = dict[str, Any]
 """Of a parameter group, such as its learning rate."""
+State = tuple[Held, Held]
+"""A parameter, and the memory for a state of it, whose prefix says which."""
 
 
 def group_settings(optimizer: Optimizer) -> list[Settings]:
@@ -47,12 +50,14 @@ def _state(parameter: Held, name: str, value: object) -> Held:
     shape = parameter.tensor.shape
     kind = "optimizer"
     if isinstance(value, int | float):
+        # Of a kind of its own: optimizers that count in Python do not take a tensor in its place.
         kind = "number"
         value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     if not isinstance(value, Tensor) or (value.shape != shape and value.numel() > 1):
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        expected = f"a number or a tensor {tuple(shape)}"
-        raise ValueError(f"optimizer state {name} of {parameter.name} is {got}, expected {expected}")
+        form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"optimizer state {name} of {parameter.name} is {form}, expected a number or a tensor {tuple(shape)}"
+        )
     prefix = f"{kind}/{name}/"
     if kind == "optimizer" and value.shape == shape:
         return parameter._replace(tensor=value, prefix=prefix)
@@ -62,81 +67,57 @@ def _state(parameter: Held, name: str, value: object) -> Held:
     return parameter._replace(tensor=value, slice=None, prefix=prefix)
 
 
-class Reading(NamedTuple):
-    """A state to be read from a checkpoint.
-
-    number  of its parameter, in the optimizer's order
-    state   such as exp_avg
-    target  memory for it
-    form    "tensor": shaped as the parameter. "scalar": one number for all of it, "number": a Python number
-    """
-
-    number: int
-    state: str
-    target: Held
-    form: str
-
-    def scalar(self) -> Tensor | float:
-        """The number that has been read. Raises ValueError if it is not the same for all experts of a bank."""
-        value = self.target.tensor
-        if self.target.experts is not None:
-            copies, value = value, value[0]
-            if not torch.equal(copies, value.expand_as(copies)):
-                raise ValueError(f"{self.target.prefix}{self.target.name} is not the same for all experts of a bank")
-        return value.item() if self.form == "number" else value
-
-
-def states_to_read(optimizer: Optimizer, tensors: list[Held], stored: Stored) -> list[Reading]:
+def states_to_read(optimizer: Optimizer, tensors: list[Held], stored: Stored) -> list[State]:
     """The states that a checkpoint has of an optimizer's parameters, with memory for them. tensors: the model's.
 
-    Raises ValueError for a parameter that the model does not have, and states of another shape.
+    Raises ValueError for an optimizer with other groups or of a parameter that the model does not have, and for states
+    of another shape.
     """
+    groups = stored.index["groups"]
+    if groups is None:
+        raise ValueError(f"{stored.path} has no optimizer")
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"{stored.path} has {len(groups)} parameter groups, the optimizer {len(optimizer.param_groups)}"
+        )
     prefixes: dict[str, list[str]] = defaultdict(list)
     for name in stored.tensors:
         if name.startswith(KINDS):
             kind, state, weight = name.split("/", 2)
             prefixes[weight].append(f"{kind}/{state}/")
     numbers = _parameter_numbers(optimizer, tensors)
-    readings = []
+    states = []
     for parameter in tensors:
         if id(parameter.tensor) in numbers:
             # The experts of a bank have the same states, so the first one says which; an empty bank has none.
             for piece, _ in parameter.pieces()[:1]:
-                number = numbers[id(parameter.tensor)]
-                readings += _readings(parameter, piece, number, prefixes[piece.name], stored)
-    return readings
+                for prefix in prefixes[piece.name]:
+                    states.append((parameter, _target(parameter, piece, prefix, stored)))
+    return states
 
 
-def _readings(parameter: Held, piece: Piece, number: int, prefixes: list[str], stored: Stored) -> list[Reading]:
-    """The states of one parameter. piece: its first."""
-    readings = []
-    experts = () if parameter.experts is None else (len(parameter.experts),)
-    for prefix in prefixes:
-        kind, state, _ = prefix.split("/")
-        saved = stored.tensors[prefix + piece.name][0]
-        dtype = DTYPES[saved.dtype]
-        if kind == "optimizer" and saved.shape == piece.shape:
-            values = torch.empty(parameter.tensor.shape, dtype=dtype)
-            target = parameter._replace(tensor=values, prefix=prefix)
-            readings.append(Reading(number, state, target, "tensor"))
-        elif math.prod(saved.shape) == 1:
-            values = torch.empty((*experts, *saved.shape), dtype=dtype)
-            target = parameter._replace(tensor=values, slice=None, prefix=prefix)
-            readings.append(Reading(number, state, target, "number" if kind == "number" else "scalar"))
-        else:
+def _target(parameter: Held, piece: Piece, prefix: str, stored: Stored) -> Held:
+    """Memory for a state of a parameter. piece: its first."""
+    saved = stored.tensors[prefix + piece.name][0]
+    shape = tuple(parameter.tensor.shape)
+    if saved.shape != piece.shape or prefix.startswith(NUMBER):
+        if math.prod(saved.shape) != 1:
             raise ValueError(f"{saved.name} in {stored.path} has shape {saved.shape}, expected {piece.shape}")
-    return readings
+        # A number is not sliced with its parameter. Each expert of a bank has its copy.
+        parameter = parameter._replace(slice=None)
+        shape = saved.shape if parameter.experts is None else (len(parameter.experts), *saved.shape)
+    return parameter._replace(tensor=torch.empty(shape, dtype=DTYPES[saved.dtype]), prefix=prefix)
 
 
 def state_dict(
-    optimizer: Optimizer, tensors: list[Held], groups: list[Settings], readings: list[Reading]
+    optimizer: Optimizer, tensors: list[Held], groups: list[Settings], states: list[State]
 ) -> dict[str, object]:
     """What optimizer.load_state_dict takes: the settings saved of each group, the states read of each parameter."""
-    states: dict[int, dict[str, Tensor | float]] = defaultdict(dict)
-    for reading in readings:
-        value = reading.target.tensor if reading.form == "tensor" else reading.scalar()
-        states[reading.number][reading.state] = value
     numbers = _parameter_numbers(optimizer, tensors)
+    values: dict[int, dict[str, object]] = defaultdict(dict)
+    for parameter, target in states:
+        _, name, _ = target.prefix.split("/")
+        values[numbers[id(parameter.tensor)]][name] = _value(parameter, target)
     settings = []
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         merged = dict(group)
@@ -144,20 +125,25 @@ def state_dict(
             merged[name] = _setting(value, group.get(name))
         merged["params"] = [numbers[id(parameter)] for parameter in group["params"]]
         settings.append(merged)
-    return {"state": dict(states), "param_groups": settings}
+    return {"state": dict(values), "param_groups": settings}
 
 
-def check_groups(path: object, optimizer: Optimizer, groups: list[Settings] | None) -> list[Settings]:
-    """groups, the settings in the checkpoint at path. Raises ValueError if the optimizer has not as many groups."""
-    if groups is None:
-        raise ValueError(f"{path} has no optimizer")
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(f"{path} has {len(groups)} parameter groups, the optimizer {len(optimizer.param_groups)}")
-    return groups
+def _value(parameter: Held, target: Held) -> Tensor | float:
+    """A state that has been read. Raises ValueError for a number that the experts of a bank have differently."""
+    value = target.tensor
+    number = target.prefix.startswith(NUMBER)
+    if value.shape == parameter.tensor.shape and target.slice == parameter.slice and not number:
+        return value
+    if target.experts is not None:
+        copies, value = value, value[0]
+        if not torch.equal(copies, value.expand_as(copies)):
+            raise ValueError(f"{target.prefix}{target.name} is not the same for all experts of a bank")
+    return value.item() if number else value
 
 
 def _parameter_numbers(optimizer: Optimizer, tensors: list[Held]) -> Mapping[int, int]:
     """id of a parameter -> its number, by which torch's state_dict names it. ValueError if the model has it not."""
+    # In the order of the groups, as torch counts them.
     numbers: dict[int, int] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -26,7 +26,7 @@ class Part(nn.Module):
 
     def place(self) -> list[int]:
         """[i, n, ids...]: slice i of n, and the global ids of the experts where it is a bank of some of them."""
-        return [*next(iter(self.slices.values())).part]
+        return [*next(iter(self.slices.values())).portion]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -49,6 +49,7 @@ class Part(nn.Module):
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        # A place that is right is read here, and by nothing in torch.
         if prefix + SUFFIX in unexpected:
             unexpected.remove(prefix + SUFFIX)
 

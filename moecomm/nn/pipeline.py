@@ -37,7 +37,6 @@ def pipeline_stage(model: TransformerLM, micro_batch: int, length: int, group: A
 
     Gradients: make the schedule with scale_grads=False and tell `reduce_gradients` the number of micro-batches.
     """
-    number, num_stages = model.stage
     weight = next(model.parameters())
 
     # Given its shapes a stage needs no exchange of them before the first step.
@@ -49,11 +48,13 @@ def pipeline_stage(model: TransformerLM, micro_batch: int, length: int, group: A
     hidden_states = passed(model.config.hidden, weight.dtype)
     logits = passed(model.config.vocabulary, torch.float32)
     return PipelineStage(
-        Stage(model), number, num_stages, weight.device,
-        input_args=hidden_states if number else (tokens,),
-        output_args=logits if number == num_stages - 1 else hidden_states,
+        Stage(model),
+        *model.stage,
+        weight.device,
+        input_args=(tokens,) if model.is_first else hidden_states,
+        output_args=logits if model.is_last else hidden_states,
         group=group,
-    )  # fmt: skip
+    )
 
 
 def stage_loss(output: tuple[Tensor, Tensor], following: Tensor) -> Tensor:

@@ -29,15 +29,17 @@ def pyramid(num_layers: int, num_experts: int, shape: Shape = "pyramid", *, num_
             f"and experts >= 1, and num_wide 0 .. num_layers"
         )
     half = num_layers // 2
-    shapes: dict[str, list[tuple[int, int]]] = {
-        "standard": [(num_layers, num_experts)],
-        "pyramid": [(num_layers - num_wide, num_experts), (num_wide, 2 * num_experts)],
-        "first-half": [(half, num_experts), (num_layers - half, 0)],
-        "second-half": [(half, 0), (num_layers - half, num_experts)],
+    # The layers that come first, the experts of each of them, and those of each later layer.
+    shapes = {
+        "standard": (num_layers, num_experts, 0),
+        "pyramid": (num_layers - num_wide, num_experts, 2 * num_experts),
+        "first-half": (half, num_experts, 0),
+        "second-half": (half, 0, num_experts),
     }
     if shape not in shapes:
         raise ValueError(f"pyramid: shape is {shape!r}, expected one of {', '.join(map(repr, shapes))}")
-    return tuple(count for layers, count in shapes[shape] for _ in range(layers))
+    layers, early, late = shapes[shape]
+    return (early,) * layers + (late,) * (num_layers - layers)
 
 
 def layer_topologies(
@@ -69,5 +71,9 @@ def layer_groups(comm: Comm, num_experts: Sequence[int], **sizes: Any) -> list[G
     Layers of the same topology share their groups.
     """
     topologies = layer_topologies(comm.size, num_experts, **sizes)
-    built = {topology: build_groups(comm, topology) for topology in dict.fromkeys(topologies)}
-    return [built[topology] for topology in topologies]
+    groups: dict[Topology, Groups] = {}
+    for topology in topologies:
+        # Groups cost communicators, of which MPI and NCCL have few.
+        if topology not in groups:
+            groups[topology] = build_groups(comm, topology)
+    return [groups[topology] for topology in topologies]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moecomm.arrays import row_bytes
+from moecomm.comm import Comm
 from moecomm.exchange import Exchange
 from moecomm.failures import Failing
 from moecomm.gating import Routing
@@ -39,12 +42,11 @@ class LayerReport:
 
 
 class _Measured(Exchange[Any]):
-    """An exchange that remembers its last routing, counts rows and takes the time."""
+    """An exchange that counts the rows sent and takes the time."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.num_experts = exchange.num_experts
-        self.num_local_experts = exchange.num_local_experts
+        self.num_experts, self.num_local_experts = exchange.num_experts, exchange.num_local_experts
         self.experts, self.local_experts = exchange.experts, exchange.local_experts
         self.tells_unusable = exchange.tells_unusable
         self.rows = self.bytes = 0
@@ -56,24 +58,27 @@ class _Measured(Exchange[Any]):
         return self.exchange.comms
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Any]:
-        self.routing = routing
-        rows, plan = self._timed(x, self.exchange.dispatch, x, routing)
+        with self._timed(x):
+            rows, plan = self.exchange.dispatch(x, routing)
         self.rows += self.exchange.rows_sent(plan)
         self.bytes = self.rows * row_bytes(x)
         return rows, plan
 
     def combine(self, rows: Tensor, plan: Any) -> Tensor:
-        return self._timed(rows, self.exchange.combine, rows, plan)
+        with self._timed(rows):
+            tokens: Tensor = self.exchange.combine(rows, plan)
+        return tokens
 
-    def _timed(self, like: Tensor, call: Any, *arguments: Any) -> Any:
-        if like.is_cuda:
-            torch.cuda.synchronize(like.device)
+    @contextmanager
+    def _timed(self, rows: Tensor) -> Iterator[None]:
+        # A GPU works on after the host: its queue is empty at both ends of the time.
+        if rows.is_cuda:
+            torch.cuda.synchronize(rows.device)
         start = time.perf_counter()
-        result = call(*arguments)
-        if like.is_cuda:
-            torch.cuda.synchronize(like.device)
+        yield
+        if rows.is_cuda:
+            torch.cuda.synchronize(rows.device)
         self.seconds += time.perf_counter() - start
-        return result
 
 
 @torch.no_grad()
@@ -88,29 +93,46 @@ def routing_report(model: TransformerLM, tokens: Tensor) -> list[LayerReport]:
     for layer, exchange in zip(layers, measured, strict=True):
         layer.exchange = exchange
     try:
-        model(tokens)
+        routings = model(tokens).routings
     finally:
+        # Also when the model fails: it must not keep exchanges that measure.
         for layer, exchange in zip(layers, measured, strict=True):
             layer.exchange = exchange.exchange
-    return [_report(number, *pair, model) for number, pair in enumerate(zip(layers, measured, strict=True))]
+    data = None if model.groups is None else model.groups.data
+    reports = []
+    for number, (routing, exchange) in enumerate(zip(routings, measured, strict=True)):
+        reports.append(_report(number, routing, exchange, data))
+    return reports
 
 
-def _report(number: int, layer: Any, measured: _Measured, model: TransformerLM) -> LayerReport:
-    routing = measured.routing
-    load = routing.load.float() if model.groups is None else model.groups.data.all_reduce(routing.load.float())
+def _report(number: int, routing: Routing, measured: _Measured, data: Comm | None) -> LayerReport:
+    """The report of MoE layer `number`. Collective over the data ranks."""
+    load = routing.load.float()
+    if data is not None:
+        load = data.all_reduce(load)
     share = load / load.sum().clamp(min=1)
-    entropy = torch.special.entr(share).sum() / torch.log(torch.tensor(max(2.0, layer.num_experts)))
-    kept = int(routing.count.sum()) / max(1, int(routing.load.sum()))
-    counts = [int(n) for n in load.tolist()]
-    return LayerReport(number, counts, float(entropy), 1 - kept, measured.rows, measured.bytes, measured.seconds)
+    # A layer of one expert is balanced whatever it gets: the logarithm of 1 would divide by 0.
+    entropy = torch.special.entr(share).sum() / math.log(max(2, len(load)))
+    served = int(routing.count.sum()) / max(1, int(routing.load.sum()))
+    return LayerReport(
+        layer=number,
+        load=[int(tokens) for tokens in load.tolist()],
+        entropy=float(entropy),
+        dropped=1 - served,
+        rows=measured.rows,
+        bytes=measured.bytes,
+        seconds=measured.seconds,
+    )
 
 
 def plot_routing(reports: Sequence[LayerReport], path: str | Path) -> None:
     """Draw the load of each layer, expert by expert, as a picture. Needs matplotlib: pip install 'moecomm[train]'."""
     from matplotlib.figure import Figure
 
+    # Figure and not pyplot: it needs no display and keeps no figures open.
     figure = Figure(figsize=(8, 1 + 1.8 * len(reports)), layout="constrained")
-    for axes, report in zip(figure.subplots(len(reports), squeeze=False)[:, 0], reports, strict=True):
+    plots = figure.subplots(len(reports), squeeze=False)
+    for (axes,), report in zip(plots, reports, strict=True):
         axes.bar(range(len(report.load)), report.load)
         axes.axhline(sum(report.load) / len(report.load), color="black", linewidth=0.8)
         axes.set_title(

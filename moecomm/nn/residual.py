@@ -50,7 +50,8 @@ class ResidualMoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Collective as MoE's."""
         if not x.is_cuda:
-            (corrected, routing), fixed = self.moe(x), self.mlp(x)
+            corrected, routing = self.moe(x)
+            fixed = self.mlp(x)
         else:
             current = torch.cuda.current_stream(x.device)
             self._stream = self._stream or torch.cuda.Stream(x.device)

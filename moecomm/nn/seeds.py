@@ -11,23 +11,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+Key = tuple[object, ...]
+"""A seed, then names or numbers that say what is drawn from it."""
+Portion = tuple[int, int]
+"""(i, n): number i of n equal slices or stages."""
+
 
 class Slice(NamedTuple):
-    """Which slice of a whole weight a rank has: number i of n along a dimension, part = (i, n).
+    """Which slice of a whole weight a rank has along a dimension.
 
     blocks  how many matrices lie side by side along it, each of which is sliced
     """
 
     dim: int
-    part: tuple[int, int]
+    portion: Portion
     blocks: int = 1
 
 
 def draw(shape: tuple[int, ...], std: float, *key: object) -> Tensor:
     """Normal random numbers, float32, on the CPU: the same key gives the same ones on every rank and device.
 
-    key  the seed, then names or numbers that say which weight this is
+    key  the seed and name of the weight
     """
+    # On the CPU, and of its own: a device's generator or torch's default one would give other numbers.
     generator = torch.Generator().manual_seed(number(*key))
     return torch.randn(shape, generator=generator, dtype=torch.float32) * std
 
@@ -42,14 +48,14 @@ def parameter(values: Tensor, like: dict[str, Any]) -> torch.nn.Parameter:
 
     like  device and dtype, or nothing: torch's default dtype
     """
-    form = {"dtype": torch.get_default_dtype(), **like}
+    like = {"dtype": torch.get_default_dtype(), **like}
     # A copy, since values may be a slice: it would keep the memory of the whole weight.
-    return torch.nn.Parameter(values.to(**form, copy=True).contiguous())
+    return torch.nn.Parameter(values.to(**like, copy=True).contiguous())
 
 
-def part_of(values: Tensor, dim: int, slice_of: tuple[int, int]) -> Tensor:
-    """Slice i of n equal ones, slice_of = (i, n), along a dimension. Raises ValueError if n does not divide it."""
-    number, ranks = slice_of
+def part_of(values: Tensor, dim: int, portion: Portion) -> Tensor:
+    """A slice of values along a dimension. Raises ValueError if the number of slices does not divide it."""
+    number, ranks = portion
     if values.shape[dim] % ranks:
         raise ValueError(f"a weight {tuple(values.shape)} has {values.shape[dim]} slices, which {ranks} cannot share")
     return values.chunk(ranks, dim)[number]

@@ -67,7 +67,7 @@ class Held(NamedTuple):
             bank, _, weight = self.name.rpartition(".")
             names = [f"{bank}.{expert}.{weight}" for expert in self.experts]
             tensors = list(values.unbind())
-        number, ranks = (0, 1) if self.slice is None else self.slice.part
+        number, ranks = (0, 1) if self.slice is None else self.slice.portion
         dtype = str(values.dtype).removeprefix("torch.")
         pieces = []
         for weight, tensor in zip(names, tensors, strict=True):

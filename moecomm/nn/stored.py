@@ -30,6 +30,7 @@ ENTRIES = {"values": dict, "groups": list | None, "tensors": list}
 Index = dict[str, Any]
 Target = tuple[Piece, Tensor]
 """A piece of a model, and the memory on the host that its numbers belong in."""
+Box = tuple[slice, ...]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -55,6 +56,7 @@ def _checksum_entry(text: bytes) -> bytes:
 def _as_json(value: object) -> object:
     if isinstance(value, Tensor):
         return {TENSOR: [str(value.dtype).removeprefix("torch."), value.tolist()]}
+    # A loss or a step that was computed with numpy.
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"a {type(value).__name__} is nothing that JSON can say")
@@ -70,7 +72,7 @@ def _from_json(entries: Index) -> object:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_index(folder: str | Path | None) -> tuple[Path, Index]:
+def _read_index(folder: str | Path | None) -> tuple[Path, Index]:
     """The folder and what its checkpoint.json says. OSError or ValueError if there is none that this version reads."""
     if folder is None:
         raise FileNotFoundError("there is none yet")
@@ -88,6 +90,7 @@ def read_index(folder: str | Path | None) -> tuple[Path, Index]:
         pass
     if type(version) is not int or version < 1:
         raise ValueError(f"{path} is no checkpoint of moecomm: it has no usable {INDEX}")
+    # Its entries may mean something else: they are not looked at.
     if version > VERSION:
         raise ValueError(f"{path} was written by a newer moecomm: version {version}, this one reads up to {VERSION}")
     if version > 1:
@@ -111,24 +114,26 @@ def _check_checksum(path: Path, index: Index, text: bytes) -> None:
 
 
 class Stored:
-    """The tensors of a checkpoint, read from files that are opened when they are needed.
+    """A checkpoint: its index, and its tensors, read from files that are opened when they are needed.
 
-    stack  closes them
+    folder  of the checkpoint
+    stack   closes the files
 
-    Raises ValueError if the index contradicts itself.
+    Raises OSError or ValueError if there is no checkpoint that this version reads, or its index contradicts itself.
     """
 
-    def __init__(self, path: Path, index: Index, stack: ExitStack) -> None:
-        self.path, self.id, self.stack = path, index.get("id"), stack
+    def __init__(self, folder: str | Path | None, stack: ExitStack) -> None:
+        self.path, self.index = _read_index(folder)
+        self.stack = stack
         self.tensors: dict[str, list[Piece]] = defaultdict(list)
         """name -> its pieces, which have each of its numbers once."""
         self.sizes: dict[str, dict[str, Shape]] = defaultdict(dict)
         """file -> the pieces' keys in it -> their sizes."""
         self.opened: dict[str, TensorFile] = {}
-        self.with_checksums = index["version"] > 1
-        damaged = f"{path / INDEX} is damaged"
+        self.with_checksums = self.index["version"] > 1
+        damaged = f"{self.path / INDEX} is damaged"
         try:
-            pieces = _pieces(index["tensors"], self.with_checksums)
+            pieces = _pieces(self.index["tensors"], self.with_checksums)
         except (TypeError, ValueError):
             raise ValueError(f"{damaged}: its list of tensors is not one") from None
         for piece in pieces:
@@ -137,9 +142,11 @@ class Stored:
             form = self.tensors[piece.name][0]
             if (piece.shape, piece.dtype) != (form.shape, form.dtype):
                 raise ValueError(f"{damaged}: {piece.name} has two shapes or dtypes")
-        for name, (piece, *others) in self.tensors.items():
-            complete = _is_cut([piece, *others]) if others else piece.size == piece.shape and not any(piece.start)
-            if not complete:
+        for name, boxes in self.tensors.items():
+            # Nearly all tensors are one box, for which this is quicker.
+            piece = boxes[0]
+            is_whole = len(boxes) == 1 and piece.size == piece.shape and not any(piece.start)
+            if not is_whole and not _is_cut(boxes):
                 raise ValueError(f"{damaged}: the parts of {name} are not each of its numbers once")
 
     def check(self, targets: list[Target]) -> None:
@@ -159,14 +166,16 @@ class Stored:
         by_name: dict[str, list[Target]] = defaultdict(list)
         for target in targets:
             by_name[target[0].name].append(target)
-        for name, (target, *others) in by_name.items():
-            piece, values = target
+        for name, boxes in by_name.items():
+            piece, values = boxes[0]
             for source in self.tensors[name]:
                 same_box = (source.start, source.size, source.dtype) == (piece.start, piece.size, piece.dtype)
-                if same_box and not others and values.is_contiguous():
-                    self._read(source, values)
+                if same_box and len(boxes) == 1 and values.is_contiguous():
+                    # The usual case needs no memory between the file and the target.
+                    file = self.opened.get(source.file) or self._open(source.file)
+                    file.read(source.key, values, source.checksum)
                 else:
-                    self._copy(source, [target, *others])
+                    self._copy(source, boxes)
 
     def _copy(self, source: Piece, targets: list[Target]) -> None:
         """What targets have in common with a piece of the checkpoint.
@@ -180,15 +189,10 @@ class Stored:
                 boxes.append((values, *overlap))
         if boxes:
             numbers = torch.empty(source.size, dtype=DTYPES[source.dtype])
-            self._read(source, numbers)
+            file = self.opened.get(source.file) or self._open(source.file)
+            file.read(source.key, numbers, source.checksum)
             for values, in_target, in_source in boxes:
                 values[in_target].copy_(numbers[in_source])
-
-    def _read(self, source: Piece, values: Tensor) -> None:
-        """A piece into values, contiguous and of its shape and dtype."""
-        if source.file not in self.opened:
-            self.opened[source.file] = self._open(source.file)
-        self.opened[source.file].read(source.key, values, source.checksum)
 
     def _open(self, name: str) -> TensorFile:
         """Raises ValueError for a file that is not the one that the index describes."""
@@ -196,8 +200,9 @@ class Stored:
         file = self.stack.enter_context(closing(TensorFile(path)))
         sizes = {key: entry.shape for key, entry in file.entries.items()}
         # A file of another save may have the same names and shapes, but not the id. The first version had no ids.
-        if sizes != self.sizes[name] or file.metadata.get("id") != self.id:
+        if sizes != self.sizes[name] or file.metadata.get("id") != self.index.get("id"):
             raise ValueError(f"{path} is not the file that {INDEX} speaks of")
+        self.opened[name] = file
         return file
 
 
@@ -210,7 +215,7 @@ def _pieces(lines: list[Any], with_checksums: bool) -> list[Piece]:
     names, shapes, dtypes, files, starts, sizes, *checksums = columns
     if len(checksums) != with_checksums:
         raise ValueError("a line has another number of entries")
-    texts = {type(text) for text in chain(names, dtypes, files, *checksums)}
+    texts = {*map(type, chain(names, dtypes, files, *checksums))}
     if texts - {str} or {*dtypes} - DTYPES.keys():
         raise ValueError("a name or a dtype is none")
     boxes = [*chain(shapes, starts, sizes)]
@@ -224,20 +229,20 @@ def _pieces(lines: list[Any], with_checksums: bool) -> list[Piece]:
     if any(Path(file).name != file for file in {*files}):
         raise ValueError("a file's name is a path")
     pieces = []
-    for name, shape, dtype, file, start, size, *rest in lines:
+    for name, shape, dtype, file, start, size, *sums in lines:
         box = tuple(start), tuple(size)
         key = name if shape == size else piece_key(name, *box)
-        pieces.append(Piece(key, name, tuple(shape), dtype, file, *box, rest[0] if rest else None))
+        pieces.append(Piece(key, name, tuple(shape), dtype, file, *box, sums[0] if sums else None))
     return pieces
 
 
 def _is_cut(pieces: list[Piece]) -> bool:
     """Whether pieces are their tensor, cut along one dimension."""
     shape = pieces[0].shape
-    cut = [dim for dim, length in enumerate(shape) if any(piece.size[dim] != length for piece in pieces)]
-    if len(cut) != 1:
+    dims = {dim for piece in pieces for dim, length in enumerate(shape) if piece.size[dim] != length}
+    if len(dims) != 1:
         return False
-    dim = cut[0]
+    dim = dims.pop()
     end = 0
     for piece in sorted(pieces, key=lambda piece: piece.start[dim]):
         # The sum of all starts: that of each other dimension must be 0.
@@ -247,14 +252,14 @@ def _is_cut(pieces: list[Piece]) -> bool:
     return end == shape[dim]
 
 
-def _overlap(target: Piece, source: Piece) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+def _overlap(target: Piece, source: Piece) -> tuple[Box, Box] | None:
     """What two boxes of a tensor have in common, as slices of each; None if that is nothing."""
     in_target, in_source = [], []
-    for dim in range(len(target.shape)):
-        low = max(target.start[dim], source.start[dim])
-        high = min(target.start[dim] + target.size[dim], source.start[dim] + source.size[dim])
+    for start, size, origin, length in zip(target.start, target.size, source.start, source.size, strict=True):
+        low = max(start, origin)
+        high = min(start + size, origin + length)
         if low >= high:
             return None
-        in_target.append(slice(low - target.start[dim], high - target.start[dim]))
-        in_source.append(slice(low - source.start[dim], high - source.start[dim]))
+        in_target.append(slice(low - start, high - start))
+        in_source.append(slice(low - origin, high - origin))
     return tuple(in_target), tuple(in_source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from moecomm.comm import Comm
+from moecomm.exchange import Exchange
 from moecomm.gating import Routing
 from moecomm.groups import Groups
 from moecomm.nn.configs import Config
 from moecomm.nn.linear import MLP, ColumnLinear, RowLinear, part_in
 from moecomm.nn.moe import MoE
 from moecomm.nn.residual import ResidualMoE
-from moecomm.nn.seeds import draw, parameter
+from moecomm.nn.seeds import Key, Portion, draw, parameter
 
 Cache = dict[int, tuple[Tensor, Tensor]]
 """layer -> keys and values [B, heads, positions so far, hidden / heads]."""
@@ -40,25 +40,26 @@ class Output:
 class Attention(nn.Module):
     """Causal self-attention, its heads sliced over the tensor ranks. Collective over tensor."""
 
-    def __init__(self, config: Config, layer: int, tensor: Comm | None, key: tuple[object, ...], **like: Any) -> None:
+    def __init__(self, config: Config, layer: int, **options: Any) -> None:
         super().__init__()
-        size = part_in(tensor)[1]
-        if config.heads % size:
-            raise ValueError(f"TransformerLM: {config.heads} heads, which tensor={size} ranks cannot share")
-        self.layer, self.heads = layer, config.heads // size
-        h = config.hidden
-        options = {"tensor": tensor, "std": config.std, **like}
-        self.qkv = ColumnLinear(h, h, blocks=3, key=(*key, "qkv"), **options)
-        self.out = RowLinear(h, h, key=(*key, "out"), **options)
+        ranks = part_in(options["tensor"])[1]
+        if config.heads % ranks:
+            raise ValueError(f"TransformerLM: {config.heads} heads, which tensor={ranks} ranks cannot share")
+        self.layer, self.heads = layer, config.heads // ranks
+        key = options.pop("key")
+        self.qkv = ColumnLinear(config.hidden, config.hidden, blocks=3, key=(*key, "qkv"), **options)
+        self.out = RowLinear(config.hidden, config.hidden, key=(*key, "out"), **options)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         """x [B, S, hidden] -> [B, S, hidden]; the positions in cache come before, and x's are added to it."""
-        q, k, v = (by_head.transpose(1, 2) for by_head in self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3))
+        by_head = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = by_head.permute(2, 0, 3, 1, 4)
         mask = None
         if cache is not None:
             if self.layer in cache:
                 keys, values = cache[self.layer]
-                k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+                k = torch.cat([keys, k], 2)
+                v = torch.cat([values, v], 2)
                 # is_causal would take the first new position for position 0.
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
                 mask = mask.tril(k.shape[2] - q.shape[2])
@@ -71,35 +72,38 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)), where the feed-forward layer is an MLP or has experts."""
 
     def __init__(
-        self, config: Config, layer: int, groups: Groups | None, key: tuple[object, ...], exchange: Any, **like: Any
+        self, config: Config, layer: int, groups: Groups | None, exchange: Exchange | None, key: Key, **like: Any
     ) -> None:
         super().__init__()
+        h = config.hidden
+        self.norms = nn.ModuleList([nn.LayerNorm(h, **like), nn.LayerNorm(h, **like)])
+        like["std"] = config.std
         tensor = None if groups is None else groups.tensor
-        h, key, experts = config.hidden, (*key, layer), config.experts_of(layer)
-        self.norms = nn.ModuleList(nn.LayerNorm(h, **like) for _ in range(2))
-        self.attention = Attention(config, layer, tensor, key, **like)
-        options: dict[str, Any] = {"activation": config.activation, "std": config.std, "key": (*key, "ffn"), **like}
+        self.attention = Attention(config, layer, tensor=tensor, key=key, **like)
+        like["key"] = (*key, "ffn")
+        like["activation"] = config.activation
         self.ffn: MLP | MoE | ResidualMoE
+        experts = config.experts_of(layer)
         if not experts:
-            self.ffn = MLP(h, config.ffn, tensor=tensor, **options)
+            self.ffn = MLP(h, config.ffn, tensor=tensor, **like)
             return
-        options["groups"] = groups
-        options["exchange"] = exchange
-        options["choices"] = {"normalize": config.normalize}
-        options["capacity_factor"] = config.capacity_factor
-        options["eval_capacity_factor"] = config.eval_capacity_factor
+        like["groups"] = groups
+        like["exchange"] = exchange
+        like["choices"] = {"normalize": config.normalize}
+        like["capacity_factor"] = config.capacity_factor
+        like["eval_capacity_factor"] = config.eval_capacity_factor
         if config.residual == "none":
-            self.ffn = MoE(h, config.ffn, experts, config.top_k, **options)
+            self.ffn = MoE(h, config.ffn, experts, config.top_k, **like)
         else:
-            self.ffn = ResidualMoE(h, config.ffn, experts, combine=config.residual, **options)
+            self.ffn = ResidualMoE(h, config.ffn, experts, combine=config.residual, **like)
 
     def forward(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Routing | None]:
         """x [B, S, hidden] -> the same, and the routing where there are experts."""
         x = x + self.attention(self.norms[0](x), cache)
-        z = self.norms[1](x)
-        if isinstance(self.ffn, MLP):
-            return x + self.ffn(z), None
-        y, routing = self.ffn(z)
+        y = self.ffn(self.norms[1](x))
+        routing = None
+        if not isinstance(self.ffn, MLP):
+            y, routing = y
         return x + y, routing
 
 
@@ -117,8 +121,8 @@ class TransformerLM(nn.Module):
     """
 
     def __init__(
-        self, config: Config, *, groups: Sequence[Groups] | None = None, stage: tuple[int, int] = (0, 1),
-        exchange: Any = None, seed: int = 0, **like: Any,
+        self, config: Config, *, groups: Sequence[Groups] | None = None, stage: Portion = (0, 1),
+        exchange: Callable[[Any, int], Exchange] | None = None, seed: int = 0, **like: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         number, num_stages = stage
@@ -130,7 +134,9 @@ class TransformerLM(nn.Module):
             )
         if groups is not None and len(groups) != max(1, len(config.experts)):
             raise ValueError(f"TransformerLM: got {len(groups)} groups, expected {max(1, len(config.experts))}")
-        self.config, self.stage, self.groups = config, stage, groups[0] if groups else None
+        self.config, self.stage = config, stage
+        self.groups = groups[0] if groups else None
+        self.is_first, self.is_last = number == 0, number == num_stages - 1
         num_layers = config.num_layers // num_stages
         self.blocks = nn.ModuleDict()
         for layer in range(number * num_layers, (number + 1) * num_layers):
@@ -139,13 +145,20 @@ class TransformerLM(nn.Module):
             layer_groups = groups[min(layer // 2, len(groups) - 1)] if groups else None
             num_experts = config.experts_of(layer)
             layer_exchange = exchange(layer_groups, num_experts) if exchange and num_experts else None
-            self.blocks[str(layer)] = Block(config, layer, layer_groups, (seed, "layer"), layer_exchange, **like)
+            # Named by their number in the whole model, as a checkpoint of any split has them.
+            self.blocks[str(layer)] = Block(
+                config, layer, layer_groups, layer_exchange, key=(seed, "layer", layer), **like
+            )
+
+        def table(name: str, rows: int) -> nn.Parameter:
+            return parameter(draw((rows, config.hidden), config.std, seed, name), like)
+
         # The matrix of the logits is the embedding, so that both ends of a pipeline have it.
-        if number in (0, num_stages - 1):
-            self.embedding = parameter(draw((config.vocabulary, config.hidden), config.std, seed, "embedding"), like)
-        if number == 0:
-            self.position = parameter(draw((config.context, config.hidden), config.std, seed, "position"), like)
-        if number == num_stages - 1:
+        if self.is_first or self.is_last:
+            self.embedding = table("embedding", config.vocabulary)
+        if self.is_first:
+            self.position = table("position", config.context)
+        if self.is_last:
             self.norm = nn.LayerNorm(config.hidden, **like)
 
     def forward(self, x: Tensor, loss: Tensor | None = None, cache: Cache | None = None) -> Output:
@@ -153,19 +166,22 @@ class TransformerLM(nn.Module):
 
         cache  keys and values of earlier positions, which these are added to; {} to begin with
         """
-        if self.stage[0] == 0:
-            start = 0 if not cache else next(iter(cache.values()))[0].shape[2]
-            if start + x.shape[1] > self.config.context:
-                raise ValueError(f"TransformerLM: {start + x.shape[1]} positions, expected <= {self.config.context}")
-            x = F.embedding(x, self.embedding) + self.position[start : start + x.shape[1]]
-        loss = x.new_zeros((), dtype=torch.float32) if loss is None else loss
+        if self.is_first:
+            start = next(iter(cache.values()))[0].shape[2] if cache else 0
+            end = start + x.shape[1]
+            if end > self.config.context:
+                raise ValueError(f"TransformerLM: {end} positions, expected <= {self.config.context}")
+            x = F.embedding(x, self.embedding) + self.position[start:end]
+        if loss is None:
+            # In float32 whatever the model's dtype: small terms are added up over the layers.
+            loss = x.new_zeros((), dtype=torch.float32)
         routings = []
         for block in self.blocks.values():
             x, routing = block(x, cache)
             if routing is not None:
                 loss = loss + self.config.aux_loss * routing.aux_loss + self.config.z_loss * routing.z_loss
                 routings.append(routing)
-        if self.stage[0] == self.stage[1] - 1:
+        if self.is_last:
             x = F.linear(self.norm(x), self.embedding).float()
         return Output(x, loss, tuple(routings))
 
@@ -182,15 +198,17 @@ class TransformerLM(nn.Module):
         eval_capacity_factor the tokens of a step share the experts' capacity, so the cache is not without effect.
         """
         cache: Cache = {}
-        new = tokens
+        sequence = [tokens]
         for _ in range(num_new):
-            logits = self(new, cache=cache).logits[:, -1]
+            # The cache has all positions but the newest.
+            logits = self(sequence[-1], cache=cache).logits[:, -1]
             if temperature > 0:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                chances = (logits / temperature).softmax(-1)
+                token = torch.multinomial(chances, 1, generator=generator)
             else:
-                new = logits.argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, new], 1)
-        return tokens
+                token = logits.argmax(-1, keepdim=True)
+            sequence.append(token)
+        return torch.cat(sequence, 1)
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers of this rank, first to last: the order of Output.routings."""
