@@ -104,7 +104,7 @@ def step_times(trainers: dict[str, Trainer], comm: Comm | None, reps: int) -> It
 
 def one_pass(trainer: Trainer, number: int) -> None:
     """Forward and backward over one micro-batch of this rank."""
-    tokens = next(trainer._micro_batches(trainer.text.batch(number, trainer.plan.batch)))
+    tokens = trainer._micro_batches(trainer.text.batch(number, trainer.plan.batch))[0]
     losses, output = trainer._losses(tokens)
     (losses.mean() + output.loss).backward()
     trainer.optimizer.zero_grad()

@@ -12,9 +12,15 @@ from moecomm.comm import Comm
 
 
 def distillation_loss(
-    losses: Tensor, logits: Tensor, teacher: Tensor, *, alpha: float, temperature: float = 1.0,
-    mask: Tensor | None = None, tensor: Comm | None = None,
-) -> Tensor:  # fmt: skip
+    losses: Tensor,
+    logits: Tensor,
+    teacher: Tensor,
+    *,
+    alpha: float,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tensor: Comm | None = None,
+) -> Tensor:
     """The mean over tokens of loss + alpha * T^2 * KL(teacher || student), a scalar of at least float32.
 
     losses       [...] of each token: the cross-entropy of the text

@@ -37,7 +37,8 @@ class ModelTeacher:
 
     def __init__(self, model: TransformerLM) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.vocabulary, self.context = model.config.vocabulary, model.config.context
+        self.vocabulary = model.config.vocabulary
+        self.context = model.config.context
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Collective as the model is."""
@@ -62,10 +63,14 @@ class CachedTeacher:
     """
 
     def __init__(self, teacher: Teacher, folder: Path, top: int, world: Comm | None = None) -> None:
-        self.vocabulary, self.context = teacher.vocabulary, teacher.context
+        self.vocabulary = teacher.vocabulary
+        self.context = teacher.context
         if not 1 <= top <= self.vocabulary:
             raise ValueError(f"CachedTeacher: top is {top}, expected 1 .. {self.vocabulary}, the vocabulary")
-        self.teacher, self.folder, self.top, self.world = teacher, folder, top, world
+        self.teacher = teacher
+        self.folder = folder
+        self.top = top
+        self.world = world
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -37,13 +37,20 @@ class Distiller(Trainer):
     """
 
     def __init__(
-        self, model: TransformerLM, text: Text, plan: TrainingPlan, teacher: Teacher, schedule: Schedule,
+        self,
+        model: TransformerLM,
+        text: Text,
+        plan: TrainingPlan,
+        teacher: Teacher,
+        schedule: Schedule,
         temperature: float = 1.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         check_sizes(teacher, model.config)
         check_temperature("Distiller", temperature)
         super().__init__(model, text, plan)
-        self.teacher, self.schedule, self.temperature = teacher, schedule, temperature
+        self.teacher = teacher
+        self.schedule = schedule
+        self.temperature = temperature
 
     def settings(self) -> dict[str, Any]:
         """As Trainer's, and the distillation."""
@@ -56,7 +63,8 @@ class Distiller(Trainer):
             return super().objective(number, tokens, losses, output)
         with self._precision():
             teacher = self.teacher(tokens[:, :-1])
-        logits, teacher = output.logits.flatten(0, 1), teacher.flatten(0, 1)
+        logits = output.logits.flatten(0, 1)
+        teacher = teacher.flatten(0, 1)
         return distillation_loss(losses, logits, teacher, alpha=alpha, temperature=self.temperature) + output.loss
 
 
@@ -93,7 +101,8 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
         raise ValueError(f"teacher: {error}") from None
     teacher: Teacher = ModelTeacher(model)
     if options.cache:
-        top, asked = options.cache_top or of_teacher.vocabulary, teacher
+        top = options.cache_top or of_teacher.vocabulary
+        asked = teacher
         # A folder for each teacher, since its answers are told apart by the tokens alone.
         folder = together(comm, "distill", lambda: options.cache / digest_of_run(options.teacher))
         teacher = together(comm, "distill", lambda: CachedTeacher(asked, folder, top, comm))

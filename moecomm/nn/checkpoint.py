@@ -39,9 +39,15 @@ UNFINISHED = "unfinished"
 
 
 def save(
-    folder: str | Path, step: int, model: nn.Module, optimizer: Optimizer | None = None, *,
-    comm: Comm | None = None, values: dict[str, Any] | None = None, keep: int | None = None,
-) -> Path:  # fmt: skip
+    folder: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    comm: Comm | None = None,
+    values: dict[str, Any] | None = None,
+    keep: int | None = None,
+) -> Path:
     """Write folder/step-<step>, and return its path.
 
     folder     on a file system that all ranks share; made if it is not there
@@ -61,8 +67,10 @@ def save(
         comm.agree("checkpoint.save: step and keep", f"{step} and {keep}")
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"checkpoint.save: got step {step} and keep {keep}, expected >= 0 and >= 1 or None")
-    folder, rank = Path(folder), part_in(comm)[0]
-    finished, unfinished = folder / f"step-{step:06d}", folder / UNFINISHED
+    folder = Path(folder)
+    rank = part_in(comm)[0]
+    finished = folder / f"step-{step:06d}"
+    unfinished = folder / UNFINISHED
     # In all files of this save, so that a file of another save is told from them.
     identity = gather(comm, secrets.token_hex(8))[0]
     order, pieces = _owned(comm, together(comm, "checkpoint", lambda: _held_pieces(model, optimizer)))
@@ -84,9 +92,12 @@ def save(
 
 
 def load(
-    path: str | Path | None, model: nn.Module, optimizer: Optimizer | None = None, *,
+    path: str | Path | None,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
     comm: Comm | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Fill model and optimizer from a checkpoint, whatever the split it was saved under. Returns the values saved.
 
     path  what `save` or `last` returned
@@ -104,7 +115,8 @@ def load(
     """
     with ExitStack() as stack:
         stored = together(comm, "checkpoint", lambda: Stored(path, stack))
-        path, index = stored.path, stored.index
+        path = stored.path
+        index = stored.index
         if comm is not None:
             comm.agree("checkpoint.load: path", f"{path.name} with id {index.get('id')}")
         if part_in(comm)[0] == 0 and not stored.with_checksums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ MEGATRON = {
     "down": "dense_4h_to_h.weight",
     "down_bias": "dense_4h_to_h.bias",
 }
-EXPERTS, GATE = ".deepspeed_moe.experts.deepspeed_experts.", ".deepspeed_moe.gate.wg.weight"
-RESIDUAL, COEFFICIENT = ".mlp.", ".coefficient."
+EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
+GATE = ".deepspeed_moe.gate.wg.weight"
+RESIDUAL = ".mlp."
+COEFFICIENT = ".coefficient."
 WHOLE = Slice(0, (0, 1))
 Weights = dict[str, tuple[Tensor, Slice]]
 """A network's weights by the names of Experts, as views that lie as torch.nn.Linear's, and which slices they are."""
@@ -58,129 +61,153 @@ def load_deepspeed(
     Source: deepspeed/moe/layer.py and runtime/engine.py of DeepSpeed.
     """
     folder = Path(folder)
+    # Nothing is changed before all ranks have read and checked everything.
     for values, read in together(comm, "checkpoint", lambda: _model_pairs(folder, model, names)):
         values.copy_(read)
 
 
 def _model_pairs(folder: Path, model: nn.Module, names: dict[str, str]) -> list[Pair]:
     """All weights with what is to be in them, read and checked."""
-    residuals = {id(module.moe): module for module in model.modules() if isinstance(module, ResidualMoE)}
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    main = folder / "mp_rank_00_model_states.pt"
+    layers = []
+    residuals: dict[int, ResidualMoE] = {}
+    for module in model.modules():
+        if isinstance(module, MoE):
+            layers.append(module)
+        elif isinstance(module, ResidualMoE):
+            residuals[id(module.moe)] = module
+    main = [folder / "mp_rank_00_model_states.pt"]
     # Gates are whole in the first of these files; only residual MLPs are sliced over all of them.
-    files = sorted(folder.glob("mp_rank_*_model_states.pt")) if residuals else []
-    states = [_read(file).get("module") or {} for file in files or [main]]
+    paths = sorted(folder.glob("mp_rank_*_model_states.pt")) if residuals else main
+    files = _Files(paths or main, names)
+    files.states = [state.get("module") or {} for state in files.states]
     pairs: list[Pair] = []
     for number, layer in enumerate(layers):
-        experts, prefix = _experts(folder, number, layers, names)
-        gate = _whole(main, states[:1], prefix + GATE, layer.gate, WHOLE)
-        pairs += experts
-        pairs.append((layer.gate, gate))
-        pairs += _residual(main, states, prefix, residuals.get(id(layer)), names)
+        prefix = ""
+        for place, bank_files in enumerate(_expert_files(folder, number, layers, names)):
+            prefix = next(iter(bank_files.states[0]), "").partition(EXPERTS)[0]
+            expert = layer.experts.experts[place]
+            pairs += bank_files.network(f"{prefix}{EXPERTS}{expert}.", _of_expert(layer.experts, place))
+        pairs.append((layer.gate, files.whole(prefix + GATE, layer.gate)))
+        pairs += _residual(files, prefix, residuals.get(id(layer)))
     return pairs
 
 
-def _experts(folder: Path, number: int, layers: list[MoE], names: dict[str, str]) -> tuple[list[Pair], str]:
-    """The weights of a layer's experts with what is to be in them, and what DeepSpeed calls the layer."""
-    layer, bank = layers[number], layers[number].experts
-    unnamed = [name for name, _ in bank.named_parameters() if name not in names]
+def _expert_files(folder: Path, number: int, layers: list[MoE], names: dict[str, str]) -> Iterator[_Files]:
+    """The files of each of a layer's experts on this rank. Raises ValueError if the layer is not that of the model."""
+    layer = layers[number]
+    unnamed = [name for name, _ in layer.experts.named_parameters() if name not in names]
     if unnamed:
         raise ValueError(f"names has {', '.join(names)}, but nothing for {', '.join(unnamed)}")
     # An expert more, or a layer more, is of another model.
     for excess in (f"layer_{number}_expert_{layer.num_experts}", f"layer_{len(layers)}_expert_0"):
         if any(folder.glob(f"{excess}_mp_rank_*")):
             raise ValueError(f"{folder} has {excess}, which the model does not have")
-    pairs: list[Pair] = []
-    prefix = ""
-    for place, expert in enumerate(bank.experts):
+    for expert in layer.experts.experts:
         pattern = f"layer_{number}_expert_{expert}_mp_rank_*_model_states.pt"
-        files = sorted(folder.glob(pattern))
-        if not files:
+        paths = sorted(folder.glob(pattern))
+        if not paths:
             raise FileNotFoundError(f"{folder} has no {pattern}")
-        states = [_read(file) for file in files]
-        prefix = next(iter(states[0]), "").partition(EXPERTS)[0]
-        pairs += _network(files[0], states, f"{prefix}{EXPERTS}{expert}.", _of_expert(bank, place), names)
-    return pairs, prefix
+        yield _Files(paths, names)
 
 
-def _residual(
-    file: Path, states: list[State], prefix: str, layer: ResidualMoE | None, names: dict[str, str]
-) -> list[Pair]:
+class _Files:
+    """Files of DeepSpeed's tensor ranks, which have the same names.
+
+    names  as in load_deepspeed
+    """
+
+    def __init__(self, paths: list[Path], names: dict[str, str]) -> None:
+        self.path = paths[0]
+        self.states = [_read(path) for path in paths]
+        self.names = names
+
+    def network(self, prefix: str, weights: Weights) -> list[Pair]:
+        """The weights of one expert or MLP. Those without a name, biases, become 0."""
+        pairs = []
+        known = set()
+        for name, (values, slice_of) in weights.items():
+            if name not in self.names:
+                pairs.append((values, torch.zeros_like(values)))
+                continue
+            key = prefix + self.names[name]
+            known.add(key)
+            if values.numel():
+                pairs.append((values, self.whole(key, values, slice_of)))
+        unknown = sorted(key for key in self.states[0] if key.startswith(prefix) and key not in known)
+        if unknown:
+            raise ValueError(f"{self.path} has {unknown[0]}, which neither names nor the model has")
+        return pairs
+
+    def whole(self, key: str, values: Tensor, slice_of: Slice = WHOLE) -> Tensor:
+        """What belongs into values, from one whole weight or from slices of it."""
+        dim = slice_of.dim
+        shape = list(values.shape)
+        shape[dim] *= slice_of.portion[1]
+        tensors = [state[key] for state in self.states if key in state]
+        # DeepSpeed slices by its own tensor ranks, which need not be as many as ours. A whole weight may be in each
+        # file, or in the first alone.
+        is_whole = key in self.states[0] and list(tensors[0].shape) == shape
+        if not is_whole and len(tensors) < len(self.states):
+            raise ValueError(f"{self.path} has no {key}, but {', '.join(list(self.states[0])[:6])}")
+        weight = tensors[0] if is_whole else torch.cat(tensors, dim)
+        if list(weight.shape) != shape:
+            raise ValueError(f"{key} in {self.path} has shape {tuple(weight.shape)}, expected {tuple(shape)}")
+        return part_of(weight, dim, slice_of.portion)
+
+
+def _residual(files: _Files, prefix: str, layer: ResidualMoE | None) -> list[Pair]:
     """The MLP and the coefficient of a layer. layer: None where the model has a plain MoE."""
+    # What the file has and the model has not would be lost silently.
+    unknown = [] if layer else [prefix + RESIDUAL]
     if layer is None or layer.coefficient is None:
-        # What the file has and the model has not would be lost silently.
-        unknown = (COEFFICIENT,) if layer else (RESIDUAL, COEFFICIENT)
-        prefixes = tuple(prefix + name for name in unknown)
-        excess = next((key for key in states[0] if key.startswith(prefixes)), None)
-        if excess is not None:
+        unknown.append(prefix + COEFFICIENT)
+    for key in files.states[0]:
+        if key.startswith(tuple(unknown)):
             raise ValueError(
-                f"{file} has {excess}, expected none: in the model it is no ResidualMoE(combine='learned')"
+                f"{files.path} has {key}, expected none: in the model it is no ResidualMoE(combine='learned')"
             )
     if layer is None:
         return []
-    pairs = _network(file, states, prefix + RESIDUAL, _of_mlp(layer.mlp), names)
+    pairs = files.network(prefix + RESIDUAL, _of_mlp(layer.mlp))
     if layer.coefficient is not None:
         for name, values in layer.coefficient.named_parameters():
-            pairs.append((values, _whole(file, states[:1], prefix + COEFFICIENT + name, values, WHOLE)))
-    return pairs
-
-
-def _network(file: Path, states: list[State], prefix: str, weights: Weights, names: dict[str, str]) -> list[Pair]:
-    """The weights of one expert or MLP. Those without a name, biases, become 0."""
-    pairs = []
-    for name, (values, slice_of) in weights.items():
-        if not values.numel():
-            continue
-        if name in names:
-            pairs.append((values, _whole(file, states, prefix + names[name], values, slice_of)))
-        else:
-            pairs.append((values, torch.zeros_like(values)))
-    known = {prefix + names[name] for name in weights if name in names}
-    unknown = sorted(key for key in states[0] if key.startswith(prefix) and key not in known)
-    if unknown:
-        raise ValueError(f"{file} has {unknown[0]}, which neither names nor the model has")
+            pairs.append((values, files.whole(prefix + COEFFICIENT + name, values)))
     return pairs
 
 
 def _of_expert(bank: Experts, place: int) -> Weights:
     ranks = bank.slices["up"].portion
-    columns, rows = Slice(0, ranks), Slice(1, ranks)
-    weights = {"up": (bank.up[place].T, columns), "down": (bank.down[place].T, rows)}
+    columns = Slice(0, ranks)
+    # Transposed, as torch.nn.Linear has them: our banks are [inputs, outputs].
+    weights = {
+        "up": (bank.up[place].T, columns),
+        "down": (bank.down[place].T, Slice(1, ranks)),
+    }
     if bank.activation == "swiglu":
         weights["gate"] = bank.gate[place].T, columns
         return weights
     weights["up_bias"] = bank.up_bias[place], columns
     # Slice 0 alone has this bias; without numbers it is left out.
-    nothing = bank.up_bias.new_empty(0)
-    weights["down_bias"] = nothing if bank.down_bias is None else bank.down_bias[place], WHOLE
+    bias = bank.up_bias.new_empty(0) if bank.down_bias is None else bank.down_bias[place]
+    weights["down_bias"] = bias, WHOLE
     return weights
 
 
 def _of_mlp(mlp: MLP) -> Weights:
     ranks = mlp.up.slices["weight"].portion
-    weights = {"down": (mlp.down.weight, Slice(1, ranks)), "down_bias": (mlp.down.bias, WHOLE)}
+    columns = Slice(0, ranks)
+    weights = {
+        "down": (mlp.down.weight, Slice(1, ranks)),
+        "down_bias": (mlp.down.bias, WHOLE),
+    }
+    # Gate and up lie in one matrix here, and in two of DeepSpeed.
     blocks = ("gate", "up") if mlp.activation == "swiglu" else ("up",)
     matrices = mlp.up.weight.chunk(len(blocks))
     biases = mlp.up.bias.chunk(len(blocks))
     for name, weight, bias in zip(blocks, matrices, biases, strict=True):
-        weights[name] = weight, Slice(0, ranks)
-        weights[f"{name}_bias"] = bias, Slice(0, ranks)
+        weights[name] = weight, columns
+        weights[f"{name}_bias"] = bias, columns
     return weights
-
-
-def _whole(file: Path, states: list[State], key: str, values: Tensor, slice_of: Slice) -> Tensor:
-    """What belongs into values, from one whole weight or from slices of it."""
-    if any(key not in state for state in states):
-        raise ValueError(f"{file} has no {key}, but {', '.join(list(states[0])[:6])}")
-    tensors = [state[key] for state in states]
-    dim, ranks = slice_of.dim, slice_of.portion
-    shape = list(values.shape)
-    shape[dim] *= ranks[1]
-    # DeepSpeed slices by its own tensor ranks, which need not be as many as ours; a weight may be whole in each file.
-    weight = tensors[0] if list(tensors[0].shape) == shape else torch.cat(tensors, dim)
-    if list(weight.shape) != shape:
-        raise ValueError(f"{key} in {file} has shape {tuple(weight.shape)}, expected {tuple(shape)}")
-    return part_of(weight, dim, ranks)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -37,10 +37,19 @@ class Experts(Part):
     """
 
     def __init__(
-        self, hidden: int, ffn: int, experts: Sequence[int], *, activation: Activation = "gelu",
-        part: Portion = (0, 1), num_experts: int | None = None, std: float = 0.02,
-        key: Key = (), weights: Callable[[int, str], Tensor] | None = None, **like: Any,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: int,
+        ffn: int,
+        experts: Sequence[int],
+        *,
+        activation: Activation = "gelu",
+        part: Portion = (0, 1),
+        num_experts: int | None = None,
+        std: float = 0.02,
+        key: Key = (),
+        weights: Callable[[int, str], Tensor] | None = None,
+        **like: Any,
+    ) -> None:
         super().__init__()
         check_activation("Experts", activation)
         number, slices = part

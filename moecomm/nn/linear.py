@@ -31,9 +31,17 @@ class _SlicedLinear(Part):
     """A linear layer whose matrices [outputs, inputs], `blocks` of them side by side, are sliced along `dim`."""
 
     def __init__(
-        self, inputs: int, outputs: int, dim: int, *, blocks: int = 1, tensor: Comm | None = None, std: float = 0.02,
-        key: Key = (), **like: Any,
-    ) -> None:  # fmt: skip
+        self,
+        inputs: int,
+        outputs: int,
+        dim: int,
+        *,
+        blocks: int = 1,
+        tensor: Comm | None = None,
+        std: float = 0.02,
+        key: Key = (),
+        **like: Any,
+    ) -> None:
         super().__init__()
         # One rank alone has nobody to send to.
         self.tensor = None if tensor is None or tensor.size == 1 else tensor

@@ -34,9 +34,16 @@ class Memory:
 
 
 def memory_estimate(
-    config: Config, topology: Topology | Sequence[Topology], *, sequences: int, length: int | None = None,
-    skew: float = 1.0, states: int = 2, dtype: torch.dtype = torch.float32, rank: int = 0,
-) -> Memory:  # fmt: skip
+    config: Config,
+    topology: Topology | Sequence[Topology],
+    *,
+    sequences: int,
+    length: int | None = None,
+    skew: float = 1.0,
+    states: int = 2,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+) -> Memory:
     """The memory of a training step of TransformerLM(config), its gradients summed up over several micro-batches.
 
     topology   of all layers, or of each layer with experts: as `layer_topologies` gives them
@@ -56,7 +63,8 @@ def memory_estimate(
     axes = topologies[0]
     size = dtype.itemsize
     tokens = sequences * (config.context if length is None else length)
-    stage, num_layers = axes.coords(rank)["pipeline"], config.num_layers // axes.pipeline
+    stage = axes.coords(rank)["pipeline"]
+    num_layers = config.num_layers // axes.pipeline
     needs = []
     dense = config.num_in_ends(stage, axes.pipeline)
     gates = 0
@@ -136,7 +144,8 @@ def _feed_forward(config: Config, rows: int, width: int, size: int) -> _Need:
 
 def _moe(config: Config, tokens: int, num_experts: int, topology: Topology, skew: float, size: int) -> _Need:
     """Rows at the experts and answers at home; logits and tables of the gate; what "learned" weights."""
-    h, width = config.hidden, config.ffn // topology.expert_tensor
+    h = config.hidden
+    width = config.ffn // topology.expert_tensor
     sent = tokens * config.top_k * topology.expert_tensor // topology.tensor
     rows = int(sent * skew)
     alone = topology.expert * topology.tensor * topology.expert_tensor == 1

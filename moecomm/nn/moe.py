@@ -128,11 +128,22 @@ class MoE(ExpertLayer):
     bias: Tensor
 
     def __init__(
-        self, hidden: int, ffn: int, num_experts: int, top_k: int = 1, *, groups: Groups | None = None,
-        exchange: Exchange | None = None, capacity_factor: float | None = None,
-        eval_capacity_factor: float | None = None, activation: Activation = "gelu", std: float = 0.02,
-        key: Key = (0,), choices: dict[str, Any] | None = None, **like: Any,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: int,
+        ffn: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        groups: Groups | None = None,
+        exchange: Exchange | None = None,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        activation: Activation = "gelu",
+        std: float = 0.02,
+        key: Key = (0,),
+        choices: dict[str, Any] | None = None,
+        **like: Any,
+    ) -> None:
         super().__init__()
         if exchange is None:
             exchange = exchange_over(groups, num_experts)
@@ -142,9 +153,12 @@ class MoE(ExpertLayer):
             raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {exchange.num_experts}")
         if groups is None and exchange.num_local_experts != num_experts:
             raise ValueError("MoE: give the groups too: an exchange alone does not say which experts are here")
-        self.exchange, self.groups = exchange, groups
-        self.num_experts, self.top_k = num_experts, top_k
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.exchange = exchange
+        self.groups = groups
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
         self.choices = choices or {}
         if "generator" in self.choices:
             raise ValueError("MoE: choices has a generator, expected none: each forward pass draws from torch's")
@@ -218,7 +232,8 @@ def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[Sequence[in
     """The global ids of this rank's experts, and which slice of them. ValueError where the exchange has others here."""
     if groups is None:
         return exchange.local_experts, (0, 1)
-    count, ranks = exchange.num_local_experts, groups.topology.expert
+    count = exchange.num_local_experts
+    ranks = groups.topology.expert
     if count * ranks != exchange.num_experts:
         raise ValueError(
             f"MoE: the exchange has {count} of {exchange.num_experts} experts here, expected one of expert={ranks} "

@@ -135,7 +135,8 @@ def _value(parameter: Held, target: Held) -> Tensor | float:
     if value.shape == parameter.tensor.shape and target.slice == parameter.slice and not number:
         return value
     if target.experts is not None:
-        copies, value = value, value[0]
+        copies = value
+        value = value[0]
         if not torch.equal(copies, value.expand_as(copies)):
             raise ValueError(f"{target.prefix}{target.name} is not the same for all experts of a bank")
     return value.item() if number else value

@@ -35,9 +35,15 @@ class Part(nn.Module):
             destination[prefix + SUFFIX] = torch.tensor(place, device=next(self.parameters()).device)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str],
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
         errors: list[str],
-    ) -> None:  # fmt: skip
+    ) -> None:
         saved = state_dict.get(prefix + SUFFIX)
         if isinstance(saved, Tensor) and not saved.is_meta:
             # A cast of all tensors of a state_dict has cast the place, too.

@@ -46,8 +46,10 @@ class _Measured(Exchange[Any]):
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.num_experts, self.num_local_experts = exchange.num_experts, exchange.num_local_experts
-        self.experts, self.local_experts = exchange.experts, exchange.local_experts
+        self.num_experts = exchange.num_experts
+        self.num_local_experts = exchange.num_local_experts
+        self.experts = exchange.experts
+        self.local_experts = exchange.local_experts
         self.tells_unusable = exchange.tells_unusable
         self.rows = self.bytes = 0
         self.seconds = 0.0

@@ -61,7 +61,8 @@ class Held(NamedTuple):
     def pieces(self) -> list[tuple[Piece, Tensor]]:
         """The boxes of whole tensors that this rank has, with views of their numbers."""
         values = self.tensor.detach()
-        names, tensors = [self.name], [values]
+        names = [self.name]
+        tensors = [values]
         if self.experts is not None:
             # An expert is a whole tensor of its own, since another split has other experts in a bank.
             bank, _, weight = self.name.rpartition(".")
@@ -71,7 +72,8 @@ class Held(NamedTuple):
         dtype = str(values.dtype).removeprefix("torch.")
         pieces = []
         for weight, tensor in zip(names, tensors, strict=True):
-            name, size = self.prefix + weight, tuple(tensor.shape)
+            name = self.prefix + weight
+            size = tuple(tensor.shape)
             if self.slice is None or ranks == 1:
                 origin = (0,) * len(size)
                 pieces.append((Piece(name, name, size, dtype, "", origin, size, None), tensor))

@@ -254,7 +254,8 @@ def _is_cut(pieces: list[Piece]) -> bool:
 
 def _overlap(target: Piece, source: Piece) -> tuple[Box, Box] | None:
     """What two boxes of a tensor have in common, as slices of each; None if that is nothing."""
-    in_target, in_source = [], []
+    in_target = []
+    in_source = []
     for start, size, origin, length in zip(target.start, target.size, source.start, source.size, strict=True):
         low = max(start, origin)
         high = min(start + size, origin + length)

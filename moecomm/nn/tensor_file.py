@@ -74,7 +74,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     end = 0
     for name in order:
         values = tensors[name]
-        begin, end = end, end + values.nbytes
+        begin = end
+        end = end + values.nbytes
         header[name] = {"dtype": NAMES[values.dtype], "shape": values.shape, "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

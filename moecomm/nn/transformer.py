@@ -45,7 +45,8 @@ class Attention(nn.Module):
         ranks = part_in(options["tensor"])[1]
         if config.heads % ranks:
             raise ValueError(f"TransformerLM: {config.heads} heads, which tensor={ranks} ranks cannot share")
-        self.layer, self.heads = layer, config.heads // ranks
+        self.layer = layer
+        self.heads = config.heads // ranks
         key = options.pop("key")
         self.qkv = ColumnLinear(config.hidden, config.hidden, blocks=3, key=(*key, "qkv"), **options)
         self.out = RowLinear(config.hidden, config.hidden, key=(*key, "out"), **options)
@@ -121,9 +122,15 @@ class TransformerLM(nn.Module):
     """
 
     def __init__(
-        self, config: Config, *, groups: Sequence[Groups] | None = None, stage: Portion = (0, 1),
-        exchange: Callable[[Any, int], Exchange] | None = None, seed: int = 0, **like: Any,
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        *,
+        groups: Sequence[Groups] | None = None,
+        stage: Portion = (0, 1),
+        exchange: Callable[[Any, int], Exchange] | None = None,
+        seed: int = 0,
+        **like: Any,
+    ) -> None:
         super().__init__()
         number, num_stages = stage
         if not 0 <= number < num_stages:
@@ -134,9 +141,11 @@ class TransformerLM(nn.Module):
             )
         if groups is not None and len(groups) != max(1, len(config.experts)):
             raise ValueError(f"TransformerLM: got {len(groups)} groups, expected {max(1, len(config.experts))}")
-        self.config, self.stage = config, stage
+        self.config = config
+        self.stage = stage
         self.groups = groups[0] if groups else None
-        self.is_first, self.is_last = number == 0, number == num_stages - 1
+        self.is_first = number == 0
+        self.is_last = number == num_stages - 1
         num_layers = config.num_layers // num_stages
         self.blocks = nn.ModuleDict()
         for layer in range(number * num_layers, (number + 1) * num_layers):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -71,9 +70,12 @@ class Trainer:
     """
 
     def __init__(self, model: TransformerLM, text: Text, plan: TrainingPlan) -> None:
-        self.model, self.text, self.plan = model, text, plan
+        self.model = model
+        self.text = text
+        self.plan = plan
         self.data = None if model.groups is None else model.groups.data
-        ranks, num_micro = part_in(self.data)[1], plan.batch // plan.micro_batch
+        _, ranks = part_in(self.data)
+        num_micro = plan.batch // plan.micro_batch
         if num_micro % ranks:
             raise ValueError(f"{num_micro} micro-batches (batch / micro-batch), which {ranks} data ranks cannot share")
         self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -91,21 +93,22 @@ class Trainer:
         self.optimizer.zero_grad()
         layers = self.model.moe_layers()
         carried = [torch.zeros(layer.num_experts, device=self.device) for layer in layers]
-        # Added up on the device, so that the host does not wait for it before the step's end.
-        total, num_micro = torch.zeros((), device=self.device), 0
-        for tokens in self._micro_batches(self.text.batch(number, self.plan.batch)):
+        means = []
+        micro_batches = self._micro_batches(self.text.batch(number, self.plan.batch))
+        for tokens in micro_batches:
             losses, output = self._losses(tokens)
             self.objective(number, tokens, losses, output).backward()
-            total += losses.detach().mean()
-            num_micro += 1
-            for of_layer, routing in zip(carried, output.routings, strict=True):
-                of_layer += self._carried(routing, losses)
-        reduce_gradients(self.model, self.model.groups, num_micro)
+            # Kept on the device, so that the host does not wait for it before the step's end.
+            means.append(losses.detach().mean())
+            for total, routing in zip(carried, output.routings, strict=True):
+                total += self._carried(routing, losses)
+        reduce_gradients(self.model, self.model.groups, len(micro_batches))
         self.optimizer.step()
         if self.plan.balance in ("bias", "loss-bias"):
-            for layer, of_layer in zip(layers, carried, strict=True):
-                update_bias(layer, of_layer, self.plan.bias_rate)
-        return float(total) / num_micro
+            # After the step: all micro-batches of a step choose by the same biases, whatever their number on a rank.
+            for layer, total in zip(layers, carried, strict=True):
+                update_bias(layer, total, self.plan.bias_rate)
+        return float(torch.stack(means).mean())
 
     def objective(self, number: int, tokens: Tensor, losses: Tensor, output: Output) -> Tensor:
         """What a step makes smaller, for one micro-batch: the mean loss of next tokens and what the gates add.
@@ -121,16 +124,13 @@ class Trainer:
         """The mean loss on held-out sequences, on this rank. Collective over all ranks."""
         self.model.eval()
         sequences = self.text.validation(num_batches * self.plan.batch)
-        means = []
-        for tokens in self._micro_batches(sequences):
-            losses, _ = self._losses(tokens)
-            means.append(losses.mean())
+        means = [self._losses(tokens)[0].mean() for tokens in self._micro_batches(sequences)]
         return float(torch.stack(means).mean())
 
     def report(self) -> list[LayerReport]:
         """Of the first held-out micro-batch of each data rank. Collective over all ranks."""
         self.model.eval()
-        tokens = next(self._micro_batches(self.text.validation(self.plan.batch)))
+        tokens = self._micro_batches(self.text.validation(self.plan.batch))[0]
         with self._precision():
             return routing_report(self.model, tokens[:, :-1])
 
@@ -143,18 +143,20 @@ class Trainer:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16")
 
-    def _micro_batches(self, batch: Tensor) -> Iterator[Tensor]:
+    def _micro_batches(self, batch: Tensor) -> tuple[Tensor, ...]:
         """Those of this data rank."""
+        # Consecutive ones, so that the micro-batches of all ranks are those that one rank alone would make.
         rank, ranks = part_in(self.data)
         sequences = batch.to(self.device).chunk(ranks)[rank]
-        yield from sequences.split(self.plan.micro_batch)
+        return sequences.split(self.plan.micro_batch)
 
     def _losses(self, tokens: Tensor) -> tuple[Tensor, Output]:
         """[B * S] of each next token."""
         with self._precision():
             output = self.model(tokens[:, :-1])
-        logits, following = output.logits.flatten(0, 1), tokens[:, 1:].flatten()
-        return F.cross_entropy(logits, following, reduction="none"), output
+        logits = output.logits.flatten(0, 1)
+        targets = tokens[:, 1:].flatten()
+        return F.cross_entropy(logits, targets, reduction="none"), output
 
     def _carried(self, routing: Routing, losses: Tensor) -> Tensor:
         return loss_carried(routing, losses) if self.plan.balance == "loss-bias" else routing.load

@@ -36,6 +36,7 @@ def world() -> Iterator[tuple[Comm | None, torch.device]]:
     if not dist.is_torchelastic_launched():
         yield None, torch.device("cuda" if cuda else "cpu")
         return
+    # Not above: a run of one rank needs no transport.
     from moecomm.transports.torch import TorchComm
 
     device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
@@ -58,18 +59,26 @@ def build(options: Namespace, comm: Comm | None, device: torch.device, config: C
     if comm is not None:
         comm.agree("train: text", f"{text.identity()}")
     model = split_model(config, options, comm, device)
-    names = ("batch", "micro_batch", "learning_rate", "balance", "seed")
-    choices = {name: getattr(options, name) for name in names}
-    plan = TrainingPlan(precision="bfloat16" if device.type == "cuda" else "float32", **choices)
+    plan = TrainingPlan(
+        batch=options.batch,
+        micro_batch=options.micro_batch,
+        learning_rate=options.learning_rate,
+        balance=options.balance,
+        precision="bfloat16" if device.type == "cuda" else "float32",
+        seed=options.seed,
+    )
     return Trainer(model, text, plan)
 
 
 def split_model(config: Config, options: Namespace, comm: Comm | None, device: torch.device) -> TransformerLM:
     """The model, over all ranks as the options say. Collective. Raises ValueError for sizes that do not fit."""
-    sizes = {name: getattr(options, name) for name in ("tensor", "expert", "expert_tensor")}
-    if comm is None and any(size not in (None, 1) for size in sizes.values()):
+    sizes = {"tensor": options.tensor, "expert": options.expert, "expert_tensor": options.expert_tensor}
+    groups = None
+    if comm is not None:
+        # A model without experts has the groups of its dense layers.
+        groups = layer_groups(comm, config.experts or (0,), **sizes)
+    elif any(size not in (None, 1) for size in sizes.values()):
         raise ValueError(f"sizes {sizes} need torchrun: this is one rank")
-    groups = None if comm is None else layer_groups(comm, config.experts or (0,), **sizes)
     return TransformerLM(config, groups=groups, seed=options.seed, device=device)
 
 
@@ -85,8 +94,10 @@ def run(
     together, if another run is using options.out, or if options.out has a checkpoint already that is not to be resumed,
     or of a run with other settings.
     """
-    trainer, writes = make(options, comm, device), comm is None or comm.rank == 0
+    trainer = make(options, comm, device)
     out = options.out
+    steps = options.steps
+    writes = comm is None or comm.rank == 0
     with ExitStack() as stack:
         together(comm, "run", lambda: stack.enter_context(alone(out, options.resume)) if writes else None)
         if not options.resume and any(mean_of_ranks(comm, float(checkpoint.last(out) is not None))):
@@ -96,18 +107,18 @@ def run(
         if options.resume:
             done, values = restore(out, trainer.model, comm, trainer.optimizer)
             together(comm, "resume", lambda: check_settings(out, settings, values) if writes else None)
-        log = together(comm, "log", lambda: Log(out, options.steps, settings, writes, done))
-        with stop_signals() as signals:
-            for step in range(done + 1, options.steps + 1):
-                stopped = _logged_step(trainer, log, step, comm, signals)
-                if stopped or step % options.save_every == 0 or step == options.steps:
-                    path = checkpoint.save(
-                        out, step, trainer.model, trainer.optimizer, comm=comm, values={"settings": settings}, keep=1
-                    )
-                    (validation,) = mean_of_ranks(comm, trainer.validate())
-                    log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
-                if stopped:
-                    break
+        log = together(comm, "log", lambda: Log(out, steps, settings, writes, done))
+        signals = stack.enter_context(stop_signals())
+        for step in range(done + 1, steps + 1):
+            stopped = _logged_step(trainer, log, step, comm, signals)
+            if stopped or step % options.save_every == 0 or step == steps:
+                model = trainer.model
+                values = {"settings": settings}
+                path = checkpoint.save(out, step, model, trainer.optimizer, comm=comm, values=values, keep=1)
+                (validation,) = mean_of_ranks(comm, trainer.validate())
+                log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
+            if stopped:
+                break
         log.end()
 
 
@@ -162,24 +173,20 @@ def check_settings(out: Path, settings: Settings, values: Settings) -> None:
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         reason = f" ({error})" if isinstance(error, OSError) else ""
         raise ValueError(f"{out / 'log.jsonl'} does not say which settings the run began with{reason}") from None
-    sources = {f"the run in {out} began": logged, f"the run of its checkpoint in {out} began": saved}
-    for source, expected in sources.items():
+    for source, expected in {"": logged, " of its checkpoint": saved}.items():
         differences = []
         for name in expected | current:
             if expected.get(name) != current.get(name):
                 differences.append(f"{name} is {current.get(name)!r}, expected {expected.get(name)!r}")
         if differences:
-            raise ValueError(f"{', '.join(differences)}, as {source}")
+            raise ValueError(f"{', '.join(differences)}, as the run{source} in {out} began")
 
 
 def _flat(record: Settings, settings: Settings) -> Settings:
     """A record by names such as "plan batch". An old one gets the text of settings, and the defaults of Config."""
     defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
     sections = {"text": settings["text"], **record, "config": defaults | record["config"]}
-    flat = {}
-    for section, values in sections.items():
-        for name, value in values.items():
-            flat[f"{section} {name}"] = value
+    flat = {f"{section} {name}": value for section, values in sections.items() for name, value in values.items()}
     # As a log has them: JSON makes lists of tuples.
     return dict(json.loads(json.dumps(flat)))
 
@@ -188,6 +195,7 @@ def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
     """Each value's mean over all ranks. Collective."""
     if comm is None:
         return list(values)
+    # One collective for all values: each has the latency of a whole one.
     means: list[float] = (comm.all_reduce(np.array(values)) / comm.size).tolist()
     return means
 
@@ -196,12 +204,16 @@ def mean_of_ranks(comm: Comm | None, *values: float) -> list[float]:
 def stop_signals() -> Iterator[list[int]]:
     """The signals to stop that have come, Ctrl-C or a termination. torchrun sends its own after the terminal's."""
     signals: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda number, _: signals.append(number)) for number in numbers]
+
+    # It only notes the signal: an exception within a collective would leave the other ranks waiting.
+    def note(number: int, frame: object) -> None:
+        signals.append(number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     finally:
-        for number, handler in zip(numbers, handlers, strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -215,50 +227,51 @@ class Log:
     def __init__(self, out: Path, steps: int, settings: Settings, writes: bool, done: int = 0) -> None:
         from tqdm import tqdm
 
-        self.out, self.writes = out, writes
-        self.steps: list[Settings] = []
-        self.checkpoints: list[Settings] = []
+        self.out = out
+        self.writes = writes
+        self.records: list[Settings] = []
         self.reports: list[LayerReport] = []
         self.bar = tqdm(total=steps, initial=done, unit=" steps", disable=not writes)
         if not writes:
             return
         out.mkdir(parents=True, exist_ok=True)
-        # Steps after the checkpoint are made again, and would be in the log twice.
-        records = [record for record in read_log(out)[1:] if record["step"] <= done] if done else []
-        self.steps = [record for record in records if "loss" in record]
-        self.checkpoints = [record for record in records if "validation_loss" in record]
+        if done:
+            # Steps after the checkpoint are made again, and would be in the log twice.
+            self.records = [record for record in read_log(out)[1:] if record["step"] <= done]
         with replacing(out / "log.jsonl") as unfinished:
-            unfinished.write_text("".join(json.dumps(record) + "\n" for record in (settings, *records)))
+            unfinished.write_text("".join(json.dumps(record) + "\n" for record in (settings, *self.records)))
 
     def step(self, record: Settings) -> None:
         """A step, for the file and the bar."""
-        self.steps.append(record)
         self._write(record)
         self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"})
         self.bar.update()
 
     def checkpoint(self, record: Settings, reports: list[LayerReport], path: Path) -> None:
         """What was measured at a checkpoint, for the file; where that is, above the bar."""
-        self.checkpoints.append(record)
         self.reports = reports
         self._write(record)
         for report in reports:
             self._write({"step": record["step"], **asdict(report)})
         if self.writes:
+            # Not print, which would write into the bar.
             self.bar.write(f"step {record['step']}: validation loss {record['validation_loss']:.3f}, saved in {path}")
 
     def end(self) -> None:
         """Draw the losses and the last routing report. Needs matplotlib."""
         self.bar.close()
-        if self.writes:
-            if self.reports:
-                with replacing(self.out / "routing.png") as picture:
-                    plot_routing(self.reports, picture)
-            with replacing(self.out / "loss.png") as picture:
-                plot_losses({"training": self.steps, "validation": self.checkpoints}, picture)
+        if not self.writes:
+            return
+        if self.reports:
+            with replacing(self.out / "routing.png") as picture:
+                plot_routing(self.reports, picture)
+        with replacing(self.out / "loss.png") as picture:
+            plot_losses(self.records, picture)
 
     def _write(self, record: Settings) -> None:
         if self.writes:
+            self.records.append(record)
+            # Opened for each record: what is written stays when the process is killed.
             with open(self.out / "log.jsonl", "a", opener=regular) as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -269,15 +282,18 @@ def read_log(out: Path) -> list[Settings]:
         return [json.loads(line) for line in file.read().split("\n")[:-1]]
 
 
-def plot_losses(curves: dict[str, list[Settings]], path: Path) -> None:
-    """A curve for each name: records with a step and a loss or validation_loss."""
+def plot_losses(records: list[Settings], path: Path) -> None:
+    """The losses of the steps, and those of validation."""
     from matplotlib.figure import Figure
 
+    # Figure and not pyplot: it needs no display and keeps no figures open.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, records in curves.items():
-        losses = [record["loss" if "loss" in record else "validation_loss"] for record in records]
-        axes.plot([record["step"] for record in records], losses, ".-", label=name)
+    for name, label in {"loss": "training", "validation_loss": "validation"}.items():
+        measured = [record for record in records if name in record]
+        steps = [record["step"] for record in measured]
+        losses = [record[name] for record in measured]
+        axes.plot(steps, losses, ".-", label=label)
     axes.set(xlabel="step", ylabel="loss, nats per byte")
     axes.legend()
     figure.savefig(path)

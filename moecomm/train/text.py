@@ -49,8 +49,10 @@ class Text:
 
     def __init__(self, text: Tensor, length: int, seed: int = 0) -> None:
         split = int(len(text) * (1 - HELD_OUT))
-        self.training, self.held_out = text[:split], text[split:]
-        self.length, self.seed = length, seed
+        self.training = text[:split]
+        self.held_out = text[split:]
+        self.length = length
+        self.seed = seed
         if len(self.held_out) <= length:
             least = int((length + 2) / HELD_OUT)
             raise ValueError(f"text: got {len(text)} bytes, expected {least} or more for sequences of {length}")
