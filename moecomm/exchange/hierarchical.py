@@ -103,17 +103,17 @@ class HierarchicalExchange(RoutedExchange):
 
     # ---- who goes where --------------------------------------------------------------------------------------------
 
-    def _way(self, place: Array, alarm: Array) -> Way:
+    def _way(self, place: Array, status: Array) -> Way:
         """As RoutedExchange has it, with a relay. The counts of both hops go before anything else."""
         num_choices = place.shape[1]
-        table, count = by_label(place, self._holders.num_places)
+        table, count = by_label(place, self._holders.num_places + 1)
         source = table.source
         token = source // max(num_choices, 1)
         rank = self._holders.on(place).rank[place.reshape(-1)[source]]
         relay = constant(self._relay_place, place)[rank]
         rows = copies(relay, token, self._between.comm.size, place.shape)
         num_inside = num_copies(rank, token, self.comm.size, place.shape[0])
-        between = self._count_between(count, rows.count, num_inside, alarm)
+        between = self._count_between(count, rows.count, num_inside, self._alarm(status, count))
         inside = self._count_inside(between)
         inside.raise_alarm(self.comm)
 
@@ -132,13 +132,13 @@ class HierarchicalExchange(RoutedExchange):
     def _count_between(self, count: Array, num_rows: Array, num_inside: Array, alarm: Array) -> BlockCounts:
         """What each relay is told: blocks by local rank and expert, rows for it, rows that it sends to each local rank.
 
-        count [P] assignments of each place, num_rows [relays], num_inside [p] rows for each rank behind its relay
+        count [P + 1] assignments of each place, num_rows [relays], num_inside [p] rows for each rank behind its relay
         """
         holders = self._holders.on(count)
         relay_place, local_rank = constant(self._relay_place, count), constant(self._local_rank, count)
         num_relays, rank = self._between.comm.size, holders.rank[:-2]
         assignments = zeros((num_relays, self._largest_node, holders.widest), "int64", count)
-        assignments[relay_place[rank], local_rank[rank], holders.local[:-2]] = count
+        assignments[relay_place[rank], local_rank[rank], holders.local[:-2]] = count[:-1]
         rows_inside = zeros((num_relays, self._largest_node), "int64", count)
         rows_inside[relay_place[:-1], local_rank] = num_inside
         return BlockCounts.exchange(

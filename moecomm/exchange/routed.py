@@ -103,9 +103,9 @@ class RoutedExchange(Exchange[Plan]):
         Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 1; DeepSpeed-MoE (arXiv 2201.05596), section 5.
         """
         with collective("dispatch", self.comm):
-            expert, alarm = self._opened(x, routing)
+            expert, status = self._opened(x, routing)
             thread = new_thread(x)
-            way = self._way(self._holders.on(expert).places(expert), alarm)
+            way = self._way(self._holders.on(expert).places(expert), status)
             away = way.away()
             weight = routing.weight
             if away is not None:
@@ -141,13 +141,14 @@ class RoutedExchange(Exchange[Plan]):
 
     # ---- who goes where --------------------------------------------------------------------------------------------
 
-    def _way(self, place: Array, alarm: Array) -> Way:
-        """place [T, K] of each assignment's expert, alarm as in BlockCounts -> the way of the rows. Collective.
+    def _way(self, place: Array, status: Array) -> Way:
+        """place [T, K] of each assignment's expert, status of the routing -> the way of the rows. Collective.
 
         Assignments are sent in the order of their experts' places: the count of each source and expert is all that a
         receiver needs to bring them in order.
         """
-        at_home, count = by_label(place, self._holders.num_places)
+        at_home, count = by_label(place, self._holders.num_places + 1)
+        alarm = self._alarm(status, count)
         if self.send == "tokens":
             return self._way_of_tokens(place, at_home, count, alarm)
         counts = BlockCounts.exchange(self.all_to_all, self._by_holder(count), None, alarm)
@@ -171,11 +172,16 @@ class RoutedExchange(Exchange[Plan]):
         away = table_of(choice, (int(leg.route.recv_counts.sum()), num_choices))
         return Way(Path((rows.table, leg, away), self.comm), counts.received_on_host)
 
+    def _alarm(self, status: Array, count: Array) -> Array:
+        """The alarm of BlockCounts. count [P + 1] of each place; the last one is of experts that no rank holds."""
+        status = status + (count[-1] > 0) * UNKNOWN_EXPERT
+        return (status > 0) * (self.comm.rank * ALARMS) + status
+
     def _by_holder(self, count: Array) -> Array:
-        """count [P] of each place -> [p, widest], by rank and expert."""
+        """count [P + 1] of each place -> [p, widest], by rank and expert."""
         holders = self._holders.on(count)
         counts = zeros((self.comm.size, holders.widest), "int64", count)
-        counts[holders.rank[:-2], holders.local[:-2]] = count
+        counts[holders.rank[:-2], holders.local[:-2]] = count[:-1]
         return counts
 
     def _blocks(self, counts: BlockCounts) -> Blocks:
@@ -185,7 +191,7 @@ class RoutedExchange(Exchange[Plan]):
     # ---- checks ----------------------------------------------------------------------------------------------------
 
     def _opened(self, x: Array, routing: Routing) -> tuple[Array, Array]:
-        """The expert ids [T, K] and the alarm of their status, where x is. The ranks compare their first arguments."""
+        """The expert ids [T, K] and the status, where x is. The ranks compare their first arguments."""
 
         def same(checked: tuple[Array, Array]) -> str:
             return (
@@ -217,16 +223,10 @@ class RoutedExchange(Exchange[Plan]):
         if tuple(routing.weight.shape) != tuple(expert.shape):
             raise ValueError(f"routing.weight has shape {tuple(routing.weight.shape)}, expected {tuple(expert.shape)}")
         check_size(*expert.shape)
-        if not is_torch(expert):
-            self._check_ids(expert)
-            status = 0 if routing.status is None else int(routing.status)
-            return expert, self._alarm(np.int64(status))
-        is_unknown = (self._holders.on(expert).places(expert) == self._holders.num_places).any()
-        status = 0 if routing.status is None else routing.status
-        return expert, self._alarm(is_unknown * UNKNOWN_EXPERT + status)
-
-    def _alarm(self, status: Array) -> Array:
-        return (status > 0) * (self.comm.rank * ALARMS) + status
+        if is_torch(expert):
+            return expert, 0 if routing.status is None else routing.status
+        self._check_ids(expert)
+        return expert, 0 if routing.status is None else int(routing.status)
 
     def _check_ids(self, expert: Counts) -> None:
         if expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
