@@ -11,7 +11,6 @@ from importlib.metadata import version
 
 import numpy as np
 
-from moecomm.cli.tables import paragraph
 from moecomm.comm import Comm
 from moecomm.draw.words import nodes_in_words, ranks_in_words
 from moecomm.nodes import Nodes
@@ -49,8 +48,7 @@ def run(_: argparse.Namespace) -> None:
     }
     for i, ranks in enumerate(nodes.ranks):
         lines[f"  node {i}"] = ranks_in_words(ranks)
-    for name, text in lines.items():
-        print(paragraph(text, first=f"{name:8}  ", rest=" " * 10))
+    print("\n".join(f"{name:8}  {text}" for name, text in lines.items()))
 
 
 def place() -> tuple[int, Nodes]:
