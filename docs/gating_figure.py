@@ -41,7 +41,7 @@ def gating_svg(results: Path, experts: int = 128) -> str:
         y += GAP
     names = [name for name in IMPLEMENTATIONS if any(r["impl"] == name for r in whole)]
     canvas.legend([Key(name, color_of(name), color_of(name)) for name in names])
-    canvas.text((MARGIN, canvas.bottom + 18), "black line: all bytes once, at the speed of a copy", color=MUTED)
+    canvas.text((MARGIN, canvas.bottom + 18), "line: all bytes once, at the speed of a copy", color=MUTED)
     return canvas.svg()
 
 

@@ -8,7 +8,9 @@ from statistics import median
 
 from charts import Axis, Chart
 
-from moecomm.cost import CPU_NODES, GPU_NODES, Links, predict, predict_lanes
+from moecomm import Nodes
+from moecomm.cost import CPU_NODES, GPU_NODES, Links, Machine, Sizes, Workload, candidates, predict, predict_lanes
+from moecomm.draw import layouts_svg
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 RANKS = [2**i for i in range(3, 17)]
@@ -82,9 +84,18 @@ def predictions_svg() -> str:
     return chart.svg()
 
 
+def plan_svg() -> str:
+    """What docs/scaling.md plans, within 80 GiB."""
+    machine = Machine(Nodes.of_size(8, 1024))
+    workload = Workload(experts=(128,), hidden=4096, ffn=16384, top_k=2, tokens=4096)
+    layouts = candidates(machine, workload, Sizes(tensor=(1, 2, 4, 8)))
+    return layouts_svg(layouts, "1,024 GPUs on 128 nodes of 8; 128 experts, top-2; training", 80 * 2.0**30)
+
+
 def draw() -> dict[str, str]:
     """Name of each figure -> its text."""
     return {
+        "plan": plan_svg(),
         "scaling_gpu": scaling_svg(GPU_NODES, 8, ROWS_BYTES, "nodes of 8 GPUs (assumed figures)", leave_out="shared"),
         "scaling_cpu": scaling_svg(CPU_NODES, 64, 2**16, "nodes of 64 cores (assumed figures)"),
         "predictions": predictions_svg(),

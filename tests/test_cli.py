@@ -25,7 +25,7 @@ def topology(options: str) -> int:
 
 
 def numbers(printed: str, exchange: str) -> list[int]:
-    """Messages inside, between and in total, of one line of the table."""
+    """Messages inside, between and in total, of one line of the wide table."""
     line = next(line for line in printed.splitlines() if line.startswith(exchange))
     return [int(word) for word in line.removeprefix(exchange).split()[:3]]
 
@@ -34,7 +34,7 @@ def numbers(printed: str, exchange: str) -> list[int]:
 
 
 def test_every_axis_and_every_exchange(capsys: Printed) -> None:
-    assert topology("--world-size 4 --tensor 2 --expert 4 --ranks-per-node 2 --tokens 8 --hidden 10") == 0
+    assert topology("--ranks 4 --tensor 2 --expert 4 --ranks-per-node 2 --tokens 8 --hidden 10 --wide") == 0
     printed = capsys.readouterr().out
     assert (
         printed
@@ -51,20 +51,20 @@ expert_tensor  0            3                4           1           1
 lane           0, 2         1, 3             2           2           2
 expert_lane    0, 2         1, 3             2           2           2
 
-most that a rank sends, one way  messages  messages  messages   bytes    bytes  bytes
-                                   inside   between     total  inside  between  total
-flat                                    1         2         3      40       80    120
-hierarchical                            1         1         2      80       80    160
-lane-restricted, flat                   0         1         1       0       40     40
-lane-restricted, hierarchical           0         1         1       0       40     40
-  then sharing, all-gather              1         0         1      80        0     80
+most that a rank sends, one way  messages  messages  messages   bytes    bytes   bytes
+                                   inside   between     total  inside  between   total
+flat                                    1         2         3  40.0 B   80.0 B   120 B
+hierarchical                            1         1         2  80.0 B   80.0 B   160 B
+lane-restricted, flat                   0         1         1     0 B   40.0 B  40.0 B
+lane-restricted, hierarchical           0         1         1     0 B   40.0 B  40.0 B
+  then sharing, all-gather              1         0         1  80.0 B      0 B  80.0 B
 
-Assumed: 8 tokens on a rank, top-1, spread evenly over the 4 ranks of an expert group, even where
-that is less than a row for each; rows of 10 x 2 bytes. Combine sends as much back. Counts and
-expert ids come on top.
-Tensor ranks hold the same tokens; without lanes each of them sends all, to one slice of each
-expert. Sharing comes once, after combine; the experts of a token are assumed to be on different
-lanes where possible.
+Assumed: 8 tokens on a rank, top-1, spread evenly over the 4 ranks of an expert
+group, even where that is less than a row for each; rows of 10 x 2 bytes.
+Combine sends as much back. Counts and expert ids come on top.
+Tensor ranks hold the same tokens; without lanes each of them sends all, to one
+slice of each expert. Sharing comes once, after combine; the experts of a token
+are assumed to be on different lanes where possible.
 """
     )
 
@@ -77,7 +77,7 @@ lanes where possible.
     ],
 )
 def test_one_axis(capsys: Printed, axis: str, heading: str, lines: list[str]) -> None:
-    assert topology(f"--world-size 8 --tensor 2 --expert 4 --ranks-per-node 6 --axis '{axis}'") == 0
+    assert topology(f"--ranks 8 --tensor 2 --expert 4 --ranks-per-node 6 --axis '{axis}'") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].endswith(": 8 ranks on 2 nodes of 6 and 2")
     assert heading in printed
@@ -100,24 +100,59 @@ def test_ranks_in_words(ranks: Any, words: str) -> None:
 
 
 def test_every_group_is_listed(capsys: Printed) -> None:
-    topology("--world-size 128 --axis tensor")
+    topology("--ranks 128 --axis tensor")
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("g")]
     assert lines[1:] == [[f"g{rank}", str(rank), "1"] for rank in range(128)]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--ranks 65536 --expert 512 --tensor 8",
+        "--ranks 128 --tensor 8 --expert 128",
+        "--ranks 128 --tensor 8 --expert 128 --axis expert,expert_data",
+        "--ranks 65536 --tensor 8 --expert 8 --inner expert_data --axis expert_lane",
+        "--ranks 96 --pipeline 2 --expert 12 --tensor 8 --expert-tensor 2 --axis expert_lane",
+    ],
+)
+def test_it_fits_the_terminal(capsys: Printed, options: str) -> None:
+    assert topology(options) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80
+    topology(f"{options} --wide")
+    wide = capsys.readouterr().out
+    assert len(wide) >= len(narrow)
+    if "--axis" not in options:
+        assert "last group" in wide and "total" in wide
+
+
+@pytest.mark.parametrize(
+    ("ranks", "width", "words"),
+    [
+        (range(8), 12, "0, 1 ... 7"),
+        (range(8), 22, "0, 1, 2, 3, 4, 5, 6, 7"),
+        ([0, 2, 3, 7, 20, 21, 22, 23], 20, "0, 2, 3, 7 ... 23"),
+        (range(0, 65536, 8), 16, "0, 8 ... 65528"),
+        ([60000, 60001, 60005], 5, "60000 ... 60005"),
+    ],
+)
+def test_ranks_that_have_little_room(ranks: Any, width: int, words: str) -> None:
+    assert ranks_in_words(list(ranks), width) == words
+
+
 def test_json_is_to_json(capsys: Printed) -> None:
-    assert topology("--world-size 16 --tensor 2 --pipeline 2 --expert 4 --expert-tensor 2 --json") == 0
+    assert topology("--ranks 16 --tensor 2 --pipeline 2 --expert 4 --expert-tensor 2 --json") == 0
     printed = capsys.readouterr().out
     assert Topology.from_json(printed) == Topology(16, tensor=2, pipeline=2, expert=4, expert_tensor=2)
-    topology("--world-size 16 --expert 4 --inner expert_data --json")
+    topology("--ranks 16 --expert 4 --inner expert_data --json")
     assert Topology.from_json(capsys.readouterr().out).inner == "expert_data"
 
 
 def test_svg_is_topology_svg(tmp_path: Path) -> None:
     file = tmp_path / "groups.svg"
-    assert topology(f"--world-size 16 --expert 4 --ranks-per-node 4 --svg {file}") == 0
+    assert topology(f"--ranks 16 --expert 4 --ranks-per-node 4 --svg {file}") == 0
     assert file.read_text() == draw.topology_svg(Topology(16, expert=4), "expert", ranks_per_node=4)
-    assert topology(f"--world-size 16 --expert 4 --axis expert_data,expert --json --svg {file}") == 0
+    assert topology(f"--ranks 16 --expert 4 --axis expert_data,expert --json --svg {file}") == 0
     assert file.read_text() == draw.topology_svg(Topology(16, expert=4), "expert_data", "expert", ranks_per_node=8)
 
 
@@ -125,7 +160,7 @@ def test_svg_is_topology_svg(tmp_path: Path) -> None:
 
 
 def test_the_figures_of_the_paper(capsys: Printed) -> None:
-    topology("--world-size 128 --tensor 8 --expert 128 --ranks-per-node 8")
+    topology("--ranks 128 --tensor 8 --expert 128 --ranks-per-node 8 --wide")
     printed = capsys.readouterr().out
     assert numbers(printed, "flat") == [7, 120, 127]
     assert numbers(printed, "hierarchical") == [7, 15, 22]
@@ -135,14 +170,14 @@ def test_the_figures_of_the_paper(capsys: Printed) -> None:
 
 
 def test_each_number_is_of_the_rank_that_has_most(capsys: Printed) -> None:
-    topology("--world-size 10 --expert 10 --ranks-per-node 4 --tokens 10 --hidden 1 --dtype-bytes 1")
+    topology("--ranks 10 --expert 10 --ranks-per-node 4 --tokens 10 --hidden 1 --dtype-bytes 1 --wide")
     printed = capsys.readouterr().out
     assert numbers(printed, "flat") == [3, 8, 9]  # ranks 8 and 9 have 8 ranks on other nodes, the others 3 on their own
     assert numbers(printed, "hierarchical") == [3, 4, 5]
 
 
 def test_one_lane_has_no_line_of_its_own(capsys: Printed) -> None:
-    topology("--world-size 8 --expert 8")
+    topology("--ranks 8 --expert 8")
     assert "lane-restricted" not in capsys.readouterr().out
 
 
@@ -150,12 +185,12 @@ def test_one_lane_has_no_line_of_its_own(capsys: Printed) -> None:
     ("options", "note"),
     [
         (
-            "--world-size 6 --tensor 2 --expert 3",
+            "--ranks 6 --tensor 2 --expert 3",
             "No lane-restricted exchange: tensor group 2, 3 does not reach all experts.",
         ),
-        ("--world-size 8 --tensor 2 --expert-tensor 4", "tensor group 0, 1 does not reach all experts."),
-        ("--world-size 8 --expert 8 --tokens 3", "even where that is less than a row for each"),
-        ("--world-size 8 --tensor 2 --expert-tensor 2", "each of them sends all, to one slice of each expert."),
+        ("--ranks 8 --tensor 2 --expert-tensor 4", "tensor group 0, 1 does not reach all experts."),
+        ("--ranks 8 --expert 8 --tokens 3", "even where that is less than a row for each"),
+        ("--ranks 8 --tensor 2 --expert-tensor 2", "each of them sends all, to one slice of each expert."),
     ],
 )
 def test_what_must_be_known_besides_is_said(capsys: Printed, options: str, note: str) -> None:
@@ -169,13 +204,13 @@ def test_what_must_be_known_besides_is_said(capsys: Printed, options: str, note:
     ("options", "line"),
     [
         # a gather among 4: 50 answered rows of 40 bytes to each of the others, one of which is on the same node
-        ("--world-size 4 --tensor 4 --expert 4 --top-k 2", "all-gather 1 2 3 2,000 4,000 6,000"),
+        ("--ranks 4 --tensor 4 --expert 4 --top-k 2", "all-gather 1 2 3 1.95 KiB 3.91 KiB 5.86 KiB"),
         # a ring of 4: 6 messages of 25 rows of 40 bytes to the next rank, which for half of them is on the same node
-        ("--world-size 8 --tensor 4 --expert 8 --top-k 4", "all-reduce as a ring 6 6 6 6,000 6,000 6,000"),
+        ("--ranks 8 --tensor 4 --expert 8 --top-k 4", "all-reduce as a ring 6 6 6 5.86 KiB 5.86 KiB 5.86 KiB"),
     ],
 )
 def test_sums_of_several_lanes_are_shared_in_float32(capsys: Printed, options: str, line: str) -> None:
-    topology(f"{options} --ranks-per-node 2 --tokens 100 --hidden 10")
+    topology(f"{options} --ranks-per-node 2 --tokens 100 --hidden 10 --wide")
     printed = " ".join(capsys.readouterr().out.split())
     assert f"then sharing, {line} Assumed" in printed
 
@@ -186,19 +221,19 @@ def test_sums_of_several_lanes_are_shared_in_float32(capsys: Printed, options: s
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ("--world-size 16 --tensor 3", "Topology: tensor=3 does not divide 16 = world_size 16 / pipeline 1; valid: 1,"),
-        ("--world-size 0", "argument --world-size: '0' is no whole number >= 1"),
-        ("--world-size 4 --expert -2", "argument --expert: '-2' is no whole number >= 1"),
-        ("--world-size 4 --inner both", "Topology: inner is 'both', expected 'expert' or 'expert_data'"),
-        ("--world-size 4 --axis experts", "Topology.groups: 'experts' is no axis, expected some of pipeline, data,"),
-        ("--world-size 4 --axis tensor,expert", "Topology.groups: axes are ('tensor', 'expert'), expected different"),
-        ("--world-size 4 --axis ''", "Topology.groups: '' is no axis"),
-        ("--world-size 4 --ranks-per-node 0", "argument --ranks-per-node: '0' is no whole number >= 1"),
-        ("--world-size 4 --svg /no/such/folder/x.svg", "[Errno 2] No such file or directory: '/no/such/folder/x.svg'"),
-        ("--world-size 20000000", "argument --world-size: '20000000' is too many, expected at most 65536"),
-        ("--world-size four", "argument --world-size: 'four' is no whole number >= 1"),
-        ("--world-size 4 --tokens 0", "argument --tokens: '0' is no whole number >= 1"),
-        ("", "the following arguments are required: --world-size"),
+        ("--ranks 16 --tensor 3", "Topology: tensor=3 does not divide 16 = world_size 16 / pipeline 1; valid: 1,"),
+        ("--ranks 0", "argument --ranks: '0' is no whole number >= 1"),
+        ("--ranks 4 --expert -2", "argument --expert: '-2' is no whole number >= 1"),
+        ("--ranks 4 --inner both", "Topology: inner is 'both', expected 'expert' or 'expert_data'"),
+        ("--ranks 4 --axis experts", "Topology.groups: 'experts' is no axis, expected some of pipeline, data,"),
+        ("--ranks 4 --axis tensor,expert", "Topology.groups: axes are ('tensor', 'expert'), expected different"),
+        ("--ranks 4 --axis ''", "Topology.groups: '' is no axis"),
+        ("--ranks 4 --ranks-per-node 0", "argument --ranks-per-node: '0' is no whole number >= 1"),
+        ("--ranks 4 --svg /no/such/folder/x.svg", "[Errno 2] No such file or directory: '/no/such/folder/x.svg'"),
+        ("--ranks 20000000", "argument --ranks: '20000000' is too many, expected at most 65536"),
+        ("--ranks four", "argument --ranks: 'four' is no whole number >= 1"),
+        ("--ranks 4 --tokens 0", "argument --tokens: '0' is no whole number >= 1"),
+        ("", "the following arguments are required: --ranks"),
     ],
 )
 def test_bad_values(capsys: Printed, options: str, error: str) -> None:
@@ -207,7 +242,8 @@ def test_bad_values(capsys: Printed, options: str, error: str) -> None:
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert f"python -m moecomm topology: error: {error}" in printed.err
+    assert printed.err.startswith(f"python -m moecomm topology: error: {error}")
+    assert printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["topology", "--help"], ["info", "--help"]])
@@ -228,13 +264,13 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_as_a_program() -> None:
-    job = python("-m", "moecomm", "topology", "--world-size", "4", "--tensor", "3")
+    job = python("-m", "moecomm", "topology", "--ranks", "4", "--tensor", "3")
     assert job.returncode == 2
     assert "Traceback" not in job.stderr
     assert job.stderr.endswith("valid: 1, 2, 4\n")
 
 
-@pytest.mark.parametrize("command", ["topology --world-size 4096 --axis tensor", "plan --ranks 8 --experts 8"])
+@pytest.mark.parametrize("command", ["topology --ranks 4096 --axis tensor", "plan --ranks 8 --experts 8"])
 def test_a_reader_that_has_enough_is_no_error(command: str) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -249,7 +285,7 @@ def test_topology_loads_no_torch_and_import_loads_no_command_line() -> None:
         import sys, moecomm
         print([name for name in ("argparse", "moecomm.cli", "moecomm.draw") if name in sys.modules])
         from moecomm.cli import main
-        main(["topology", "--world-size", "4", "--json"])
+        main(["topology", "--ranks", "4", "--json"])
         print([name for name in ("torch", "mpi4py", "cupy") if name in sys.modules])
     """
     lines = python("-c", program, check=True).stdout.splitlines()
@@ -260,7 +296,17 @@ def test_topology_loads_no_torch_and_import_loads_no_command_line() -> None:
 
 
 def described(printed: str) -> dict[str, str]:
-    return {line[:8].strip(): line[8:].strip() for line in printed.splitlines()}
+    """Name -> text. Longer texts go on in the next line, below their beginning."""
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 80
+    texts: dict[str, str] = {}
+    for line in lines:
+        name, text = line[:8].strip(), line[8:].strip()
+        if name:
+            texts[name] = text
+        else:
+            texts[list(texts)[-1]] += f" {text}"
+    return texts
 
 
 CUDA_TORCH = """

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from moecomm import Comm, Nodes, Topology
-from moecomm.arrays import Counts
-from moecomm.cost import GPU_NODES, Cost, Link, Links, measure, model, predict, predict_group, predict_lanes
-from moecomm.traffic import Rows, flat, hierarchical
+from moecomm.cost import GPU_NODES, Cost, Link, Links, measure, model, predict, predict_groups, predict_lanes
+from moecomm.traffic import flat, hierarchical
 from moecomm.transports import threads
 
 FREE = Link(latency=0, wait=0, message=0, bandwidth=1e30)
@@ -33,10 +32,8 @@ def seconds(links: Links, p: int, ranks_per_node: int, block: float) -> dict[str
 
 @pytest.mark.parametrize("nodes", [*(Nodes.of_size(size, p) for p, size in ALL), *map(Nodes, SPLITS)], ids=repr)
 def test_messages_and_bytes_are_those_that_are_counted_rank_by_rank(nodes: Nodes) -> None:
-    def rows(_: int, group: Counts) -> Rows:
-        return np.full(len(group), 24.0)
-
-    everybody = [range(nodes.world_size)]
+    everybody = np.zeros(nodes.world_size, np.int64)
+    rows = np.full(nodes.world_size, 24.0)
     costs = predict(NOTHING, nodes, 24)
     for name, count in (("flat", flat), ("hierarchical", hierarchical)):
         sent = count(nodes, everybody, rows)
@@ -151,10 +148,64 @@ def test_groups_on_the_same_nodes_share_them() -> None:
     """Lanes of 8 on 16 nodes of 8: each node has a rank of all lanes, and they send at once."""
     node_of = np.arange(128) // 8
     links = replace(NOTHING, node_bandwidth=10)
-    lane = predict_group(links, node_of, np.arange(0, 128, 8), 5)["flat"]
+    lane = predict_groups(links, node_of, np.arange(0, 128, 8)[None], 5)["flat"]
     assert lane.seconds == pytest.approx(8 * 15 * 5 / 10)
-    half = predict_group(links, node_of, np.arange(64), 5)["flat"]  # these have their nodes for themselves
+    half = predict_groups(links, node_of, np.arange(64)[None], 5)["flat"]  # these have their nodes for themselves
     assert half.seconds == pytest.approx(8 * 56 * 5 / 10)
+
+
+@pytest.mark.parametrize(("p", "size", "group"), [(48, 6, 16), (60, 7, 15), (60, 7, 4), (20, 8, 5), (36, 8, 12)])
+def test_of_several_groups_the_worst_counts(p: int, size: int, group: int) -> None:
+    """Groups lie on nodes in different ways: each number is the most of any group, as counted rank by rank."""
+    nodes, ranks = Nodes.of_size(size, p), np.arange(p)
+    groups = ranks.reshape(-1, group)
+    costs = predict_groups(GPU_NODES, nodes.node_of, groups, 24)
+    alone = [predict_groups(GPU_NODES, nodes.node_of, members[None], 24) for members in groups]
+    for name, count in (("flat", flat), ("hierarchical", hierarchical)):
+        sent = count(nodes, ranks // group, np.full(p, 24.0))
+        assert costs[name].messages == tuple(sent.messages.max(axis=0))
+        assert costs[name].bytes == pytest.approx(sent.rows.max(axis=0))
+    for name, cost in costs.items():
+        slowest = max((one[name] for one in alone), key=lambda one: one.seconds)
+        assert (cost.seconds, cost.parts) == (slowest.seconds, slowest.parts)
+        assert cost.staging == max(one[name].staging for one in alone)
+
+
+def test_48_ranks_send_14_messages_between_nodes() -> None:
+    """16 ranks a group, 6 a node. Group 0 lies on 6 + 6 + 4, where 4 ranks have 12; group 1 on 2 + 6 + 6 + 2: 14."""
+    groups = np.arange(48).reshape(3, 16)
+    node_of = np.arange(48) // 6
+    assert predict_groups(GPU_NODES, node_of, groups[:1], 1)["flat"].messages == (5, 12)
+    assert predict_groups(GPU_NODES, node_of, groups, 1)["flat"].messages == (5, 14)
+
+
+def test_hops_of_several_pieces_overlap() -> None:
+    """Hops of 12 s and 18 s: the first and the last piece have a hop alone, between them the shorter hop is hidden."""
+    inside, between = replace(FREE, bandwidth=1), replace(FREE, bandwidth=1)
+    links = replace(NOTHING, inside=inside, between=between, cores_per_node=2)
+    sequence = {chunks: predict(links, (8, 2), 3, chunks=chunks)["hierarchical"] for chunks in (1, 2, 4)}
+    assert sequence[1].bytes == (12, 18)
+    for chunks, cost in sequence.items():
+        one, two = 12 / chunks, 18 / chunks
+        assert cost.seconds == pytest.approx(one + two + (chunks - 1) * max(one, two))
+        assert sum(cost.parts.values()) == pytest.approx(cost.seconds)
+        assert cost.messages == (chunks, 3 * chunks) and cost.bytes == pytest.approx((12, 18))
+        assert cost.staging == min(1, 2 / chunks) * 8 * 3
+    # Copies and calls are work of the rank in either hop: they do not overlap.
+    links = replace(NOTHING, copy_bandwidth=2, start=1)
+    for chunks in (1, 4):
+        cost = predict(links, (8, 1), 8, chunks=chunks)["flat"]
+        assert cost == predict(links, (8, 1), 8)["flat"]
+    copies = predict(replace(links, cores_per_node=2), (8, 2), 8, chunks=4)["hierarchical"].parts
+    assert copies["copy"] == pytest.approx(
+        predict(replace(links, cores_per_node=2), (8, 2), 8)["hierarchical"].parts["copy"]
+    )
+    assert copies["call"] == 1 + 4
+
+
+def test_impossible_chunks() -> None:
+    with pytest.raises(ValueError, match="chunks is 0, expected at least 1"):
+        predict(GPU_NODES, (8, 2), 1, chunks=0)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +261,13 @@ def test_impossible_nodes(nodes: tuple[int, int]) -> None:
 
 
 def test_too_many_ranks() -> None:
-    with pytest.raises(ValueError, match="predict_group: node_of has 65537 ranks, expected at most 65536"):
+    with pytest.raises(ValueError, match="predict_groups: node_of has 65537 ranks, expected at most 65536"):
         predict(GPU_NODES, (65537, 8), 1)
 
 
 @pytest.mark.parametrize("block", [-1, math.nan, math.inf])
 def test_impossible_bytes(block: float) -> None:
-    with pytest.raises(ValueError, match=r"predict_group: bytes_per_pair is .*, expected a number >= 0"):
+    with pytest.raises(ValueError, match=r"predict_groups: bytes_per_pair is .*, expected a number >= 0"):
         predict(GPU_NODES, (8, 2), block)
 
 
@@ -294,10 +345,10 @@ def test_measure_refuses_other_nodes() -> None:
 
 
 def test_the_exchange_of_a_topology() -> None:
-    """predict_lanes is predict_group on the expert_lane of a topology whose experts are on all ranks."""
+    """predict_lanes is predict_groups on the expert_lane of a topology whose experts are on all ranks."""
     topology = Topology(64, tensor=4, expert=64)
     node_of = Nodes.of_size(8, 64).node_of
-    one_way: dict[str, Cost] = predict_group(GPU_NODES, node_of, np.array(topology.group_of(0, "expert_lane")), 10)
-    gather = predict_group(GPU_NODES, node_of, np.array(topology.group_of(0, "tensor")), 1000)["flat"]
+    one_way: dict[str, Cost] = predict_groups(GPU_NODES, node_of, np.array(topology.groups("expert_lane")), 10)
+    gather = predict_groups(GPU_NODES, node_of, np.array(topology.groups("tensor")), 1000)["flat"]
     both = predict_lanes(GPU_NODES, (64, 8), 4, 10, 1000)
     assert both == {name: cost.then(gather) for name, cost in one_way.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from moecomm import Comm, HierarchicalAllToAll, Nodes, Topology, draw, testing
+from moecomm import Comm, HierarchicalAllToAll, Nodes, Topology, cost, draw, testing
 from moecomm.arrays import Counts
 from moecomm.draw.svg import Box, Canvas, text_width
 from moecomm.draw.words import topology_in_words
@@ -36,8 +36,21 @@ def random_counts(p: int) -> Counts:
     return np.random.default_rng(p).integers(-600, 1400, (p, p)).clip(0)
 
 
+def planned(p: int, *experts: int, tensor: Sequence[int] = (1,), expert: Sequence[int] | None = None) -> str:
+    """Layouts of p ranks; a quarter of them need more memory than there is."""
+    workload = cost.Workload(experts, 1024, 4096, 1, 512)
+    layouts = cost.candidates(cost.Machine(Nodes.of_size(8, p)), workload, cost.Sizes(tensor=tensor, expert=expert))
+    limit = sorted(layout.memory.total for layout in layouts)[-1 - len(layouts) // 4]
+    return draw.layouts_svg(layouts, f"{p} ranks", limit)
+
+
 def pictures() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "escapes", Canvas("a < b & c", 'x < y & "z"').svg
+    yield "layouts", partial(planned, 1024, 128, tensor=(1, 2, 4, 8))
+    yield "layouts of a large world", partial(planned, 65536, 4096, tensor=(1, 8))
+    yield "layouts of a pyramid", partial(planned, 128, 32, 32, 64)
+    yield "one layout", partial(planned, 8, 8, expert=[8])
+    yield "two layouts of one size", partial(planned, 64, 8, expert=[8])
     for i, nodes in enumerate([*NODES, *HARDER_NODES]):
         yield f"traffic {i}", partial(draw.traffic_svg, nodes)
         yield f"traffic {i} random", partial(draw.traffic_svg, nodes, random_counts(nodes.world_size))
@@ -108,6 +121,48 @@ def test_all_is_inside_and_nothing_lies_on_another(name: str) -> None:
         overlap = np.sort(shared(lines, lines))
         on_another = (overlap[..., 1] > 6) & (overlap[..., 0] > -2) & (np.array(of)[:, None] != of)
         assert not on_another.any(), [(of[i], of[j]) for i, j in np.argwhere(on_another)]
+
+
+@pytest.mark.parametrize("name", [name for name in PICTURES if "layout" in name])
+def test_names_of_layouts_do_not_overlap_in_a_wide_font(name: str) -> None:
+    """Measured in DejaVu Sans, which matplotlib brings: neither on one another nor on a dot of the front."""
+    font_manager, textpath = pytest.importorskip("matplotlib.font_manager"), pytest.importorskip("matplotlib.textpath")
+    svg = PICTURES[name]()
+    boxes = []
+    for text in elements(svg, "text"):
+        size, bold = int(text.attrib["font-size"]), text.get("font-weight", "normal")
+        font = font_manager.FontProperties(
+            family="DejaVu Sans", weight="bold" if bold == "600" else "normal", size=size
+        )
+        path = textpath.TextPath((0, 0), text.text or "", prop=font).get_extents()
+        x = float(text.attrib["x"]) - {"start": 0, "middle": 0.5, "end": 1}[text.attrib["text-anchor"]] * path.x1
+        boxes.append(Box(x, float(text.attrib["y"]) - path.y1, path.x1, path.y1 - path.y0))
+    names = [text.text for text in elements(svg, "text")]
+    covered = np.triu((shared(boxes, boxes) > 0).all(axis=-1), 1)
+    assert not [(names[i], names[j]) for i, j in np.argwhere(covered)]
+    front = boxes_of(rect for rect in elements(svg, "rect") if rect.get("width") == "10")
+    assert front and not (shared(boxes, front) > 0.5).all(axis=-1).any()
+    panel, *_ = boxes_of(elements(svg, "rect"))
+    assert all(box.x >= 0 and box.x + box.width <= panel.width for box in boxes)
+
+
+def test_the_front_is_drawn_as_steps() -> None:
+    """From the fastest layout upward: along the front no layout lies below and on the left."""
+    svg = planned(1024, 128, tensor=(1, 2, 4, 8))
+    dots = boxes_of(filter(about, elements(svg, "rect")))
+    front = [dot.center for dot in dots if dot.width == 10]
+    assert front == sorted(front, key=lambda dot: (dot[0], -dot[1]))
+    solid = [
+        dot
+        for dot, rect in zip(dots, filter(about, elements(svg, "rect")), strict=True)
+        if rect.get("fill") != "#ffffff"
+    ]
+    for x, y in front:
+        assert not [dot for dot in solid if dot.center[0] < x - 0.2 and dot.center[1] > y + 0.2]
+
+
+def test_pictures_follow_a_dark_page() -> None:
+    assert "<style>@media (prefers-color-scheme: dark) {svg {filter: " in Canvas("a", "b").svg()
 
 
 def sent(nodes: Nodes, counts: Counts) -> tuple[Counts, ...]:

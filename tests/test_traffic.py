@@ -16,8 +16,7 @@ from moecomm import (
     Topology,
     build_groups,
 )
-from moecomm.arrays import Counts
-from moecomm.traffic import Lanes, Sent, flat, hierarchical
+from moecomm.traffic import Lanes, directly, flat, hierarchical, hop_traffic
 from moecomm.transports import threads
 from moecomm.transports.wrappers import Timed
 
@@ -45,26 +44,102 @@ PLACEMENTS = [
 @pytest.mark.parametrize("expert", [8, 4])
 @pytest.mark.parametrize("nodes", PLACEMENTS, ids=repr)
 def test_both_algorithms_send_what_is_counted(nodes: Nodes, expert: int) -> None:
+    """Ranks have different numbers of rows, each the same for all ranks of its group."""
     groups = Topology(8, expert=expert).groups("expert")
-
-    def rows_for(rank: int, group: Counts) -> np.ndarray:
-        return (3.0 * rank + np.arange(len(group))) % 4  # some pairs have nothing
+    labels = np.arange(8) // expert
+    rows = 1 + np.arange(8) % 3
 
     def body(comm: Comm) -> None:
         timed = Timed(comm)
         group = np.array(groups[comm.rank // expert])
         part = timed.split(comm.rank // expert)
         in_part = Nodes([np.flatnonzero(nodes.node_of[group] == node) for node in np.unique(nodes.node_of[group])])
-        rows = rows_for(comm.rank, group).astype(np.int64)
+        counts = np.full(expert, rows[comm.rank])
         for algorithm, count in ((FlatAllToAll(part), flat), (HierarchicalAllToAll(part, in_part), hierarchical)):
             timed.clear()
-            algorithm.rows(np.zeros((rows.sum(), 5), np.uint8), rows)
-            sent = count(nodes, groups, rows_for)
+            algorithm.rows(np.zeros((counts.sum(), 5), np.uint8), counts)
+            sent = count(nodes, labels, rows)
             messages, sizes = recorded(timed, nodes, "all_to_allv")
             assert sent.messages[comm.rank].tolist() == messages
             assert (sent.rows[comm.rank] * 5).tolist() == sizes
 
     threads.run(8, body)
+
+
+@pytest.mark.parametrize("nodes", [*PLACEMENTS, Nodes.of_size(1, 8), Nodes.of_size(8, 8)], ids=repr)
+@pytest.mark.parametrize("labels", [[0] * 8, [0, 1] * 4, [0, 0, 0, 1, 1, 2, 0, 2], list(range(8))], ids=str)
+def test_groups_send_what_is_counted_pair_by_pair(nodes: Nodes, labels: list[int]) -> None:
+    """Groups of any sizes: the two hops are those of `hop_traffic`, with the group's own nodes."""
+    groups, rows = np.array(labels), np.arange(1.0, 9)
+    pairs = np.equal.outer(groups, groups) * rows[:, None]
+    wanted = directly(nodes, pairs)
+    found = flat(nodes, groups, rows)
+    assert (found.messages == wanted.messages).all() and np.allclose(found.rows, wanted.rows)
+    messages, sizes = np.zeros((8, 2)), np.zeros((8, 2))
+    for label in set(labels):
+        ranks = np.flatnonzero(groups == label)
+        members = nodes.node_of[ranks]
+        in_group = Nodes([np.flatnonzero(members == node).tolist() for node in np.unique(members)])
+        for hop in hop_traffic(in_group, pairs[np.ix_(ranks, ranks)]):
+            sent = directly(in_group, hop)
+            messages[ranks] += sent.messages
+            sizes[ranks] += sent.rows
+    hops = hierarchical(nodes, groups, rows)
+    assert (hops.messages == messages).all() and np.allclose(hops.rows, sizes)
+
+
+TOPOLOGIES = [
+    Topology(p, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor, inner=inner)
+    for p in (1, 6, 8, 12, 16, 18)
+    for pipeline in (1, 2)
+    for tensor in range(1, p + 1)
+    for expert_tensor in (1, 2, 3)
+    for expert in range(1, p + 1)
+    for inner in ("expert", "expert_data")
+    if p % (pipeline * tensor) == 0 and p % (pipeline * expert * expert_tensor) == 0
+]
+
+
+@pytest.mark.parametrize("p", sorted({topology.world_size for topology in TOPOLOGIES}))
+def test_lanes_are_those_of_the_rank_lists(p: int) -> None:
+    """Every topology of p ranks: who reaches what, counted in the lists of `groups`, tensor group by tensor group."""
+    for topology in [topology for topology in TOPOLOGIES if topology.world_size == p]:
+        lanes = Lanes(topology)
+        lane_of = {rank: group for group in topology.groups("expert_lane") for rank in group}
+        shard = {}
+        for group in topology.groups("expert", "expert_tensor"):
+            shard.update({rank: i for i, rank in enumerate(group)})
+        num_shards = topology.expert * topology.expert_tensor
+        lacking, shares = [], np.zeros(p)
+        for group in topology.groups("tensor"):
+            reached = [shard[peer] for rank in group for peer in lane_of[rank]]
+            if set(reached) != set(range(num_shards)):
+                lacking.append(group)
+                continue
+            for rank in group:
+                of_peers = {1 / (topology.expert * reached.count(shard[peer])) for peer in lane_of[rank]}
+                assert len(of_peers) == 1, topology
+                shares[rank] = of_peers.pop()
+        assert lanes.incomplete() == (lacking[0] if lacking else []), topology
+        for group in topology.groups("expert"):
+            assert len(set(lanes.expert_groups()[group])) == 1, topology
+        if lacking:
+            with pytest.raises(ValueError, match="does not reach all experts"):
+                lanes.members()
+            continue
+        assert sorted(lanes.members().tolist()) == sorted(topology.groups("expert_lane")), topology
+        assert all(len(set(lanes.lanes()[group])) == 1 for group in lane_of.values()), topology
+        assert np.allclose(lanes.shares, shares), topology
+
+
+def test_a_large_world_takes_as_many_steps_as_it_has_ranks() -> None:
+    """Pairs of tensor groups and experts would be 2^29: the test would not come to its end."""
+    lanes = Lanes(Topology(65536, tensor=8, expert=65536))
+    assert lanes.incomplete() == [] and lanes.members().shape == (8, 8192)
+    assert (lanes.shares == 1 / 65536).all()
+    assert Lanes(Topology(65536, tensor=2, expert_tensor=32768)).incomplete() == [0, 1]
+    nodes = Nodes.of_size(8, 65536)
+    assert (hierarchical(nodes, lanes.expert_groups(), np.ones(65536)).messages == [7, 8191]).all()
 
 
 @pytest.mark.parametrize("nodes", PLACEMENTS, ids=repr)
@@ -88,7 +163,7 @@ def test_a_tensor_parallel_exchange_sends_what_is_counted(topology: Topology, no
     replicas = topology.tensor  # as many at most
     expert = (np.arange(replicas * topology.expert * 4) // replicas % topology.expert)[:, None]
     lanes, T, H = Lanes(topology), len(expert), 3  # noqa: N806
-    inner = flat(nodes, topology.groups("expert_lane"), lambda rank, group: T * lanes.shares(rank, group))
+    inner = flat(nodes, lanes.lanes(), T * lanes.shares)
     way, shared = lanes.sharing(nodes, T, 1)
 
     def body(comm: Comm) -> None:
@@ -133,14 +208,12 @@ def test_lanes_refuses_what_the_exchange_refuses() -> None:
 
 
 def test_what_stays_is_not_sent() -> None:
-    sent = Sent(Nodes.of_size(2, 4))
-    sent.add([1], np.arange(4), np.array([[1.0, 9.0, 0.0, 0.5]]))
+    sent = directly(Nodes.of_size(2, 4), np.array([[0.0] * 4, [1.0, 9.0, 0.0, 0.5], [0.0] * 4, [0.0] * 4]))
     assert sent.messages[1].tolist() == [1, 1]
     assert sent.rows[1].tolist() == [1.0, 0.5]
 
 
 def test_the_paper_counts_22_messages_instead_of_127() -> None:
-    nodes, everyone = Nodes.of_size(8, 128), [range(128)]
+    nodes = Nodes.of_size(8, 128)
     for count, messages in ((flat, [7, 120]), (hierarchical, [7, 15])):
-        sent = count(nodes, everyone, lambda _, group: np.ones(len(group)))
-        assert (sent.messages == messages).all()
+        assert (count(nodes, np.zeros(128, np.int64), np.ones(128)).messages == messages).all()

@@ -9,19 +9,28 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from moecomm.cli import machine, plan, topology
 
 EXAMPLES = """examples:
-  python -m moecomm topology --world-size 128 --tensor 8 --expert 128
+  python -m moecomm topology --ranks 128 --tensor 8 --expert 128
   python -m moecomm plan --ranks 128 --experts 128 --tensor 1,8
   python -m moecomm info
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Says an error in one line: the usage above it would be what a reader sees. --help has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m moecomm",
         description="Moves Mixture-of-Experts tokens to their experts and back.",
         epilog=EXAMPLES,

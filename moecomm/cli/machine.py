@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import numpy as np
 
+from moecomm.cli.tables import paragraph
 from moecomm.comm import Comm
 from moecomm.draw.words import nodes_in_words, ranks_in_words
 from moecomm.nodes import Nodes
@@ -48,7 +49,8 @@ def run(_: argparse.Namespace) -> None:
     }
     for i, ranks in enumerate(nodes.ranks):
         lines[f"  node {i}"] = ranks_in_words(ranks)
-    print("\n".join(f"{name:8}  {text}" for name, text in lines.items()))
+    for name, text in lines.items():
+        print(paragraph(text, first=f"{name:8}  ", rest=" " * 10))
 
 
 def place() -> tuple[int, Nodes]:

@@ -5,12 +5,14 @@
 work     that of the rank that has most or, if this is longer, of all ranks of the node spread over its cores
 network  bytes that leave the node / node_bandwidth. It overlaps the work in part: neither their sum nor the longer one
 
+Steps of two hops overlap where rows go in several pieces: links inside nodes and links between nodes work side by side.
+
 Blocks are of one size, and nodes hold consecutive ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil, hypot, inf
 from typing import NamedTuple
@@ -70,6 +72,17 @@ class Cost:
             staging=max(self.staging, other.staging),
         )
 
+    def beside(self, other: Cost) -> Cost:
+        """This call and `other`, on other ranks at the same time: all wait for the longer one."""
+        longer = self if self.seconds >= other.seconds else other
+        return Cost(
+            messages=(max(self.messages[0], other.messages[0]), max(self.messages[1], other.messages[1])),
+            bytes=(max(self.bytes[0], other.bytes[0]), max(self.bytes[1], other.bytes[1])),
+            seconds=longer.seconds,
+            parts=longer.parts,
+            staging=max(self.staging, other.staging),
+        )
+
 
 class _Step(NamedTuple):
     """What ranks do until they wait for one another.
@@ -77,53 +90,81 @@ class _Step(NamedTuple):
     rank     work of the rank that has most
     node     work of all ranks of its node
     staging  bytes of memory of a rank
+    hop      steps of hop 2 overlap those of hop 1 of the next piece, where there are several
     """
 
     rank: Work
     node: Work
     staging: float = 0
+    hop: int = 1
 
 
 _Algorithm = Callable[[Links, Counts, int, float], list[_Step]]
 """Links, the sizes of all nodes, the size of one of them and the bytes a pair -> the steps of a rank on that node."""
 
 
-def predict(links: Links, nodes: NodesLike, bytes_per_pair: float) -> dict[str, Cost]:
+def predict(links: Links, nodes: NodesLike, bytes_per_pair: float, *, chunks: int = 1) -> dict[str, Cost]:
     """The cost of one all-to-all by each algorithm. The same on all ranks that give the same arguments.
 
     nodes           Nodes, or (number of ranks, ranks of a node); at most 65,536 ranks
     bytes_per_pair  what a rank sends to each of the ranks, on average
+    chunks          pieces in which "hierarchical" sends: hop one of a piece runs while hop two of the piece before it
+                    does. Of the two classes of links the shorter time is hidden; calls and copies are not
     returns         "flat"          p - 1 messages a rank: FlatAllToAll, uneven form
                     "library"       FlatAllToAll, even form: the same, or Bruck's algorithm for small blocks
                     "hierarchical"  HierarchicalAllToAll, whose hops are "library"
                     "shared"        SharedAllToAll: memory inside the node, one message for each chunk between nodes
 
-    Raises ValueError for less than 1 rank or more than 65,536, and for bytes that are negative or not finite.
+    Raises ValueError for less than 1 rank or more than 65,536, less than 1 chunk, and for bytes that are negative or
+    not finite.
     """
     node_of = _node_of(nodes)
-    return predict_group(links, node_of, np.arange(len(node_of)), bytes_per_pair)
+    return predict_groups(links, node_of, np.arange(len(node_of))[None], bytes_per_pair, chunks=chunks)
 
 
-def predict_group(links: Links, node_of: Counts, group: Counts, bytes_per_pair: float) -> dict[str, Cost]:
-    """`predict` for an all-to-all in one group of ranks, while the other ranks do the same in groups like it.
+def predict_groups(
+    links: Links, node_of: Counts, groups: Counts, bytes_per_pair: float, *, chunks: int = 1
+) -> dict[str, Cost]:
+    """`predict` for all-to-alls in groups of ranks, all at once: the cost of the group that takes longest.
 
     node_of  [p] the node of each rank
-    group    its ranks
+    groups   [groups, ranks of a group]; ranks that are in none of them do the same in groups like these
 
-    Raises ValueError for more than 65,536 ranks, or bytes that are negative or not finite.
+    Messages and bytes are those of the rank that sends most in any of the groups, staging that of the rank that needs
+    most.
+    Raises ValueError for more than 65,536 ranks, less than 1 chunk, or bytes that are negative or not finite.
     """
     if len(node_of) > MOST_RANKS:
-        raise ValueError(f"predict_group: node_of has {len(node_of)} ranks, expected at most {MOST_RANKS}")
+        raise ValueError(f"predict_groups: node_of has {len(node_of)} ranks, expected at most {MOST_RANKS}")
     if not 0 <= bytes_per_pair < inf:
-        raise ValueError(f"predict_group: bytes_per_pair is {bytes_per_pair!r}, expected a number >= 0")
-    sizes = np.bincount(node_of[group])
-    occupied = np.flatnonzero(sizes)
-    sizes = sizes[occupied]
-    # Groups on one node share its cores and its network. The node with most of them decides.
-    groups_per_node = float((np.bincount(node_of)[occupied] / sizes).max())
-    return {
-        name: _cost(links, sizes, bytes_per_pair, algorithm, groups_per_node) for name, algorithm in ALGORITHMS.items()
-    }
+        raise ValueError(f"predict_groups: bytes_per_pair is {bytes_per_pair!r}, expected a number >= 0")
+    if chunks < 1:
+        raise ValueError(f"predict_groups: chunks is {chunks!r}, expected at least 1")
+    ranks_of_node = np.bincount(node_of)
+    costs: dict[str, Cost] = {}
+    for occupied in _kinds(node_of[groups], ranks_of_node):
+        sizes = np.bincount(occupied)
+        occupied = np.flatnonzero(sizes)
+        sizes = sizes[occupied]
+        # Groups on one node share its cores and its network. The node with most of them decides.
+        groups_per_node = float((ranks_of_node[occupied] / sizes).max())
+        for name, algorithm in ALGORITHMS.items():
+            pieces = chunks if name == "hierarchical" else 1
+            cost = _cost(links, sizes, bytes_per_pair, algorithm, groups_per_node, pieces)
+            costs[name] = cost.beside(costs[name]) if name in costs else cost
+    return costs
+
+
+def _kinds(node: Counts, ranks_of_node: Counts) -> Iterator[Counts]:
+    """Of groups [groups, ranks of a group], given as the node of each rank, one for each way to lie on the nodes."""
+    # Whole worlds repeat a few patterns: the number of loops is small, whatever the number of groups.
+    pattern = node - node[:, :1]
+    if ranks_of_node.min() < ranks_of_node.max():
+        pattern = np.concatenate([pattern, ranks_of_node[node]], axis=1)
+    while len(node):
+        yield node[0]
+        others = (pattern != pattern[0]).any(axis=1)
+        node, pattern = node[others], pattern[others]
 
 
 def predict_lanes(
@@ -139,13 +180,13 @@ def predict_lanes(
     Raises ValueError for a tensor size that does not divide the ranks, and what `predict` raises.
     """
     node_of = _node_of(nodes)
-    ranks = np.arange(len(node_of))
-    if tensor < 1 or len(ranks) % tensor:
-        raise ValueError(f"predict_lanes: tensor is {tensor!r}, expected a divisor of the {len(ranks)} ranks")
-    costs = predict_group(links, node_of, ranks[::tensor], bytes_per_pair)
+    if tensor < 1 or len(node_of) % tensor:
+        raise ValueError(f"predict_lanes: tensor is {tensor!r}, expected a divisor of the {len(node_of)} ranks")
+    tensor_groups = np.arange(len(node_of)).reshape(-1, tensor)
+    costs = predict_groups(links, node_of, tensor_groups.T, bytes_per_pair)
     if tensor == 1 or answer_bytes == 0:
         return costs
-    gather = predict_group(links, node_of, ranks[:tensor], answer_bytes)["flat"]
+    gather = predict_groups(links, node_of, tensor_groups, answer_bytes)["flat"]
     return {name: cost.then(gather) for name, cost in costs.items()}
 
 
@@ -163,19 +204,22 @@ def _node_of(nodes: NodesLike) -> Counts:
 # ---- from steps to seconds -------------------------------------------------------------------------------------------
 
 
-def _cost(links: Links, sizes: Counts, block: float, algorithm: _Algorithm, groups_per_node: float) -> Cost:
+def _cost(
+    links: Links, sizes: Counts, block: float, algorithm: _Algorithm, groups_per_node: float, chunks: int = 1
+) -> Cost:
     # Ranks on nodes of the same size do the same work, so one list of steps for each size stands for all ranks.
-    enter = _work(starts=1)
-    lists = [
-        [_Step(enter, size * enter), *algorithm(links, sizes, size, block)]
-        # plain integers: products of numpy's int64 would overflow for large blocks
-        for size in np.unique(sizes).tolist()
-    ]
-    parts = np.zeros(len(PARTS))
+    # plain integers: products of numpy's int64 would overflow for large blocks
+    lists = [algorithm(links, sizes, size, block / chunks) for size in np.unique(sizes).tolist()]
+    hop_parts = np.zeros((2, len(PARTS)))
     for steps in zip(*lists, strict=True):
         # All ranks wait for the slowest node before the next step.
-        parts += max((_seconds(links, step, groups_per_node) for step in steps), key=np.sum)
-    totals = [np.sum([step.rank for step in steps], axis=0) for steps in lists]
+        slowest = max((_seconds(links, step, groups_per_node) for step in steps), key=np.sum)
+        hop_parts[steps[0].hop - 1] += slowest
+    enter = _work(starts=1)
+    node = int(sizes.max())
+    parts = _seconds(links, _Step(enter, node * enter), groups_per_node)
+    parts = parts + hop_parts.sum(axis=0) + (chunks - 1) * _overlapped(hop_parts)
+    totals = [chunks * np.sum([step.rank for step in steps], axis=0) for steps in lists]
     sent = np.max(totals, axis=0)
     inside, between = sent[MESSAGES]
     return Cost(
@@ -183,8 +227,17 @@ def _cost(links: Links, sizes: Counts, block: float, algorithm: _Algorithm, grou
         bytes=tuple(sent[BYTES].tolist()),
         seconds=float(parts.sum()),
         parts=dict(zip(PARTS, parts.tolist(), strict=True)),
-        staging=max(step.staging for steps in lists for step in steps),
+        # two pieces are under way
+        staging=min(chunks, 2) * max(step.staging for steps in lists for step in steps),
     )
+
+
+def _overlapped(hop_parts: Work) -> Work:
+    """[2, PARTS] of each hop -> [PARTS] of both at once: the two classes of links work side by side."""
+    both: Work = hop_parts.sum(axis=0)
+    shorter = int(np.argmin(both[:2]))
+    both[shorter] = 0
+    return both
 
 
 def _seconds(links: Links, step: _Step, groups_per_node: float) -> Work:
@@ -287,8 +340,8 @@ def _hierarchical(links: Links, sizes: Counts, size: int, block: float) -> list[
     return [
         _Step(transform, size * transform, float(p * block)),
         hop_one,
-        _Step(second_call, size * second_call),
-        hop_two,
+        _Step(second_call, size * second_call, hop=2),
+        hop_two._replace(hop=2),
     ]
 
 

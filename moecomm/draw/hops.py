@@ -89,7 +89,7 @@ def two_hops_svg(nodes: Nodes, source: int = 0) -> str:
     _draw(canvas, View(source, frames, rows, steps))
     bars = {}
     for count in (flat, hierarchical):
-        sent = count(nodes, [range(p)], lambda _, group: np.ones_like(group))
+        sent = count(nodes, np.zeros(p, np.int64), np.ones(p))
         bars[count.__name__] = sent.messages[source].tolist()
     _draw_bars(canvas, f"Messages that rank {source} sends", ("inside the node", "between nodes"), bars)
     return canvas.svg()
@@ -222,16 +222,22 @@ def _draw_ranks(canvas: Canvas, view: View, beside: float, above: float) -> dict
 
 
 def _draw_bars(canvas: Canvas, title: str, kinds: tuple[str, str], bars: Mapping[str, Sequence[int]]) -> None:
-    """A bar for each name: as many grey squares as there are of the first kind, then black ones for the second."""
+    """A bar for each name: as many grey squares as there are of the first kind, then dark ones for the second."""
     y = canvas.bottom + 28
-    canvas.text((MARGIN, y), f"{title}: grey {kinds[0]}, black {kinds[1]}", color=MUTED)
+    canvas.text((MARGIN, y), f"{title}:", color=MUTED)
+    x = MARGIN + text_width(f"{title}: ")
+    # Samples, not names of colours: these change where the page is dark.
+    for color, kind in zip((FRAME, INK), kinds, strict=True):
+        canvas.rect(Box(x, y - 11, 13, 13), color)
+        canvas.text((x + 19, y), kind, color=MUTED)
+        x += 19 + text_width(f"{kind}  ")
     cell = min(16.0, 420 / max(1, *map(sum, bars.values())))
     left = MARGIN + 10 + max(map(text_width, bars))
-    for name, (grey, black) in bars.items():
+    for name, (grey, dark) in bars.items():
         y += 24
         x = left
         canvas.text((MARGIN, y), name, bold=True)
-        for color in [FRAME] * grey + [INK] * black:
+        for color in [FRAME] * grey + [INK] * dark:
             canvas.rect(Box(x, y - 11, cell * 0.85, 13), color)
             x += cell
-        canvas.text((x + 8, y), f"{grey + black} = {grey} {kinds[0]} + {black} {kinds[1]}")
+        canvas.text((x + 8, y), f"{grey + dark} = {grey} {kinds[0]} + {dark} {kinds[1]}")

@@ -9,6 +9,8 @@ from xml.sax.saxutils import escape
 
 MARGIN = 20
 """px between what is drawn and the edge of the panel."""
+DARK = "@media (prefers-color-scheme: dark) {svg {filter: invert(0.92) hue-rotate(180deg)}}"
+"""Where the page is dark, so is the panel. The hues stay: one palette serves both."""
 INK = "#1f2328"
 MUTED = "#59636e"
 FRAME = "#8c959f"
@@ -36,6 +38,11 @@ class Box(NamedTuple):
     def at(self, x: float, y: float) -> Point:
         """The point x px to the right of the top left corner and y px below it."""
         return self.x + x, self.y + y
+
+    def meets(self, other: Box) -> bool:
+        """Whether the two share an area."""
+        across = self.x < other.x + other.width and other.x < self.x + self.width
+        return across and self.y < other.y + other.height and other.y < self.y + self.height
 
 
 class Key(NamedTuple):
@@ -75,6 +82,11 @@ class Canvas:
         # The panel must hold the text in any font that a viewer may choose, so its width is an estimate from above.
         share = {"start": 1.0, "middle": 0.5, "end": 0.0}[anchor]
         self._grow(at[0] + share * text_width(words, size), at[1] + 0.25 * size)
+
+    def line(self, points: Sequence[Point], color: str, width: float) -> None:
+        """Straight from point to point, within a box drawn before: the panel does not grow."""
+        path = "L".join(map(_pair, points))
+        self._add("path", f'd="M{path}" fill="none" stroke="{color}" stroke-width="{width}"')
 
     def arrow(self, points: Sequence[Point], color: str, dashed: bool = False, about: str = "") -> None:
         """An arrow with round corners along the points, each right of, left of, above or below the previous point."""
@@ -150,7 +162,7 @@ class Canvas:
         # Half a px inward, so that the edge of 1 px is not cut off.
         place = f'x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8"'
         panel = f'<rect {place} fill="{PAPER}" stroke="#d1d9e0"/>'
-        return "\n".join([start, title, panel, *self.parts, "</svg>\n"])
+        return "\n".join([start, title, f"<style>{DARK}</style>", panel, *self.parts, "</svg>\n"])
 
     def _add(self, tag: str, attributes: str, about: str = "") -> None:
         end = f"><title>{about}</title></{tag}>" if about else "/>"

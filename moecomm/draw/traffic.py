@@ -11,7 +11,7 @@ from moecomm.arrays import Counts
 from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PAPER, Box, Canvas, Key, Point, mixed, text_width
 from moecomm.draw.words import counted, nodes_in_words
 from moecomm.nodes import Nodes
-from moecomm.traffic import Rows, Sent, hop_traffic
+from moecomm.traffic import Rows, directly, hop_traffic
 
 SIDE = 240
 """Width in px of a matrix whose cells fit into it."""
@@ -127,9 +127,7 @@ def _draw_nodes(canvas: Canvas, grid: Box, widths: list[int]) -> None:
 
 def _draw_totals(canvas: Canvas, nodes: Nodes, matrix: Rows, corner: Point) -> None:
     """Draw the messages and rows of all ranks as a table."""
-    sent = Sent(nodes)
-    ranks = np.arange(len(matrix))
-    sent.add(ranks, ranks, matrix)
+    sent = directly(nodes, matrix)
     messages = sent.messages.sum(axis=0)
     rows = sent.rows.sum(axis=0)
     table = [("total", "messages", "rows")]

@@ -15,12 +15,27 @@ def counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
-def ranks_in_words(ranks: Sequence[int]) -> str:
-    """All of them, or where more than 8 are equally spaced, the first three and the last: 0, 8, 16 ... 120."""
+def ranks_in_words(ranks: Sequence[int], width: int = 0) -> str:
+    """All of them, or where more than 8 are equally spaced, the first three and the last: 0, 8, 16 ... 120.
+
+    width  characters that there is room for, if not 0: as many of the first ranks as fit, and the last
+    """
     steps = {b - a for a, b in pairwise(ranks)}
+    shown = len(ranks)
+    words = ", ".join(map(str, ranks))
     if len(ranks) > 8 and len(steps) == 1:
-        return f"{', '.join(map(str, ranks[:3]))} ... {ranks[-1]}"
-    return ", ".join(map(str, ranks))
+        shown = 3
+        words = _shortened(ranks, shown)
+    # The gap stands for two ranks at least, and each shown takes a character or more.
+    shown = min(shown, len(ranks) - 1, width) if width else shown
+    while width and len(words) > width and shown > 1:
+        shown -= 1
+        words = _shortened(ranks, shown)
+    return words
+
+
+def _shortened(ranks: Sequence[int], shown: int) -> str:
+    return f"{', '.join(map(str, ranks[:shown]))} ... {ranks[-1]}"
 
 
 def nodes_in_words(nodes: Nodes) -> str:
@@ -39,3 +54,21 @@ def topology_in_words(topology: Topology) -> str:
         if size != field.default:
             arguments.append(f"{field.name}={size!r}")
     return f"Topology({', '.join(arguments)})"
+
+
+def layout_in_words(topologies: Sequence[Topology]) -> str:
+    """The sizes of the topologies of a model's layers, in short: EP 8, TP 2; EP 32/64, spread."""
+    words = [f"EP {_joined([topology.expert for topology in topologies])}"]
+    for name, size in (("TP", "tensor"), ("ETP", "expert_tensor")):
+        sizes = [getattr(topology, size) for topology in topologies]
+        if max(sizes) > 1:
+            words.append(f"{name} {_joined(sizes)}")
+    spread = [topology.inner == "expert_data" for topology in topologies]
+    if any(spread):
+        words.append(_joined(["spread" if is_spread else "near" for is_spread in spread]))
+    return ", ".join(words)
+
+
+def _joined(sizes: Sequence[object]) -> str:
+    """32/64, or 32 where all are equal."""
+    return "/".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
