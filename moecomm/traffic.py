@@ -32,20 +32,28 @@ class Sent(NamedTuple):
 
 def directly(nodes: Nodes, traffic: Rows) -> Sent:
     """What ranks send that have `traffic` [p, p], rows from each to each. What stays on its rank is not sent."""
-    same_node = np.equal.outer(nodes.node_of, nodes.node_of)
-    inside = same_node & ~np.eye(len(same_node), dtype=bool)
-    masks = (inside, ~same_node)
     averages = traffic.astype(np.float64)
-    messages = [(mask & (averages > 0)).sum(axis=1) for mask in masks]
-    rows = [(mask * averages).sum(axis=1) for mask in masks]
-    return Sent(np.stack(messages, axis=1), np.stack(rows, axis=1))
+    same_node = np.equal.outer(nodes.node_of, nodes.node_of)
+    same_rank = np.eye(len(same_node), dtype=bool)
+    messages = []
+    rows = []
+    for counted in (same_node & ~same_rank, ~same_node):
+        sent = np.where(counted, averages, 0)
+        messages.append((sent > 0).sum(axis=1))
+        rows.append(sent.sum(axis=1))
+    return Sent(
+        np.stack(messages, axis=1),
+        np.stack(rows, axis=1),
+    )
 
 
 def flat(nodes: Nodes, groups: Labels, rows: NDArray[np.float64]) -> Sent:
     """What a FlatAllToAll in each group sends, where each rank has rows [p] > 0 for each rank of its group."""
     size = count_of(groups)
-    neighbours = count_of(_cells(nodes, groups))
-    messages = np.stack([neighbours - 1, size - neighbours], axis=1)
+    on_node = count_of(_cells(nodes, groups))
+    inside = on_node - 1
+    between = size - on_node
+    messages = np.stack([inside, between], axis=1)
     return Sent(messages, messages * rows[:, None])
 
 
@@ -53,24 +61,30 @@ def hierarchical(nodes: Nodes, groups: Labels, rows: NDArray[np.float64]) -> Sen
     """`flat` for a HierarchicalAllToAll. Its nodes are the intersections of the group with `nodes`."""
     cells = _cells(nodes, groups)
     size = count_of(groups)
-    neighbours = count_of(cells)
+    on_node = count_of(cells)
     local_rank = place_in(cells)
     # The rule of HierarchicalAllToAll: on a node with G ranks of the group, local rank i forwards to the ranks of the
     # group whose local rank is i modulo G.
-    forwards_to = np.empty_like(size)
-    for ranks_per_node in np.unique(neighbours).tolist():
-        keys = groups * ranks_per_node + local_rank % ranks_per_node
-        of_this_size = neighbours == ranks_per_node
-        forwards_to[of_this_size] = np.bincount(keys)[keys[of_this_size]]
+    destinations = np.empty_like(size)
+    for ranks_per_node in np.unique(on_node).tolist():
+        row = groups * ranks_per_node + local_rank % ranks_per_node
+        of_this_size = on_node == ranks_per_node
+        destinations[of_this_size] = np.bincount(row)[row[of_this_size]]
     # A forwarder sends on what the whole node has for a destination. It is a destination itself.
     of_node = np.bincount(cells, rows)[cells]
-    messages = np.stack([neighbours - 1, forwards_to - 1], axis=1)
-    return Sent(messages, np.stack([(size - forwards_to) * rows, (forwards_to - 1) * of_node], axis=1))
+    inside = (size - destinations) * rows
+    between = (destinations - 1) * of_node
+    return Sent(
+        np.stack([on_node - 1, destinations - 1], axis=1),
+        np.stack([inside, between], axis=1),
+    )
 
 
 def _cells(nodes: Nodes, groups: Labels) -> Labels:
     """The ranks of a group that are on one node, numbered from 0 without gaps."""
-    return np.unique(groups * len(nodes) + nodes.node_of, return_inverse=True)[1].reshape(-1)
+    pair = groups * len(nodes) + nodes.node_of
+    _, cells = np.unique(pair, return_inverse=True)
+    return cells.reshape(-1)
 
 
 def count_of(groups: Labels) -> Counts:
@@ -82,9 +96,9 @@ def place_in(groups: Labels) -> Counts:
     """[p] the index of each rank among the ranks of its group, which ascend."""
     order = np.argsort(groups, kind="stable")
     sizes = np.bincount(groups)
-    first = np.cumsum(sizes) - sizes
+    start = np.cumsum(sizes) - sizes
     places = np.empty_like(groups)
-    places[order] = np.arange(len(groups)) - first[groups[order]]
+    places[order] = np.arange(len(groups)) - start[groups[order]]
     return places
 
 
@@ -124,69 +138,76 @@ def hop_traffic(nodes: Nodes, rows: Rows) -> tuple[Rows, Rows]:
 class Lanes:
     """The groups of a TensorParallelExchange over groups("expert_lane"), and which share of its rows a rank sends.
 
-    All of it takes p steps: a lane has the ranks of an expert group whose index in it is the same modulo `period`.
+    A lane has those ranks of an expert group whose index in it is the same modulo `period`, and so reaches these
+    shards of the experts: a set of shards. All of it takes p steps, where rank lists would take p^2.
     """
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        sizes = (topology.pipeline, topology.expert_data, topology.expert, topology.expert_tensor)
+        expert = topology.expert
+        tensor = topology.tensor
         ranks = np.arange(topology.world_size)
-        if topology.inner == "expert":
-            self._grid = ranks.reshape(sizes)
-        else:
-            self._grid = ranks.reshape(sizes[0], sizes[2], sizes[1], sizes[3]).swapaxes(1, 2)
         # From one rank of an expert group to the next, the tensor rank goes on by the stride, modulo tensor.
         stride = topology.expert_tensor
-        if topology.inner == "expert_data":
+        if topology.inner == "expert":
+            grid = ranks.reshape(topology.pipeline, topology.expert_data, expert, topology.expert_tensor)
+        else:
             stride *= topology.expert_data
-        period = topology.tensor // gcd(topology.tensor, stride)
+            grid = ranks.reshape(topology.pipeline, expert, topology.expert_data, topology.expert_tensor)
+            grid = grid.swapaxes(1, 2)
+        self._grid = grid
+        """[pipeline, expert_data, expert, expert_tensor]"""
         # In a group that is shorter than the period, each rank is on a lane of its own.
-        self._period = min(period, topology.expert)
-        expert, expert_tensor = np.ogrid[: topology.expert, : topology.expert_tensor]
-        self._shards: Labels = np.empty_like(ranks)
-        """Which shards the lane of each rank reaches: they are the same for ranks with the same number."""
-        self._shards[self._grid] = expert_tensor * self._period + expert % self._period
-        self._reaching = self._count_lanes()
+        self._period = min(tensor // gcd(tensor, stride), expert)
+        index, piece = np.ogrid[:expert, : topology.expert_tensor]
+        self._set_of: Labels = np.empty_like(ranks)
+        """[p] which set of shards the lane of each rank reaches."""
+        self._set_of[grid] = piece * self._period + index % self._period
+        self._tensor_group: Labels = ranks // tensor
+        self._num_lanes = self._count_lanes()
+        """[p / L, sets] how many lanes of each tensor group reach a set of shards."""
 
     def _count_lanes(self) -> Counts:
-        """[p / L, sets of shards] how many lanes of each tensor group reach them."""
         tensor = self.topology.tensor
-        num_sets = self.topology.expert_tensor * self._period
         num_groups = self.topology.world_size // tensor
+        num_sets = self.topology.expert_tensor * self._period
         if num_sets > tensor:
-            # So few ranks cannot reach all of them. The table would be large.
+            # So few ranks cannot reach all of them, and the table would be large.
             return np.zeros((num_groups, 1), np.int64)
-        group = np.arange(self.topology.world_size) // tensor
-        return np.bincount(group * num_sets + self._shards, minlength=num_groups * num_sets).reshape(num_groups, -1)
+        cell = self._tensor_group * num_sets + self._set_of
+        counts = np.bincount(cell, minlength=num_groups * num_sets)
+        return counts.reshape(num_groups, num_sets)
 
     def incomplete(self) -> list[int]:
         """A tensor group that does not reach all experts, so that there is no such exchange. [] if all groups do."""
-        lacking = np.flatnonzero((self._reaching == 0).any(axis=1))
-        if not len(lacking):
+        is_lacking = (self._num_lanes == 0).any(axis=1)
+        if not is_lacking.any():
             return []
-        first = int(lacking[0]) * self.topology.tensor
-        return list(range(first, first + self.topology.tensor))
+        tensor = self.topology.tensor
+        lowest = int(np.argmax(is_lacking)) * tensor
+        return list(range(lowest, lowest + tensor))
 
     def expert_groups(self) -> Labels:
         """[p] the expert group of each rank."""
-        labels = np.empty(self.topology.world_size, np.int64)
-        members = self._grid.swapaxes(2, 3).reshape(-1, self.topology.expert)
-        labels[members] = np.arange(len(members))[:, None]
-        return labels
+        by_group = self._grid.swapaxes(2, 3)
+        return self._labels(by_group.reshape(-1, self.topology.expert))
 
     def members(self) -> Counts:
         """[lanes, ranks of a lane] the ranks, ascending. ValueError if there is no such exchange."""
-        if self.incomplete():
-            raise ValueError(f"Lanes.members: tensor group {self.incomplete()} does not reach all experts")
-        topology = self.topology
-        size = topology.expert // self._period
-        grid = self._grid.reshape(topology.pipeline, topology.expert_data, size, self._period, topology.expert_tensor)
+        lacking = self.incomplete()
+        if lacking:
+            raise ValueError(f"Lanes.members: tensor group {lacking} does not reach all experts")
+        pipeline, expert_data, expert, expert_tensor = np.shape(self._grid)
+        size = expert // self._period
+        grid = self._grid.reshape(pipeline, expert_data, size, self._period, expert_tensor)
         return np.moveaxis(grid, 2, -1).reshape(-1, size)
 
     def lanes(self) -> Labels:
         """[p] the lane of each rank: `members` as labels."""
+        return self._labels(self.members())
+
+    def _labels(self, members: Counts) -> Labels:
         labels = np.empty(self.topology.world_size, np.int64)
-        members = self.members()
         labels[members] = np.arange(len(members))[:, None]
         return labels
 
@@ -196,7 +217,7 @@ class Lanes:
 
         The lanes of a tensor group that reach the same expert take turns. Only where `incomplete` is [].
         """
-        lanes = self._reaching[np.arange(len(self._shards)) // self.topology.tensor, self._shards]
+        lanes = self._num_lanes[self._tensor_group, self._set_of]
         return 1 / (self.topology.expert * lanes)
 
     def answers(self, num_tokens: int, top_k: int) -> NDArray[np.float64]:
@@ -204,8 +225,9 @@ class Lanes:
 
         A lane has answers for as many different tokens as it can, and sums those of a token before it shares them.
         """
-        of_all = self.topology.expert // self._period * self.shares
-        return num_tokens * np.minimum(1, top_k * of_all)
+        ranks_of_lane = self.topology.expert // self._period
+        per_token = top_k * ranks_of_lane * self.shares
+        return num_tokens * np.minimum(1, per_token)
 
     def sharing(self, nodes: Nodes, num_tokens: int, top_k: int) -> tuple[str, Sent]:
         """How the tensor ranks share their answers, as TensorParallelExchange chooses it, and what they send for it.
@@ -213,17 +235,26 @@ class Lanes:
         An all-reduce is counted as a ring: 2 (L - 1) messages of num_tokens / L rows to the next rank.
         """
         tensor = self.topology.tensor
-        ranks = np.arange(self.topology.world_size)
         answers = self.answers(num_tokens, top_k)
         # The tolerance is for shares such as 1/3, whose sum may come out a little above the whole.
-        gathers = answers.reshape(-1, tensor).sum(axis=1) <= 2 * num_tokens * (1 + 1e-9)
-        gather = flat(nodes, ranks // tensor, answers)
-        successor = ranks // tensor * tensor + (ranks + 1) % tensor
-        leaves = nodes.node_of[ranks] != nodes.node_of[successor]
-        steps = 2 * (tensor - 1) * np.stack([~leaves, leaves], axis=1)
+        limit = 2 * num_tokens * (1 + 1e-9)
+        gathers = answers.reshape(-1, tensor).sum(axis=1) <= limit
         names = {True: "all-gather", False: "all-reduce as a ring"}
-        way = " or ".join(names[gathered] for gathered in (True, False) if (gathers == gathered).any())
-        gathered = np.repeat(gathers, tensor)[:, None]
-        messages = np.where(gathered, gather.messages, steps)
-        rows = np.where(gathered, gather.rows, steps * num_tokens / tensor)
-        return way, Sent(messages, rows)
+        used = [name for is_gather, name in names.items() if (gathers == is_gather).any()]
+        gather = flat(nodes, self._tensor_group, answers)
+        ring = self._ring(nodes, num_tokens)
+        of_rank = gathers[self._tensor_group][:, None]
+        sent = Sent(
+            np.where(of_rank, gather.messages, ring.messages),
+            np.where(of_rank, gather.rows, ring.rows),
+        )
+        return " or ".join(used), sent
+
+    def _ring(self, nodes: Nodes, num_tokens: int) -> Sent:
+        tensor = self.topology.tensor
+        ranks = np.arange(self.topology.world_size)
+        successor = self._tensor_group * tensor + (ranks + 1) % tensor
+        leaves = nodes.node_of != nodes.node_of[successor]
+        steps = 2 * (tensor - 1)
+        messages = steps * np.stack([~leaves, leaves], axis=1)
+        return Sent(messages, messages * (num_tokens / tensor))

@@ -61,7 +61,7 @@ lane-restricted, hierarchical           0         1         1     0 B   40.0 B  
 
 Assumed: 8 tokens on a rank, top-1, spread evenly over the 4 ranks of an expert
 group, even where that is less than a row for each; rows of 10 x 2 bytes.
-Combine sends as much back. Counts and expert ids come on top.
+Combine sends as much back. Counts come on top.
 Tensor ranks hold the same tokens; without lanes each of them sends all, to one
 slice of each expert. Sharing comes once, after combine; the experts of a token
 are assumed to be on different lanes where possible.

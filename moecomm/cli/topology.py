@@ -39,7 +39,7 @@ WORK = {
 }
 ASSUMED = """\
 Assumed: {} tokens on a rank, top-{}, spread evenly over the {} ranks of an expert group, even where that is less than \
-a row for each; rows of {} x {} bytes. Combine sends as much back. Counts and expert ids come on top."""
+a row for each; rows of {} x {} bytes. Combine sends as much back. Counts come on top."""
 ON_LANES = """\
 Tensor ranks hold the same tokens; without lanes each of them sends all, to one slice of each expert. \
 Sharing comes once, after combine; the experts of a token are assumed to be on different lanes where possible."""

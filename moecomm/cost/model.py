@@ -61,26 +61,30 @@ class Cost:
     parts: dict[str, float]
     staging: float
 
-    def then(self, other: Cost) -> Cost:
-        """This call and then `other`."""
+    def then(self, cost: Cost) -> Cost:
+        """This call and then that of `cost`."""
+        inside, between = self.messages
+        inside_bytes, between_bytes = self.bytes
         return Cost(
-            messages=(self.messages[0] + other.messages[0], self.messages[1] + other.messages[1]),
-            bytes=(self.bytes[0] + other.bytes[0], self.bytes[1] + other.bytes[1]),
-            seconds=self.seconds + other.seconds,
-            parts={name: seconds + other.parts[name] for name, seconds in self.parts.items()},
-            # the first call frees its memory before the second needs any
-            staging=max(self.staging, other.staging),
+            messages=(inside + cost.messages[0], between + cost.messages[1]),
+            bytes=(inside_bytes + cost.bytes[0], between_bytes + cost.bytes[1]),
+            seconds=self.seconds + cost.seconds,
+            parts={name: seconds + cost.parts[name] for name, seconds in self.parts.items()},
+            # The first call frees its memory before the second needs any.
+            staging=max(self.staging, cost.staging),
         )
 
-    def beside(self, other: Cost) -> Cost:
-        """This call and `other`, on other ranks at the same time: all wait for the longer one."""
-        longer = self if self.seconds >= other.seconds else other
+    def beside(self, cost: Cost) -> Cost:
+        """This call and that of `cost`, on ranks of their own at the same time: all wait for the longer one."""
+        inside, between = self.messages
+        inside_bytes, between_bytes = self.bytes
+        longer = self if self.seconds >= cost.seconds else cost
         return Cost(
-            messages=(max(self.messages[0], other.messages[0]), max(self.messages[1], other.messages[1])),
-            bytes=(max(self.bytes[0], other.bytes[0]), max(self.bytes[1], other.bytes[1])),
+            messages=(max(inside, cost.messages[0]), max(between, cost.messages[1])),
+            bytes=(max(inside_bytes, cost.bytes[0]), max(between_bytes, cost.bytes[1])),
             seconds=longer.seconds,
             parts=longer.parts,
-            staging=max(self.staging, other.staging),
+            staging=max(self.staging, cost.staging),
         )
 
 
@@ -159,12 +163,15 @@ def _kinds(node: Counts, ranks_of_node: Counts) -> Iterator[Counts]:
     """Of groups [groups, ranks of a group], given as the node of each rank, one for each way to lie on the nodes."""
     # Whole worlds repeat a few patterns: the number of loops is small, whatever the number of groups.
     pattern = node - node[:, :1]
+    # Nodes of different sizes have different room for other groups.
     if ranks_of_node.min() < ranks_of_node.max():
-        pattern = np.concatenate([pattern, ranks_of_node[node]], axis=1)
+        sizes = ranks_of_node[node]
+        pattern = np.concatenate([pattern, sizes], axis=1)
     while len(node):
         yield node[0]
-        others = (pattern != pattern[0]).any(axis=1)
-        node, pattern = node[others], pattern[others]
+        differs = (pattern != pattern[0]).any(axis=1)
+        node = node[differs]
+        pattern = pattern[differs]
 
 
 def predict_lanes(
@@ -210,46 +217,59 @@ def _cost(
     # Ranks on nodes of the same size do the same work, so one list of steps for each size stands for all ranks.
     # plain integers: products of numpy's int64 would overflow for large blocks
     lists = [algorithm(links, sizes, size, block / chunks) for size in np.unique(sizes).tolist()]
-    hop_parts = np.zeros((2, len(PARTS)))
+    enter = _work(starts=1)
+    entering = _Step(enter, int(sizes.max()) * enter)
+    of_hops = np.zeros((2, len(PARTS)))
     for steps in zip(*lists, strict=True):
         # All ranks wait for the slowest node before the next step.
-        slowest = max((_seconds(links, step, groups_per_node) for step in steps), key=np.sum)
-        hop_parts[steps[0].hop - 1] += slowest
-    enter = _work(starts=1)
-    node = int(sizes.max())
-    parts = _seconds(links, _Step(enter, node * enter), groups_per_node)
-    parts = parts + hop_parts.sum(axis=0) + (chunks - 1) * _overlapped(hop_parts)
-    totals = [chunks * np.sum([step.rank for step in steps], axis=0) for steps in lists]
-    sent = np.max(totals, axis=0)
+        slowest = max(
+            (_seconds(links, step, groups_per_node) for step in steps),
+            key=np.sum,
+        )
+        of_hops[steps[0].hop - 1] += slowest
+    seconds = _seconds(links, entering, groups_per_node)
+    seconds += of_hops.sum(axis=0)
+    # While two pieces are under way their hops overlap, at all times but at the ends.
+    seconds += (chunks - 1) * _overlapped(of_hops)
+    totals = [np.sum([step.rank for step in steps], axis=0) for steps in lists]
+    sent = chunks * np.max(totals, axis=0)
     inside, between = sent[MESSAGES]
+    staging = max(step.staging for steps in lists for step in steps)
     return Cost(
         messages=(round(inside), round(between)),
         bytes=tuple(sent[BYTES].tolist()),
-        seconds=float(parts.sum()),
-        parts=dict(zip(PARTS, parts.tolist(), strict=True)),
-        # two pieces are under way
-        staging=min(chunks, 2) * max(step.staging for steps in lists for step in steps),
+        seconds=float(seconds.sum()),
+        parts=dict(zip(PARTS, seconds.tolist(), strict=True)),
+        # Of two pieces at a time.
+        staging=min(chunks, 2) * staging,
     )
 
 
-def _overlapped(hop_parts: Work) -> Work:
-    """[2, PARTS] of each hop -> [PARTS] of both at once: the two classes of links work side by side."""
-    both: Work = hop_parts.sum(axis=0)
-    shorter = int(np.argmin(both[:2]))
-    both[shorter] = 0
-    return both
+def _overlapped(of_hops: Work) -> Work:
+    """[2, PARTS] of each hop -> [PARTS] of the two at once: the two classes of links work side by side."""
+    seconds: Work = of_hops.sum(axis=0)
+    inside_and_between = seconds[:2]
+    shorter = int(np.argmin(inside_and_between))
+    seconds[shorter] = 0
+    return seconds
 
 
 def _seconds(links: Links, step: _Step, groups_per_node: float) -> Work:
     """[PARTS] seconds of one step."""
     share = groups_per_node / links.cores_per_node
-    work = max(_core_seconds(links, step.rank), share * _core_seconds(links, step.node), key=np.sum)
-    latency_inside, latency_between = step.rank[WAITS] * (links.inside.latency, links.between.latency)
+    work = max(
+        _core_seconds(links, step.rank),
+        share * _core_seconds(links, step.node),
+        key=np.sum,
+    )
+    waits_inside, waits_between = step.rank[WAITS]
     _, leaving = step.node[BYTES]
     network = leaving * groups_per_node / links.node_bandwidth
     # What the network adds to the work is time on links between nodes.
-    between = latency_between + hypot(work.sum(), network) - work.sum()
-    return work + np.array([latency_inside, between, 0, 0])
+    added = hypot(work.sum(), network) - work.sum()
+    inside = waits_inside * links.inside.latency
+    between = waits_between * links.between.latency + added
+    return work + np.array([inside, between, 0, 0])
 
 
 def _core_seconds(links: Links, work: Work) -> Work:
@@ -291,7 +311,7 @@ def _flat(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     rank = _work(
         inside=(inside, inside * block, wait_inside),
         between=(between, between * block, wait_between),
-        # the block of the rank itself
+        # The block of the rank itself.
         copied=block,
     )
     return [_Step(rank, size * rank)]
@@ -311,14 +331,17 @@ def _bruck(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     rank = _work(copied=2 * p * block)
     node = size * rank
     for bit in range((p - 1).bit_length()):
-        moved = int((distance >> bit & 1).sum()) * block
+        has_bit = distance >> bit & 1
+        moved = int(has_bit.sum()) * block
         # 2^k ranks forward is p - 2^k backward: so many ranks at one edge of a node leave it, at most all of them.
-        leaving = min(size, 1 << bit, p - (1 << bit)) if size < p else 0
+        forward = 1 << bit
+        leaving = min(size, forward, p - forward) if size < p else 0
         # Blocks are gathered into one message and scattered from it.
         inside = _work(inside=(1, moved, 1), copied=2 * moved)
         between = _work(between=(1, moved, 1), copied=2 * moved)
         rank = rank + (between if leaving else inside)
-        node = node + leaving * between + (size - leaving) * inside
+        node = node + leaving * between
+        node = node + (size - leaving) * inside
     return [_Step(rank, node)]
 
 
@@ -329,7 +352,8 @@ def _hierarchical(links: Links, sizes: Counts, size: int, block: float) -> list[
         return _library(links, sizes, size, block)
     if sizes.min() == sizes.max():
         (hop_one,) = _library(links, np.array([size]), size, block * num_nodes)
-        (hop_two,) = _library(links, np.ones(num_nodes, np.int64), 1, block * size)
+        one_a_node = np.ones(num_nodes, np.int64)
+        (hop_two,) = _library(links, one_a_node, 1, block * size)
         # Hop two was computed for a world of one rank a node. Here all ranks of the node do it at once.
         hop_two = _Step(hop_two.rank, size * hop_two.node)
     else:
@@ -353,31 +377,41 @@ def _uneven_hops(sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
     most = int(np.ceil(sizes / size).sum())
     fewest = int((sizes // size).sum())
     peers = size - 1
+    waits = min(peers, 1)
     sent_one = (p - fewest) * block if peers else 0
-    rank_one = _work(inside=(peers, sent_one, min(peers, 1)))
-    mean_one = _work(inside=(peers, p * peers / size * block, min(peers, 1)))
-    rank_two = _work(between=(most - 1, (most - 1) * size * block, 1))
-    mean_two = _work(between=((p - size) / size, (p - size) * block, 1))
-    return _Step(rank_one, size * mean_one), _Step(rank_two, size * mean_two)
+    sent_two = (most - 1) * size * block
+    # The node as a whole does what its ranks do on average.
+    mean_one = p * peers / size * block
+    mean_two = (p - size) * block
+    rank_one = _work(inside=(peers, sent_one, waits))
+    rank_two = _work(between=(most - 1, sent_two, 1))
+    node_one = size * _work(inside=(peers, mean_one, waits))
+    node_two = size * _work(between=((p - size) / size, mean_two, 1))
+    return _Step(rank_one, node_one), _Step(rank_two, node_two)
 
 
 def _shared(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     p = int(sizes.sum())
     num_nodes = len(sizes)
     # The largest node has the longest stream to another node, and all nodes make as many chunks as it does.
-    chunks = max(1, ceil(int(sizes.max()) ** 2 * block / chunk_bytes(num_nodes)))
+    stream = int(sizes.max()) ** 2 * block
+    chunks = max(1, ceil(stream / chunk_bytes(num_nodes)))
     # The first chunk is copied in before the first exchange, and the last chunk is copied out after the last exchange.
     # All other copies are made while exchanges are under way.
     copies = _work(copied=p * block / chunks)
     edge = _Step(copies, size * copies)
-    member = _work(copied=2 * p * block * (1 - 1 / chunks), wakes=2 * chunks)
+    copied = 2 * p * block * (1 - 1 / chunks)
+    member = _work(copied=copied, wakes=2 * chunks)
     leader = _work()
     if num_nodes > 1:
+        messages = (num_nodes - 1) * chunks
+        leaving = size * (p - size) * block
         # Two exchanges are under way at a time, so the leader waits once for two of them.
-        waits = ceil(chunks / 2)
-        leader = _work(between=((num_nodes - 1) * chunks, size * (p - size) * block, waits))
-    slots = NUM_SLOTS * (2 * num_nodes - 1) * chunk_bytes(num_nodes) / size
-    return [edge, _Step(member + leader, size * member + leader, slots), edge]
+        leader = _work(between=(messages, leaving, ceil(chunks / 2)))
+    num_slots = NUM_SLOTS * (2 * num_nodes - 1)
+    slots = num_slots * chunk_bytes(num_nodes) / size
+    exchanges = _Step(member + leader, size * member + leader, slots)
+    return [edge, exchanges, edge]
 
 
 ALGORITHMS: dict[str, _Algorithm] = {
