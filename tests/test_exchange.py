@@ -308,7 +308,7 @@ def test_bfloat16_is_summed_in_float32(send: str) -> None:
     """256 + 1 + 1 + 1 is 256 if each sum is rounded to bfloat16, and 260 if only the last one is."""
 
     def body(comm: Comm) -> None:
-        exchange = RoutedExchange(FlatAllToAll(comm), 4, send=send)
+        exchange = RoutedExchange(FlatAllToAll(comm), 4, send=send, partial_sums="wide")
         routing = Routing(torch.tensor([[0, 6, 2, 7]]), torch.tensor([[256.0, 1, 1, 1]]))
         rows, plan = exchange.dispatch(torch.ones(1, 6).bfloat16(), routing)
         y = exchange.combine(rows, plan)
@@ -329,13 +329,32 @@ def test_sending_tokens_gives_the_same_within_rounding(dtype: torch.dtype) -> No
         )
         plain, dedup = (
             exchange.combine(*exchange.dispatch(x, routing))
-            for exchange in (RoutedExchange(FlatAllToAll(comm), 4, send=send) for send in ("assignments", "tokens"))
+            for exchange in (
+                RoutedExchange(FlatAllToAll(comm), 4, send=send, partial_sums="wide")
+                for send in ("assignments", "tokens")
+            )
         )
         # float32 sums in another order, rounded once: nearly all 16-bit results are the same
         assert dtype == torch.float32 or (plain != dedup).sum() <= 0.02 * plain.numel()
         torch.testing.assert_close(plain, dedup)
 
     threads.run(3, body)
+
+
+def test_partial_sums_travel_in_the_dtype_of_the_rows() -> None:
+    """Half the bytes of float32, for one more rounding of each rank's part: 256 + 1 is 256, 1 + 1 is 2."""
+
+    def body(comm: Comm) -> None:
+        for partial_sums, wanted, width in (("rows", 258, 2), ("wide", 260, 4)):
+            timed = Timed(comm)
+            exchange = RoutedExchange(FlatAllToAll(timed), 4, send="tokens", partial_sums=partial_sums)
+            routing = Routing(torch.tensor([[0, 6, 2, 7]]), torch.tensor([[256.0, 1, 1, 1]]))
+            rows, plan = exchange.dispatch(torch.ones(1, 6).bfloat16(), routing)
+            timed.clear()
+            assert (exchange.combine(rows, plan) == wanted).all()
+            assert timed.record["all_to_allv"].bytes.sum() == 6 * width
+
+    threads.run(2, body)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

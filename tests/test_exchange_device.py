@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moecomm import Comm, FlatAllToAll, HierarchicalAllToAll, Nodes, RoutedExchange, Routing, testing
-from moecomm.exchange import HierarchicalExchange
+from moecomm.exchange import HierarchicalExchange, StaticExchange
 from moecomm.transports import threads
 
 torch = pytest.importorskip("torch")
@@ -70,6 +70,13 @@ def test_hierarchical() -> None:
         return HierarchicalExchange(HierarchicalAllToAll(comm, _nodes(comm.size)), case.num_experts // comm.size)
 
     testing.check_exchange(threads.run, make, sizes=(1, 2, 3, 4, 5), make=torch.tensor)
+
+
+def test_static() -> None:
+    def make(comm: Comm, case: ExchangeCase) -> StaticExchange:
+        return StaticExchange(FlatAllToAll(comm), case.num_experts // comm.size, case.max_tokens)
+
+    testing.check_exchange(threads.run, make, make=torch.tensor)
 
 
 @pytest.mark.parametrize(("nodes", "experts"), test_hierarchical_exchange.PLACES)

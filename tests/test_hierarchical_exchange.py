@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ PLACES = [
 FOUR = [place for place in PLACES if sum(map(len, place[0])) == 4]
 
 
-def make(comm: Comm, nodes: Sequence[Sequence[int]], experts: object) -> HierarchicalExchange:
-    return HierarchicalExchange(HierarchicalAllToAll(comm, Nodes(nodes)), experts)  # type: ignore[arg-type]
+def make(comm: Comm, nodes: Sequence[Sequence[int]], experts: object, **options: Any) -> HierarchicalExchange:
+    return HierarchicalExchange(HierarchicalAllToAll(comm, Nodes(nodes)), experts, **options)  # type: ignore[arg-type]
 
 
 def check(comm: Comm, nodes: list[list[int]], experts: object, K: int) -> None:  # noqa: N803
@@ -214,7 +215,7 @@ def test_bfloat16_is_summed_in_float32_until_it_is_home() -> None:
     """256 + 1 + 1 + 1 + 1 is 256 if any partial sum is rounded to bfloat16, and 260 if only the last one is."""
 
     def body(comm: Comm) -> None:
-        exchange = make(comm, [[0, 1], [2, 3]], 2)
+        exchange = make(comm, [[0, 1], [2, 3]], 2, partial_sums="wide")
         routing = Routing(torch.tensor([[0, 1, 2, 4, 7]]), torch.tensor([[256.0, 1, 1, 1, 1]]))
         rows, plan = exchange.dispatch(torch.ones(1, 6).bfloat16(), routing)
         y = exchange.combine(rows, plan)
@@ -232,7 +233,7 @@ def test_it_gives_what_routed_exchange_gives_and_always_the_same(dtype: torch.dt
         x = torch.randn(17, 8, generator=generator).to(dtype)
         expert = torch.stack([torch.randperm(20, generator=generator)[:6] for _ in range(17)])
         routing = Routing(expert, torch.rand(17, 6, generator=generator))
-        exchange = make(comm, [[0, 4], [1, 2, 3]], 4)
+        exchange = make(comm, [[0, 4], [1, 2, 3]], 4, partial_sums="wide")
         first, again, flat = (
             one.combine(*one.dispatch(x, routing))
             for one in (exchange, exchange, RoutedExchange(FlatAllToAll(comm), 4))

@@ -6,6 +6,7 @@ from moecomm.exchange.direct.plan import DirectPlan
 from moecomm.exchange.hierarchical import HierarchicalExchange, RelayPlan
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange
+from moecomm.exchange.static import StaticExchange
 from moecomm.exchange.tensor_parallel import LanePlan, TensorParallelExchange
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Plan",
     "RelayPlan",
     "RoutedExchange",
+    "StaticExchange",
     "TensorParallelExchange",
 ]

@@ -60,6 +60,7 @@ class BlockCounts:
 
         Collective over the all-to-all.
         """
+        _refuse_capture(assignments)
         size, num_blocks = assignments.shape
         num_others = 0 if others is None else others.shape[1]
         sent = zeros((size, num_blocks + num_others + 2), "int64", assignments)
@@ -134,3 +135,15 @@ class BlockCounts:
         sums = [numbers[:, columns].sum(axis=1) for numbers in self.on_host()]
         hops = [Hop(*sums[first : first + 3]) for first in range(2, len(sums), 3)]
         return self._all_to_all._told_route(sums[0], sums[1], hops)
+
+
+def _refuse_capture(array: Array) -> None:
+    if not is_torch(array) or not array.is_cuda:
+        return
+    import torch
+
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dispatch: a CUDA graph cannot hold it, because the host waits for counts of rows; StaticExchange sends "
+            "none"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class HierarchicalExchange(RoutedExchange):
 
     A token of local rank l goes, once for each node that holds any of its experts, to its relay there: local rank l
     mod the size of that node. The relay copies it to the ranks that hold them. On the way back the answers are weighted
-    and summed on each rank, the relay sums these sums, and one row for each token and node goes home. Partial sums are
+    and summed on each rank, the relay sums these sums, and one row for each token and node goes home. Sums are added in
     float32 (float64 for float64 rows) and in a fixed order. Rows between nodes: for each token, the number of other
     nodes that it needs; inside: for each token and node, the number of ranks that it needs beside the relay.
 
@@ -48,6 +49,7 @@ class HierarchicalExchange(RoutedExchange):
                       placed in any order
     experts_per_rank  as for RoutedExchange
     hop               makes the all-to-all of each hop, over the group of that hop
+    partial_sums      as for RoutedExchange; "rows" rounds at each rank, relay and at home: three times
 
     With every row go its K weights, and four bytes for each of its assignments. Pays where top-k is large beside the
     number of nodes and the network is slower than the node. Memory beside input and output: the rows sent, relayed and
@@ -66,11 +68,12 @@ class HierarchicalExchange(RoutedExchange):
         experts_per_rank: int | Sequence[int] | Sequence[Sequence[int]],
         *,
         hop: Callable[[Comm], AllToAll] = FlatAllToAll,
+        partial_sums: Literal["rows", "wide"] = "rows",
     ) -> None:
         if not isinstance(all_to_all, HierarchicalAllToAll):
             name = type(all_to_all).__name__
             raise TypeError(f"HierarchicalExchange: all_to_all is a {name}, expected a HierarchicalAllToAll")
-        super().__init__(all_to_all, experts_per_rank, send="tokens")
+        super().__init__(all_to_all, experts_per_rank, send="tokens", partial_sums=partial_sums)
         nodes, rank = all_to_all.nodes, self.comm.rank
         self._between, self._inside = hop(all_to_all.cross), hop(all_to_all.local)
         with collective("HierarchicalExchange", self.comm):
@@ -127,7 +130,7 @@ class HierarchicalExchange(RoutedExchange):
         choice = Blocks(self._by_expert, inside.assignments.reshape(-1)).out(choice)
         away = table_of(choice, (int(leg_inside.route.recv_counts.sum()), num_choices))
         path = Path((rows.table, leg_between, relayed.table, leg_inside, away), self.comm)
-        return Way(path, lambda: inside.received_on_host().reshape(-1, self._holders.widest))
+        return Way(path, lambda: inside.received_on_host().reshape(-1, self._holders.widest).sum(axis=0))
 
     def _count_between(self, count: Array, num_rows: Array, num_inside: Array, alarm: Array) -> BlockCounts:
         """What each relay is told: blocks by local rank and expert, rows for it, rows that it sends to each local rank.

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from moecomm.all_to_all import AllToAll, Route
-from moecomm.arrays import Array, Counts, as_rows
+from moecomm.arrays import Array, as_rows
 from moecomm.comm import Comm, rows_text
 from moecomm.exchange.adjoint import Thread, linear
 from moecomm.exchange.table import Blocks, RowTable
@@ -89,7 +89,7 @@ class Path:
 
     def carry(self, rows: Array, thread: Thread) -> tuple[Array, Thread]:
         """Rows of tokens to the experts. Differentiable: the gradient comes back along the path, summed over copies."""
-        return linear(rows, thread, self._out, self._gradient_back, self.comm)
+        return linear(rows, thread, self.send, self._gradient_back, self.comm)
 
     def carry_back(self, rows: Array, thread: Thread) -> tuple[Array, Thread]:
         """Rows of experts to the tokens, summed over copies. Differentiable: the gradient goes out along the path."""
@@ -100,7 +100,8 @@ class Path:
         digest = self.legs()[0].digest
         return f"{rows_text(rows, in_equal_parts=False)} of the route {digest or 'without a digest'}"
 
-    def _out(self, rows: Array) -> Array:
+    def send(self, rows: Array) -> Array:
+        """`carry` of rows without a gradient, such as numbers."""
         for step in self.steps:
             rows = step.out(rows)
         return rows
@@ -111,7 +112,7 @@ class Path:
         return rows
 
     def _gradient_out(self, grad: Array) -> Array:
-        return self._out(self.comm.checked("backward pass of combine", as_rows, grad, "gradient", same=self.text))
+        return self.send(self.comm.checked("backward pass of combine", as_rows, grad, "gradient", same=self.text))
 
     def _gradient_back(self, grad: Array) -> Array:
         return self._back(self.comm.checked("backward pass of dispatch", as_rows, grad, "gradient", same=self.text))
@@ -121,12 +122,12 @@ class Path:
 class Way:
     """Where the rows of a dispatch go.
 
-    path      from the tokens of this rank to the experts of others: a table, a leg, and so on
-    received  returns [blocks, local experts]: the rows for each expert of this rank, whose sum is over the first axis
+    path             from the tokens of this rank to the experts of others: a table, a leg, and so on
+    rows_per_expert  returns [local experts or more]: the rows for each expert of this rank, first
     """
 
     path: Path
-    received: Callable[[], Counts]
+    rows_per_expert: Callable[[], Array]
 
     def at_home(self) -> RowTable:
         """The first step, of the rows that are sent."""

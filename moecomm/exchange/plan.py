@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecomm.arrays import Array, Counts
+from moecomm.arrays import Array
 from moecomm.exchange.adjoint import Thread
 from moecomm.exchange.path import Path
 from moecomm.exchange.table import RowTable
@@ -14,10 +14,13 @@ from moecomm.exchange.table import RowTable
 class Plan:
     """Made by `dispatch`, taken by `combine`; several may be in flight.
 
-    rows_per_expert  [local experts] int64: the rows that dispatch returned for each expert of this rank, in their order
+    rows_per_expert  [local experts] int64: the rows that dispatch returned for each expert of this rank, in their
+                     order. numpy; where the rows are for a StaticExchange
+    num_rows         rows that dispatch returned
     """
 
-    rows_per_expert: Counts
+    rows_per_expert: Array
+    num_rows: int
     path: Path
     """From the tokens of this rank to the experts of others."""
     at_home: RowTable

@@ -39,7 +39,9 @@ class RoutedExchange(Exchange[Plan]):
                       count up rank by rank. Or for each rank the list of the global ids that it holds
     send              "assignments": a row for each assignment; the weights stay at home.
                       "tokens": one row for each token and rank, however many of the rank's experts it goes to, and one
-                      row back, weighted and summed there, as float32. Saves bytes where top-k is large beside p.
+                      row back, weighted and summed there. Saves bytes where top-k is large beside p.
+    partial_sums      how such sums travel. "rows": rounded to the dtype of the rows, and their sum at home once more.
+                      "wide": as they are added, in float32 (float64 for float64 rows), and rounded at home alone
 
     Making one is not collective. Equal on all ranks: all arguments.
     Raises ValueError for experts that are held twice or lists that are not one per rank.
@@ -54,11 +56,15 @@ class RoutedExchange(Exchange[Plan]):
         experts_per_rank: int | Sequence[int] | Sequence[Sequence[int]],
         *,
         send: Literal["assignments", "tokens"] = "assignments",
+        partial_sums: Literal["rows", "wide"] = "rows",
     ) -> None:
         if not isinstance(all_to_all, AllToAll):
             raise TypeError(f"RoutedExchange: all_to_all is a {type(all_to_all).__name__}, expected an AllToAll")
         if send not in ("assignments", "tokens"):
             raise ValueError(f"RoutedExchange: send is {send!r}, expected 'assignments' or 'tokens'")
+        if partial_sums not in ("rows", "wide"):
+            raise ValueError(f"RoutedExchange: partial_sums is {partial_sums!r}, expected 'rows' or 'wide'")
+        self.partial_sums = partial_sums
         self.all_to_all = all_to_all
         self.comm = all_to_all.comm
         self.send = send
@@ -113,8 +119,8 @@ class RoutedExchange(Exchange[Plan]):
                 weight, thread = way.path.part(0, -1).carry(weight, thread)
             rows, thread = way.path.carry(x, thread)
             way.path.agree()
-            rows_per_expert = way.received()[:, : self.num_local_experts].sum(axis=0)
-            return rows, self._plan_type(rows_per_expert, way.path, way.at_home(), away, weight, thread)
+            rows_per_expert = way.rows_per_expert()[: self.num_local_experts]
+            return rows, self._plan_type(rows_per_expert, len(rows), way.path, way.at_home(), away, weight, thread)
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum.
@@ -133,8 +139,8 @@ class RoutedExchange(Exchange[Plan]):
                 answers, thread = plan.path.part(1, None).carry_back(rows, plan.thread)
                 y = weighted_sum(answers, plan.weight, plan.at_home, dtype, self.comm)
             else:
-                # The sums travel as wide as they are added: they are rounded when they are complete.
-                partial = weighted_sum(rows, plan.weight, plan.away, sum_dtype(rows), self.comm)
+                travelling = rows.dtype if self.partial_sums == "rows" else sum_dtype(rows)
+                partial = weighted_sum(rows, plan.weight, plan.away, travelling, self.comm)
                 y, thread = plan.path.part(0, -1).carry_back(partial, plan.thread)
                 y = as_dtype(y, dtype)
             return y if thread is None else y + thread.sum().to(dtype)
@@ -153,7 +159,7 @@ class RoutedExchange(Exchange[Plan]):
             return self._way_of_tokens(place, at_home, count, alarm)
         counts = BlockCounts.exchange(self.all_to_all, self._by_holder(count), None, alarm)
         path = Path((at_home, counts.leg_of_rows(alarmed=self.comm), self._blocks(counts)), self.comm)
-        return Way(path, counts.received_on_host)
+        return Way(path, lambda: counts.received_on_host().sum(axis=0))
 
     def _way_of_tokens(self, place: Array, assignments: RowTable, count: Array, alarm: Array) -> Way:
         """One row for each token and rank. With each assignment goes a number: its row's place there, and its choice.
@@ -170,7 +176,7 @@ class RoutedExchange(Exchange[Plan]):
         choice = self._blocks(counts).out(counts.send_choices(choice, num_choices))
         leg = counts.leg_of_rows()
         away = table_of(choice, (int(leg.route.recv_counts.sum()), num_choices))
-        return Way(Path((rows.table, leg, away), self.comm), counts.received_on_host)
+        return Way(Path((rows.table, leg, away), self.comm), lambda: counts.received_on_host().sum(axis=0))
 
     def _alarm(self, status: Array, count: Array) -> Array:
         """The alarm of BlockCounts. count [P + 1] of each place; the last one is of experts that no rank holds."""
@@ -194,14 +200,16 @@ class RoutedExchange(Exchange[Plan]):
         """The expert ids [T, K] and the status, where x is. The ranks compare their first arguments."""
 
         def same(checked: tuple[Array, Array]) -> str:
-            return (
-                f"{tokens_text(x)}, K = {checked[0].shape[1]}, send={self.send!r}, experts on each rank {self.experts}"
-            )
+            return f"{tokens_text(x)}, K = {checked[0].shape[1]}, {self._sizes_text()}"
 
         door = self.comm.checked if self._compared else self.comm.compared
         checked = door(f"{type(self).__name__}.dispatch", self._dispatch_arguments, x, routing, same=same)
         self._compared = True
         return checked
+
+    def _sizes_text(self) -> str:
+        """What was given to the constructor, which must be the same on all ranks."""
+        return f"send={self.send!r}, partial_sums={self.partial_sums!r}, experts on each rank {self.experts}"
 
     def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, Array]:
         if num_axes(x, "x") < 2:
@@ -242,10 +250,9 @@ class RoutedExchange(Exchange[Plan]):
             raise TypeError(
                 f"rows is a {type(rows).__name__}, expected a {type(plan.weight).__name__} as dispatch was given"
             )
-        wanted = int(plan.rows_per_expert.sum())
-        if num_axes(rows, "rows") < 2 or rows.shape[0] != wanted:
+        if num_axes(rows, "rows") < 2 or rows.shape[0] != plan.num_rows:
             raise ValueError(
-                f"rows has shape {tuple(rows.shape)}, expected ({wanted}, H): the rows that dispatch returned"
+                f"rows has shape {tuple(rows.shape)}, expected ({plan.num_rows}, H): the rows that dispatch returned"
             )
         if "float" not in dtype_name(rows):
             raise TypeError(f"rows has dtype {dtype_name(rows)}, expected floats, which can be weighted and summed")

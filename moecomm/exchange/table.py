@@ -110,8 +110,7 @@ def by_label(label: Array, num_labels: int) -> tuple[RowTable, Counts | Array]:
         return _table(_sorting(label)[: count.sum()], label.shape), count
     import torch
 
-    ordered, source = label.reshape(-1).sort(stable=True)
-    ends = torch.searchsorted(ordered, torch.arange(num_labels, device=label.device), right=True)
+    source, ends = _sorted_labels(label.reshape(-1), num_labels)
     count = torch.diff(ends, prepend=ends.new_zeros(1))
     row = torch.empty_like(source, dtype=torch.int32)
     row[source] = torch.arange(len(source), dtype=torch.int32, device=label.device)
@@ -173,6 +172,61 @@ def copies(destination: Array, row: Array, num_destinations: int, shape: tuple[i
     return Copies(RowTable(where.reshape(shape), source), copy - start[destination], count[:-1])
 
 
+def padded_copies(
+    destination: Array, row: Array, num_destinations: int, shape: tuple[int, int], room: int
+) -> tuple[RowTable, Array]:
+    """`copies` in blocks of `room` for each destination, with empty places, and how many rows found no room.
+
+    All assignments [T K] are given, those without a destination too.
+    """
+    num_rows, num_choices = shape
+    is_copied, pair = _pairs(destination, row, num_destinations, num_rows)
+    by_destination = is_copied.reshape(num_destinations + 1, num_rows)
+    slot = by_destination.cumsum(1).reshape(-1)[pair] - 1
+    choice = row * num_choices + by_destination.cumsum(0).reshape(-1)[pair] - 1
+    has_destination = destination < num_destinations
+    fits = has_destination & (slot < room)
+    # What goes nowhere is written behind the end, which is cut off.
+    place, choice_end = num_destinations * room, num_rows * num_choices
+    copy = where(fits, destination * room + slot, place)
+    source = zeros(place + 1, "int32", destination) - 1
+    source[copy] = as_int32(choice)
+    table = zeros(choice_end + 1, "int32", destination) - 1
+    table[where(has_destination, choice, choice_end)] = as_int32(where(fits, copy, -1))
+    lost = (by_destination[:-1].sum(1) - room).clip(0).sum()
+    return RowTable(table[:-1].reshape(shape), source[:-1]), lost
+
+
+def padded_by_label(label: Array, num_labels: int, max_rows: int) -> tuple[RowTable, Array, Array]:
+    """`by_label` with max_rows copies, the last ones empty: also the count of each label, and rows without room.
+
+    label  [M, K] 0 .. num_labels; num_labels: none
+    """
+    flat = label.reshape(-1)
+    order, ends = _sorted_labels(flat, num_labels)
+    num_rows = ends[-1] if num_labels else zeros((), "int64", flat)
+    ends = ends.clip(None, max_rows)
+    place = empty_rows(len(flat), order)
+    place[order] = arange(len(flat), flat)
+    row = where((flat < num_labels) & (place < max_rows), place, -1)
+    source = zeros(max_rows, "int32", flat) - 1
+    num_sources = min(max_rows, len(flat))
+    source[:num_sources] = as_int32(where(arange(num_sources, flat) < num_rows, order[:num_sources], -1))
+    count = ends + 0
+    count[1:] -= ends[:-1]
+    return RowTable(as_int32(row).reshape(label.shape), source), count, (num_rows - max_rows).clip(0)
+
+
+def _sorted_labels(label: Array, num_labels: int) -> tuple[Array, Array]:
+    """The order of labels [N] 0 .. num_labels, and where the assignments of each label but the last end in it."""
+    if not is_torch(label):
+        return _sorting(label), np.bincount(label, minlength=num_labels)[:num_labels].cumsum()
+    import torch
+
+    ordered, order = label.sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(num_labels, device=label.device), right=True)
+
+
 def table_of(choice: Array, shape: tuple[int, int]) -> RowTable:
     """The copies whose rows and choices, r * K + k, are `choice` [N], in this order."""
     if not is_torch(choice):
@@ -200,6 +254,20 @@ def constant(array: NDArray[Any], like: Array) -> Array:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
+
+
+def arange(length: int, like: Array) -> Array:
+    """0 .. length - 1 where `like` is."""
+    if not is_torch(like):
+        return np.arange(length)
+    import torch
+
+    return torch.arange(length, device=like.device)
+
+
+def where(condition: Array, chosen: Array, other: Array | int) -> Array:
+    """np.where, torch.where."""
+    return chosen.where(condition, other) if is_torch(chosen) else np.where(condition, chosen, other)
 
 
 def as_int32(array: Array) -> Array:

@@ -19,7 +19,7 @@ from moecomm.gating import host, ops
 def copy_rows(x: Tensor, row: Array, source: Array) -> Tensor:
     """x [T, ...] -> [N, H]."""
     if len(source) == 0 or x.numel() == 0:
-        return x.new_empty((len(source), *x.shape[1:]))
+        return x.new_zeros((len(source), *x.shape[1:]))
     flat = x.detach().resolve_conj().resolve_neg().contiguous().flatten(1)
     if x.is_cuda:
         return ops.permute.kernel(flat, row, source, 1)

@@ -19,12 +19,12 @@ from moecomm.gating import host
 
 
 def copy_rows(x: Array, row: Array, source: Array) -> Array:
-    """x [T, ...] -> [N, ...]: row n is that of the token whose assignment source[n] is. No assignment is missing."""
+    """x [T, ...] -> [N, ...]: row n is that of the token whose assignment source[n] is, or zeros where that is -1."""
     shape = (len(source), *x.shape[1:])
     if not is_torch(x):
         if 0 in shape:
             return np.empty(shape, x.dtype)
-        bytes_of_rows = np.ascontiguousarray(x).reshape(len(x), -1).view(np.uint8)
+        bytes_of_rows = np.ascontiguousarray(x).reshape(len(x), math.prod(shape[1:])).view(np.uint8)
         return host.permute(bytes_of_rows, row, source, 1).view(x.dtype).reshape(shape)
     from moecomm.gating import row_tensors
 
