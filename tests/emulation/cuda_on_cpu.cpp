@@ -14,7 +14,7 @@
 #include <random>
 #include <vector>
 
-Index threadIdx, blockIdx, blockDim;
+Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
@@ -122,7 +122,7 @@ void resume(Thread* taken) {
 int run_block(Block& of) {
   int ran = 0;
   block = &of;
-  blockIdx.x = of.index, blockDim.x = of.launch->threads;
+  blockIdx.x = of.index, blockDim.x = of.launch->threads, gridDim.x = of.launch->blocks;
   for (Thread* each : of.threads) {
     if (each->done || (each->awaited && *each->awaited == each->seen)) continue;
     ++ran;
