@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moecomm import Comm, FlatAllToAll, HierarchicalAllToAll, Nodes, RoutedExchange, Routing, testing
+from moecomm import (
+    Comm,
+    FlatAllToAll,
+    HierarchicalAllToAll,
+    Nodes,
+    RoutedExchange,
+    Routing,
+    TensorParallelExchange,
+    Topology,
+    build_groups,
+    testing,
+)
 from moecomm.exchange import HierarchicalExchange, StaticExchange
 from moecomm.transports import threads
 
@@ -106,3 +117,36 @@ def test_expert_that_nobody_holds_is_refused_by_all(send: str) -> None:
 def _nodes(size: int) -> Nodes:
     ragged = [list(range(0, size, 2)), list(range(1, size, 2))]
     return Nodes([ranks for ranks in ragged if ranks])
+
+
+@pytest.mark.parametrize("output", ["replicated", "sequence"])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_lanes(output: str, static: bool, top_k: int) -> None:
+    """Against one rank's own sum, gradients too: 2 lanes of 2 expert ranks, 5 tokens that each pair of lanes shares."""
+
+    def body(comm: Comm) -> None:
+        groups = build_groups(comm, Topology(4, tensor=2, expert=4))
+        lane = groups.topology.group_of(comm.rank, "expert_lane")
+        held = [[2 * rank, 2 * rank + 1] for rank in lane]
+        flat = FlatAllToAll(groups.expert_lane)
+        inner = StaticExchange(flat, held, 5) if static else RoutedExchange(flat, held)
+        exchange = TensorParallelExchange(inner, groups.tensor, output=output)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(comm.rank // 2)
+        x = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        weight = torch.rand(5, top_k, generator=generator, dtype=torch.float64, requires_grad=True)
+        expert = torch.stack([torch.randperm(8, generator=generator)[:top_k] for _ in range(5)])
+        rows, plan = exchange.dispatch(x, Routing(expert, weight))
+        ids = torch.tensor(held[groups.expert_lane.rank]).repeat_interleave(torch.as_tensor(plan.rows_per_expert))
+        factor = torch.zeros(len(rows), 1, dtype=torch.float64)
+        factor[: len(ids), 0] = ids.double() + 1
+        y = exchange.combine(torch.tanh(rows) * factor, plan)
+        wanted = torch.tanh(x) * (weight * (expert + 1)).sum(1, keepdim=True)
+        part = wanted if output == "replicated" else wanted.tensor_split(2)[groups.tensor.rank]
+        torch.testing.assert_close(y, part)
+        # Each token's gradient counts once: the lanes' copies of a whole output, or the parts, are one output.
+        grads = torch.autograd.grad(y.sum(), (x, weight))
+        for got, correct in zip(grads, torch.autograd.grad(wanted.sum(), (x, weight)), strict=True):
+            torch.testing.assert_close(got, correct)
+
+    threads.run(4, body)

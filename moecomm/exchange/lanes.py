@@ -17,33 +17,37 @@ from moecomm.exchange.adjoint import linear
 class Share:
     """Who has which answers: known to all tensor ranks from the routing alone.
 
-    tokens      for each lane, the tokens that it has an answer for, ascending
-    num_tokens  T
-    output      "replicated" or "sequence", as in TensorParallelExchange
+    tokens  for each lane, the tokens that it has an answer for, ascending; None where only a device knows
+    shape   (T, K)
+    output  "replicated" or "sequence", as in TensorParallelExchange
     """
 
-    tokens: list[Counts]
-    num_tokens: int
+    tokens: list[Counts] | None
+    shape: tuple[int, int]
     output: Literal["replicated", "sequence"]
 
     def one_lane_each(self) -> bool:
         """Whether no token has answers on two lanes: then nothing is left to add."""
+        if self.tokens is None:
+            return self.shape[1] <= 1
         tokens = np.concatenate(self.tokens)
         return len(np.unique(tokens)) == len(tokens)
 
     def gather_is_shorter(self) -> bool:
         """An all-gather moves (L - 1) / L of all answered rows to each rank, an all-reduce 2 (L - 1) / L of T rows."""
-        return sum(map(len, self.tokens)) <= 2 * self.num_tokens
+        return self.tokens is not None and sum(map(len, self.tokens)) <= 2 * self.shape[0]
 
-    def part_sizes(self) -> Counts:
+    def part_sizes(self, num_lanes: int) -> Counts:
         """[L] tokens of each tensor rank's part of the sequence, as np.array_split cuts them."""
-        L = len(self.tokens)  # noqa: N806
-        return np.array([self.num_tokens // L + (i < self.num_tokens % L) for i in range(L)], np.int64)
+        least, remainder = divmod(self.shape[0], num_lanes)
+        return np.array([least + (lane < remainder) for lane in range(num_lanes)], np.int64)
 
     def within(self, part: int) -> Iterator[Counts]:
         """For each lane, its tokens in one part of the sequence, counted from that part's start."""
-        ends = np.cumsum(self.part_sizes())
-        start = ends[part] - self.part_sizes()[part]
+        assert self.tokens is not None
+        sizes = self.part_sizes(len(self.tokens))
+        ends = np.cumsum(sizes)
+        start = ends[part] - sizes[part]
         for tokens in self.tokens:
             yield tokens[np.searchsorted(tokens, start) : np.searchsorted(tokens, ends[part])] - start
 
@@ -70,27 +74,39 @@ def share(answers: Array, plan: Share, tensor: Comm) -> Array:
     """
 
     def whole(grad: Array) -> Array:
-        return tensor.all_gather(grad, plan.part_sizes()) if plan.output == "sequence" else grad
+        return tensor.all_gather(grad, plan.part_sizes(tensor.size)) if plan.output == "sequence" else grad
 
     return linear(answers, None, lambda answers: sum_over_lanes(answers, plan, tensor), whole, tensor)[0]
 
 
 def sum_over_lanes(answers: Array, plan: Share, tensor: Comm) -> Array:
     """`share` without a gradient."""
-    mine = plan.tokens[tensor.rank]
     if plan.output == "replicated" and not plan.gather_is_shorter():
         return tensor.all_reduce(answers)
+    if plan.tokens is None:
+        return _sum_of_part(answers, plan.part_sizes(tensor.size), tensor)
+    answered = plan.tokens[tensor.rank]
     if plan.output == "replicated":
-        num_rows, tokens = plan.num_tokens, plan.tokens
-        rows = tensor.all_gather(answers[mine], [len(t) for t in tokens])
+        num_rows, tokens = plan.shape[0], plan.tokens
+        rows = tensor.all_gather(answers[answered], [len(t) for t in tokens])
     else:
-        num_rows, tokens = int(plan.part_sizes()[tensor.rank]), list(plan.within(tensor.rank))
+        num_rows, tokens = int(plan.part_sizes(tensor.size)[tensor.rank]), list(plan.within(tensor.rank))
         send_counts = [len(list(plan.within(part))[tensor.rank]) for part in range(tensor.size)]
-        rows = tensor.all_to_all(answers[mine], send_counts, [len(t) for t in tokens])
+        rows = tensor.all_to_all(answers[answered], send_counts, [len(t) for t in tokens])
     total = empty_rows(num_rows, answers)
     total[...] = 0
     start = 0
     for lane in tokens:  # in lane order
         total[lane] += rows[start : start + len(lane)]
         start += len(lane)
+    return total
+
+
+def _sum_of_part(answers: Array, part_sizes: Counts, tensor: Comm) -> Array:
+    """This rank's part of the sum of answers [T, ...], added lane by lane. Collective."""
+    size = int(part_sizes[tensor.rank])
+    rows = tensor.all_to_all(answers, part_sizes, np.full(tensor.size, size))
+    total = rows[:size]
+    for lane in range(1, tensor.size):
+        total = total + rows[lane * size : (lane + 1) * size]
     return total

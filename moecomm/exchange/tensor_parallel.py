@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.arrays import Array, Counts, as_dtype, num_axes, sum_dtype
+from moecomm.arrays import Array, Counts, as_dtype, is_torch, num_axes, sum_dtype
 from moecomm.comm import Comm, rows_text
 from moecomm.exchange.contract import Exchange
 from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
-from moecomm.exchange.routed import RoutedExchange, on_host, on_host_as_int64
+from moecomm.exchange.routed import RoutedExchange, expert_ids, on_host
+from moecomm.exchange.table import arange, constant, where
 from moecomm.failures import Failing, collective, refused
 from moecomm.gating import Routing
 from moecomm.together import together
@@ -49,7 +50,8 @@ class TensorParallelExchange(Exchange[LanePlan]):
     reach an expert, assignment t * K + k goes through lane number (t * K + k) mod R of them. Afterwards the lanes share
     their answers: an all-gather of the answered rows or an all-reduce, whichever moves fewer bytes. If every token is
     answered by one lane alone, as for K = 1, the bits are those of the exchange without lanes; else float32 sums are
-    added, lane by lane after the all-gather, in the library's order by the all-reduce.
+    added, lane by lane after the all-gather, in the library's order by the all-reduce. On a GPU the host does not know
+    which tokens a lane answers: all T rows are summed, by the all-reduce, or part by part where output is "sequence".
 
     x and the routing must be the same on all tensor ranks: give a `Checked` tensor Comm to have the routing and the
     shape of x compared.
@@ -91,6 +93,8 @@ class TensorParallelExchange(Exchange[LanePlan]):
         self.num_experts = reach.shape[1]
         """E, one more than the highest id that some lane reaches."""
         self._turn, self._num_replicas = _turns(parts, reach)
+        self._turns: dict[Any, tuple[Array, Array]] = {}
+        """The same where expert ids are: by device, None for the host."""
 
     @property
     def comms(self) -> tuple[Failing, ...]:
@@ -113,15 +117,13 @@ class TensorParallelExchange(Exchange[LanePlan]):
             expert = self._opened(
                 "dispatch", self._dispatch_arguments, x, routing, same=lambda expert: _same_text(x, routing, expert)
             )
-            lanes = range(self.tensor.size)
-            goes_by = [
-                self._turn[lane][expert] == _assignments(expert) % self._num_replicas[lane][expert] for lane in lanes
-            ]
-            tokens = [np.flatnonzero(mine.any(axis=1)) for mine in goes_by]
+            tokens = None
+            if not is_torch(expert):
+                tokens = [np.flatnonzero(self._goes_by(lane, expert).any(axis=1)) for lane in range(self.tensor.size)]
             x, weight = replicated(x, self.tensor), replicated(routing.weight, self.tensor)
-            on_my_lane = np.where(goes_by[self.tensor.rank], expert, -1)
-            rows, plan = self.inner.dispatch(x, replace(routing, expert=on_my_lane, weight=weight))
-            return rows, LanePlan(plan.rows_per_expert, plan, Share(tokens, len(expert), self.output))
+            on_lane = where(self._goes_by(self.tensor.rank, expert), expert, -1)
+            rows, plan = self.inner.dispatch(x, replace(routing, expert=on_lane, weight=weight))
+            return rows, LanePlan(plan.rows_per_expert, plan, Share(tokens, expert.shape, self.output))
 
     def combine(self, rows: Array, plan: LanePlan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum. Collective as dispatch is.
@@ -138,6 +140,17 @@ class TensorParallelExchange(Exchange[LanePlan]):
             partial = self.inner.combine(rows, plan.inner, dtype if plan.share.one_lane_each() else sum_dtype(rows))
             return as_dtype(share(partial, plan.share, self.tensor), dtype)
 
+    def _goes_by(self, lane: int, expert: Array) -> Array:
+        """[T, K] whether an assignment goes by the lane. So does an id of no expert, which inner then refuses."""
+        key = expert.device if is_torch(expert) else None
+        if key not in self._turns:
+            self._turns[key] = constant(self._turn, expert), constant(self._num_replicas, expert)
+        turn, num_replicas = self._turns[key]
+        is_known = (expert >= -1) & (expert < self.num_experts)
+        ids = where(is_known, expert, -1)
+        number = arange(ids.shape[0] * ids.shape[1], ids).reshape(ids.shape)
+        return (turn[lane][ids] == number % num_replicas[lane][ids]) | ~is_known
+
     def _opened(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
         """What `check` returns. What the tensor ranks refuse, the lanes of all of them are told."""
         try:
@@ -146,12 +159,12 @@ class TensorParallelExchange(Exchange[LanePlan]):
             self.inner.comm.tell_refusal(error)
             raise
 
-    def _dispatch_arguments(self, x: Array, routing: Routing) -> Counts:
+    def _dispatch_arguments(self, x: Array, routing: Routing) -> Array:
         num_axes(x, "x")
-        expert = on_host_as_int64(routing.expert)
+        expert = expert_ids(routing.expert, x)
         if expert.ndim != 2:
-            raise ValueError(f"routing.expert has shape {expert.shape}, expected (T, K)")
-        if expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
+            raise ValueError(f"routing.expert has shape {tuple(expert.shape)}, expected (T, K)")
+        if not is_torch(expert) and expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
             raise ValueError(f"routing.expert has {expert.min()}..{expert.max()}, expected -1..{self.num_experts - 1}")
         return expert
 
@@ -163,15 +176,10 @@ def _checked_plan(rows: Array, plan: LanePlan) -> LanePlan:
     return plan
 
 
-def _same_text(x: Array, routing: Routing, expert: Counts) -> str:
+def _same_text(x: Array, routing: Routing, expert: Array) -> str:
     """Of what all tensor ranks have."""
-    digest = hashlib.blake2b(expert.tobytes() + on_host(routing.weight).tobytes(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(on_host(expert).tobytes() + on_host(routing.weight).tobytes(), digest_size=6).hexdigest()
     return f"{rows_text(x, in_equal_parts=True)}, routing {digest}"
-
-
-def _assignments(expert: Counts) -> Counts:
-    """[T, K] the flat index t * K + k."""
-    return np.arange(expert.size).reshape(expert.shape)
 
 
 def _gather_reach(inner: RoutedExchange, tensor: Comm, part: tuple[int, int]) -> tuple[Counts, NDArray[np.bool_]]:
