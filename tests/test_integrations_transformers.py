@@ -162,6 +162,7 @@ class Dispatches:
         DispatchedExperts._answers = counted  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", LAYOUTS)
 def test_logits_and_gradients_are_those_of_one_rank(saved: Path, tmp_path: Path, size: int) -> None:
     """And the files that are written after a step have all experts: one rank loads them."""
@@ -232,7 +233,20 @@ def two_hops(folder: Path, alone: Alone) -> None:
     torch.testing.assert_close(logits, alone.logits[dist.get_rank()], rtol=0, atol=1e-5)
 
 
-def test_four_ranks_in_other_ways(saved: Path) -> None:
+def read_under_another_layout(folder: Path, shards: Path) -> None:
+    """The files of each rank alone, which it need not gather."""
+    model = distributed(folder, fsdp_size=4, ep_size=4)
+    model.save_pretrained(shards, distributed_checkpoint=True)
+    text = sentences(0)
+    for layout in ({"fsdp_size": 4, "ep_size": 2}, {"tp_size": 2, "fsdp_size": 2, "ep_size": 4}):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                distributed(shards, **layout)(text).logits, model(text).logits, rtol=0, atol=1e-5
+            )
+
+
+@pytest.mark.slow
+def test_four_ranks_in_other_ways(saved: Path, tmp_path: Path) -> None:
     alone = {name: Alone(saved / name, 4) for name in ("mixtral", "gpt_oss")}
 
     def body(comm: Comm) -> None:
@@ -240,6 +254,7 @@ def test_four_ranks_in_other_ways(saved: Path) -> None:
         for name, expected in alone.items():
             two_copies_of_each_expert(saved / name, expected)
             two_hops(saved / name, expected)
+            read_under_another_layout(saved / name, tmp_path / name)
 
     gloo_run(4, body)
 
@@ -285,6 +300,7 @@ def all_to_one_rank(folder: Path, alone: Alone, dispatches: Dispatches, comm: Co
     assert num_idle.sum(axis=0).tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_two_ranks_in_other_ways(saved: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved / "mixtral")
     for layer in model.model.layers:
