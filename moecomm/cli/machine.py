@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from moecomm.cli.tables import paragraph
+from moecomm.cli.tables import paragraph, scaled
 from moecomm.comm import Comm
 from moecomm.draw.words import nodes_in_words, ranks_in_words
 from moecomm.nodes import Nodes
@@ -49,8 +49,9 @@ def run(_: argparse.Namespace) -> None:
     }
     for i, ranks in enumerate(nodes.ranks):
         lines[f"  node {i}"] = ranks_in_words(ranks)
+    # A long text goes on below its beginning, not below its name.
     for name, text in lines.items():
-        print(paragraph(text, first=f"{name:8}  ", rest=" " * 10))
+        print(paragraph(text, start=f"{name:8}  ", indent=" " * 10))
 
 
 def place() -> tuple[int, Nodes]:
@@ -72,10 +73,10 @@ def world() -> Comm:
     return MpiComm(MPI.COMM_WORLD)
 
 
-def report(look: Callable[[], str], remedy: str) -> str:
-    """The text that `look` returns, or why it fails, with the remedy."""
+def report(describe: Callable[[], str], remedy: str) -> str:
+    """The text that `describe` returns, or why it fails, with the remedy."""
     try:
-        return look()
+        return describe()
     except ModuleNotFoundError:
         return f"not installed; {remedy}"
     except Exception as error:
@@ -85,12 +86,14 @@ def report(look: Callable[[], str], remedy: str) -> str:
 
 def cores() -> str:
     """The cores of the machine, and those that this process may use."""
+    # A job's share of a machine is often smaller than the machine.
     return f"{os.cpu_count()}, {len(os.sched_getaffinity(0))} of them for this process"
 
 
 def memory() -> str:
     """The memory of the machine."""
-    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return scaled(size, "B", 1024)
 
 
 def mpi() -> str:
@@ -125,6 +128,7 @@ def cupy() -> str:
     import cupy
     from cupy.cuda import nccl, runtime
 
+    # As 22705 for 2.27.5.
     number = nccl.get_version()
     properties = [runtime.getDeviceProperties(i) for i in range(runtime.getDeviceCount())]
     names = [device["name"].decode() for device in properties]

@@ -5,18 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecomm.cli.tables import Column, paragraph, rounded, scaled, text_table
+from moecomm.cli.plan_report import as_json, assumptions, heading, in_words, layout_table, tried, verdict
+from moecomm.cli.tables import paragraph, scaled
 from moecomm.cli.topology import add_wide, positive, ranks
-from moecomm.cost import GPU_NODES, Candidate, Links, Machine, RankMemory, Sizes, Workload, candidates, pareto_front
+from moecomm.cost import (
+    GPU_NODES,
+    Candidate,
+    Links,
+    Machine,
+    RankMemory,
+    Sizes,
+    Workload,
+    candidates,
+    layers_memory,
+    pareto_front,
+)
 from moecomm.draw.layouts import layouts_svg
-from moecomm.draw.words import counted, layout_in_words, nodes_in_words, topology_in_words
+from moecomm.draw.words import counted
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
 
@@ -39,40 +50,9 @@ MODEL_SIZES = {
 }
 """What a Config says of a model, name -> default and meaning; default None: it depends on another."""
 MATRICES = {"gelu": 2, "swiglu": 3}
-MOST_LINES = 12
-"""Lines of the table without --wide, unless the front is longer."""
-TERMS = {
-    "inside": "links inside nodes",
-    "between": "links between nodes",
-    "copy": "copies",
-    "call": "calls",
-    "sharing": "sharing answers among tensor ranks",
-    "experts": "experts",
-    "hidden": "what is not hidden",
-}
-"""The terms of a Candidate in words."""
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15} | {
     f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGT", start=1)
 }
-PASSES_IN_WORDS = {
-    "training": "Forward and backward pass; the latter exchanges as much as the former and computes twice as much. ",
-    "inference": "Forward pass alone. ",
-}
-ASSUMED = """\
-Time: dispatch, experts, combine and, with several tensor ranks, sharing the answers among them, for the tokens of all \
-ranks; L tensor ranks hold the same tokens, so it takes L rounds. Messages: dispatch and combine of one layer, of the \
-rank and in the group that send most, even where a message has less than a row. {overlap} Experts: {flops}FLOP/s a \
-rank, or their weights read at {bandwidth}B/s where rows are few. All are equally popular; counts, other layers and \
-the sum of gradients over the ranks are not in the time."""
-ASSUMED_MEMORY = {
-    "training": """\
-Memory, of a rank: weights and gradients of {0} bytes a number, {1} bytes a parameter for the optimizer, rows and \
-activations of experts for the backward pass, buffers of the exchange""",
-    "inference": "Memory, of a rank: weights of {0} bytes a number, one layer's rows, buffers of the exchange",
-}
-ASSUMED_LINKS = """\
-The machine is assumed, not measured: moecomm.cost.GPU_NODES, 450 GB/s a GPU inside a node and 400 Gbit/s a GPU \
-between nodes. --links takes measured figures. SharedAllToAll, for rows in host memory, is left out."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="E[,E]|CONFIG",
         help="experts of each layer: 64, or 32x10,64x2 for ten layers and two; or the name of a moecomm.nn.CONFIGS",
     )
+    # Their defaults come later: a CONFIG has sizes of its own, and refuses others.
     for name, (default, meaning) in MODEL_SIZES.items():
         known = meaning if default is None else f"{meaning} ({default})"
         kind = quantity if name == "dense" else positive
@@ -104,8 +85,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     layout.add_argument("--tensor", type=sizes, default=[1], metavar="L[,L]", help="ranks with the same tokens (1)")
     layout.add_argument("--expert-tensor", type=sizes, default=[1], metavar="N[,N]", help="slices of an expert (1)")
-    layout.add_argument("--memory", type=size_in_bytes, metavar="SIZE", help="of a rank, as 141GiB: the most to use")
+    layout.add_argument(
+        "--memory", type=size_in_bytes, default=inf, metavar="SIZE", help="of a rank, as 141GiB: the most to use"
+    )
 
+    add_machine_options(parser)
+    output = parser.add_argument_group("the output")
+    output.add_argument("--svg", type=Path, metavar="FILE", help="draw time against memory too")
+    output.add_argument("--json", action="store_true", help="print all layouts as JSON, the best first")
+    add_wide(output)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """What the links and the ranks can do."""
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--links", type=Path, metavar="FILE", help="its measured figures: Links.to_json()")
     machine.add_argument(
@@ -121,11 +113,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--chunks", type=positive, default=1, metavar="N", help="pieces whose hops overlap, if hierarchical (1)"
     )
 
-    output = parser.add_argument_group("the output")
-    output.add_argument("--svg", type=Path, metavar="FILE", help="draw time against memory too")
-    output.add_argument("--json", action="store_true", help="print all layouts as JSON, the best first")
-    add_wide(output)
-
 
 # ---- what the options mean -------------------------------------------------------------------------------------------
 
@@ -138,6 +125,7 @@ def sizes(text: str) -> list[int]:
 def quantity(text: str) -> float:
     """A number > 0 with a prefix or none: 400T, 1.3e9."""
     match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)([kMGTP]?|[KMGT]i)", text)
+    # 1.2.3 matches too, and 1e400 is infinite.
     try:
         value = float(match[1]) * UNITS[match[2]] if match else 0.0
     except ValueError:
@@ -160,6 +148,7 @@ def share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
+    # Written so that nan is refused.
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number in 0 .. 1")
     return value
@@ -179,6 +168,7 @@ def config_of(options: argparse.Namespace) -> Config | None:
     # 350m-moe-128 begins with a digit too.
     if re.fullmatch(r"[0-9x,]+", options.experts):
         return None
+    # Only here, as torch is slow to import and numbers of experts do not need it.
     try:
         from moecomm.nn import config_named
     except ModuleNotFoundError as error:
@@ -237,20 +227,27 @@ def memory_of_model(config: Config, workload: Workload) -> Callable[[dict[int, T
         unspread = {count: replace(topology, inner="expert") for count, topology in topologies.items()}
         key = tuple(unspread.values())
         if key not in known:
-            dense_layer = key[0]
-            of_layers = [unspread.get(count, dense_layer) for count in config.experts]
+            # A layer without experts is in the list too: its topology has no meaning beside that of the dense weights.
+            of_layers = [unspread.get(count, key[0]) for count in config.experts]
             estimate = memory_estimate(
-                config, of_layers, sequences=1, length=workload.tokens, dtype=dtypes[workload.dtype_bytes]
+                config,
+                of_layers,
+                sequences=1,
+                length=workload.tokens,
+                dtype=dtypes[workload.dtype_bytes],
             )
-            known[key] = RankMemory(estimate.weights, 0, 0, 0)
-            if workload.mode == "training":
-                known[key] = RankMemory(
-                    estimate.weights,
-                    estimate.gradients,
-                    estimate.gradients / workload.dtype_bytes * workload.optimizer_bytes,
-                    estimate.activations + estimate.buffers,
-                )
-        return known[key]
+            known[key] = RankMemory(
+                estimate.weights,
+                estimate.gradients,
+                # The optimizer has as many numbers for each parameter as there are gradients.
+                estimate.gradients / workload.dtype_bytes * workload.optimizer_bytes,
+                estimate.activations + estimate.buffers,
+            )
+        if workload.mode == "training":
+            return known[key]
+        # A forward pass alone keeps nothing, and has the rows of one layer at a time.
+        rows = layers_memory(workload, topologies).activations
+        return RankMemory(known[key].weights, 0, 0, rows)
 
     return memory_of
 
@@ -269,23 +266,28 @@ def run(options: argparse.Namespace) -> None:
         memory_of = memory_of_model(config, workload) if config is not None else None
         best_first = candidates(machine, workload, to_try, memory_of)
         fitting = within(best_first, options.memory)
-        front = pareto_front(fitting)
+        title = heading(machine, workload)
         if options.svg is not None:
+            picture = layouts_svg(best_first, title, options.memory)
             # bytes, so that Windows does not change the ends of lines
-            limit = inf if options.memory is None else options.memory
-            options.svg.write_bytes(layouts_svg(best_first, heading(machine, workload), limit).encode())
+            options.svg.write_bytes(picture.encode())
     except (ValueError, OSError, argparse.ArgumentTypeError) as error:
         options.parser.error(str(error))
+    front = pareto_front(fitting)
     if options.json:
-        print(json.dumps([as_json(candidate, workload, candidate in front) for candidate in fitting], indent=1))
+        entries = [as_json(candidate, workload, candidate in front) for candidate in fitting]
+        print(json.dumps(entries, indent=1))
         return
-    print(paragraph(heading(machine, workload)), paragraph(tried(best_first)), "", sep="\n")
+    print(paragraph(title), paragraph(tried(best_first)), "", sep="\n")
     print(layout_table(fitting, front, workload, options.wide), "", sep="\n")
-    print(paragraph(verdict(fitting, workload, machine)))
-    if len(fitting) < len(best_first):
-        needing = counted(len(best_first) - len(fitting), "layout")
-        print(paragraph(f"{needing} of {len(best_first)} would need more than {scaled(options.memory, 'B', 1024)}."))
-    print("", *map(paragraph, assumptions(options, workload, config)), sep="\n")
+    print(paragraph(verdict(fitting, workload)))
+    num_large = len(best_first) - len(fitting)
+    if num_large:
+        limit = scaled(options.memory, "B", 1024)
+        print(paragraph(f"{counted(num_large, 'layout')} of {len(best_first)} would need more than {limit}."))
+    is_whole = config is not None
+    is_assumed = options.links is None
+    print("", *map(paragraph, assumptions(machine, workload, is_whole, is_assumed)), sep="\n")
 
 
 def machine_of(options: argparse.Namespace) -> Machine:
@@ -295,164 +297,13 @@ def machine_of(options: argparse.Namespace) -> Machine:
     return Machine(nodes, links, options.flops, options.bandwidth, options.overlap, options.chunks)
 
 
-def within(best_first: Sequence[Candidate], limit: float | None) -> list[Candidate]:
+def within(best_first: Sequence[Candidate], limit: float) -> list[Candidate]:
     """Those that need no more than the limit. ValueError that says the least that is needed if there are none."""
-    fitting = [candidate for candidate in best_first if limit is None or candidate.memory.total <= limit]
-    if limit is not None and not fitting:
+    fitting = [candidate for candidate in best_first if candidate.memory.total <= limit]
+    if not fitting:
         least = min(best_first, key=lambda candidate: candidate.memory.total)
+        needed = scaled(least.memory.total, "B", 1024)
         raise ValueError(
-            f"--memory: no layout fits into {scaled(limit, 'B', 1024)}; the least is "
-            f"{scaled(least.memory.total, 'B', 1024)}, with {in_words(least)}"
+            f"--memory: no layout fits into {scaled(limit, 'B', 1024)}; the least is {needed}, with {in_words(least)}"
         )
     return fitting
-
-
-def heading(machine: Machine, workload: Workload) -> str:
-    """What is planned."""
-    experts = str(workload.experts[0])
-    if len(workload.experts) > 1:
-        experts = ", ".join(f"{counted(n, 'layer')} of {count}" for count, n in Counter(workload.experts).items())
-    return (
-        f"{nodes_in_words(machine.nodes)}; {workload.tokens:,} tokens on a rank, hidden {workload.hidden:,}, "
-        f"{experts} experts, top-{workload.top_k}; {workload.mode}"
-    )
-
-
-def tried(best_first: Sequence[Candidate]) -> str:
-    """Which expert-parallel sizes there are, so that a number of experts that does not divide well is seen."""
-    of_layers = []
-    for experts in best_first[0].options:
-        expert_sizes = {candidate.options[experts].topology.expert for candidate in best_first}
-        of_layers.append(f"{', '.join(map(str, sorted(expert_sizes)))} for {experts} experts")
-    return f"Expert-parallel sizes that divide the experts and the ranks: {'; '.join(of_layers)}."
-
-
-def in_words(candidate: Candidate) -> str:
-    """Topology and all-to-all, of each kind of layer."""
-    choices = {(option.topology, option.all_to_all) for option in candidate.options.values()}
-    kinds = []
-    for experts, option in candidate.options.items():
-        layers = f" for layers of {experts}" if len(choices) > 1 else ""
-        kinds.append(f"{topology_in_words(option.topology)} with the {option.all_to_all} all-to-all{layers}")
-    return " and ".join(dict.fromkeys(kinds))
-
-
-def layout_table(fitting: Sequence[Candidate], front: Sequence[Candidate], workload: Workload, wide: bool) -> str:
-    """A line for each layout, the fastest first; not wide: the front, and the fastest of the others."""
-    others = [candidate for candidate in fitting if candidate not in front]
-    shown = fitting if wide else [*front, *others[: max(0, MOST_LINES - len(front))]]
-    shown = sorted(shown, key=lambda candidate: candidate.sizes)
-    table = text_table(layout_columns(shown, front, workload), wide)
-    note = "> the best; * on the front: no other layout beats it in both time and memory"
-    hidden = len(fitting) - len(shown)
-    if hidden:
-        note += f"; {counted(hidden, 'more layout')} with --wide"
-    return f"{table}\n{paragraph(note)}"
-
-
-def layout_columns(shown: Sequence[Candidate], front: Sequence[Candidate], workload: Workload) -> list[Column]:
-    """The columns of the table."""
-    marks = ["*" if candidate in front else "" for candidate in shown]
-    marks[0] = ">"
-    messages = [most_of_layers(candidate, "messages") for candidate in shown]
-    sent = [most_of_layers(candidate, "bytes") for candidate in shown]
-
-    def milliseconds(name: str, *terms: str) -> Column:
-        cells = [rounded(1e3 * sum(candidate.terms[term] for term in terms)) for candidate in shown]
-        return Column((name, "ms"), cells, rank=0 if name == "time" else 1)
-
-    def gibibytes(name: str, *kinds: str) -> Column:
-        cells = [rounded(sum(getattr(candidate.memory, kind) for kind in kinds) / 2**30) for candidate in shown]
-        return Column((name, "GiB"), cells, rank=0 if name == "memory" else 4)
-
-    return [
-        Column(("", ""), marks, words=True),
-        Column(("layout", ""), [layout_in_words(candidate.topologies) for candidate in shown], words=True),
-        Column(("all-to-all", ""), [candidate.all_to_all for candidate in shown], words=True),
-        Column(("messages", "inside"), [f"{number:,.0f}" for number, _ in messages], rank=5),
-        Column(("messages", "between"), [f"{number:,.0f}" for _, number in messages]),
-        Column(("MiB sent", "inside"), [rounded(number / 2**20) for number, _ in sent], rank=5),
-        Column(("MiB sent", "between"), [rounded(number / 2**20) for _, number in sent], rank=5),
-        milliseconds("exchange", "inside", "between", "copy", "call", "sharing"),
-        milliseconds("experts", "experts"),
-        milliseconds("time", *TERMS),
-        gibibytes("weights", "weights"),
-        gibibytes("training", "gradients", "optimizer"),
-        gibibytes("rows", "activations", "staging"),
-        gibibytes("memory", *RankMemory._fields),
-        Column(("tokens", "a second"), [scaled(num_tokens(c, workload) / c.seconds, "") for c in shown], rank=3),
-    ]
-
-
-def most_of_layers(candidate: Candidate, name: str) -> tuple[float, float]:
-    """Messages or bytes, inside nodes and between, of the layer that has most."""
-    numbers = [getattr(option.exchange, name) for option in candidate.options.values()]
-    return max(inside for inside, _ in numbers), max(between for _, between in numbers)
-
-
-def num_tokens(candidate: Candidate, workload: Workload) -> int:
-    """Tokens that go through the layers in its seconds: as many as all ranks have room for."""
-    return candidate.topologies[0].world_size * workload.tokens
-
-
-def verdict(fitting: Sequence[Candidate], workload: Workload, machine: Machine) -> str:
-    """The best layout, and what it does better than the next."""
-    best = fitting[0]
-    tokens = num_tokens(best, workload)
-    sentence = f"Take {in_words(best)}: {rounded(best.seconds * 1e3)} ms for {tokens:,} tokens"
-    others = [candidate for candidate in fitting if candidate.topologies != best.topologies]
-    if not others:
-        longest = max(best.terms, key=lambda name: best.terms[name])
-        return f"{sentence}, {best.terms[longest] / best.seconds:.0%} of them for {TERMS[longest]}."
-    second = others[0]
-    longer = second.seconds / best.seconds
-    if longer == 1:
-        return f"{sentence}. {in_words(second)} takes as long and needs no less memory."
-    much = f"{rounded(longer)} times as long" if longer >= 2 else f"{rounded(100 * (longer - 1))} % longer"
-    gains = {name: second.terms[name] - best.terms[name] for name in TERMS}
-    largest = max(gains, key=lambda name: gains[name])
-    return (
-        f"{sentence}. The next layout, {in_words(second)}, takes {much}, as it spends {rounded(1e3 * gains[largest])} "
-        f"ms more on {TERMS[largest]}."
-    )
-
-
-def assumptions(options: argparse.Namespace, workload: Workload, config: Config | None) -> list[str]:
-    """What the figures are made of."""
-    overlap = "Exchange and experts do not overlap."
-    if options.overlap:
-        overlap = f"{options.overlap:.0%} of the shorter of exchange and experts is hidden behind the longer."
-    time = ASSUMED.format(overlap=overlap, flops=scaled(options.flops, ""), bandwidth=scaled(options.bandwidth, ""))
-    memory = ASSUMED_MEMORY[workload.mode].format(workload.dtype_bytes, f"{options.optimizer_bytes:g}")
-    beside = "of the whole model" if config is not None else "activations of other layers are left out"
-    notes = [PASSES_IN_WORDS[workload.mode] + time, f"{memory}; {beside}."]
-    if options.links is None:
-        notes.append(ASSUMED_LINKS)
-    return notes
-
-
-def as_json(candidate: Candidate, workload: Workload, on_front: bool) -> dict[str, object]:
-    """Its entry in the list of --json. Seconds: for the tokens of all ranks; of a layer: for one round."""
-    layers = []
-    for experts, option in candidate.options.items():
-        topology = {name: size for name, size in asdict(option.topology).items() if size != 1}
-        layers.append(
-            {
-                "experts": experts,
-                "layers": candidate.layers[experts],
-                "topology": topology,
-                "all_to_all": option.all_to_all,
-                "messages": option.exchange.messages,
-                "bytes": option.exchange.bytes,
-                "seconds": option.seconds,
-                "terms": option.terms,
-            }
-        )
-    return {
-        "seconds": candidate.seconds,
-        "tokens_per_second": num_tokens(candidate, workload) / candidate.seconds,
-        "terms": candidate.terms,
-        "memory": {**candidate.memory._asdict(), "total": candidate.memory.total},
-        "front": on_front,
-        "layers": layers,
-    }

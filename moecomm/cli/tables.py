@@ -33,18 +33,21 @@ def text_table(columns: Sequence[Column], wide: bool) -> str:
     """The columns side by side: all of them, or as many as a terminal has room for."""
     shown = list(columns)
     while True:
-        lines = ["  ".join(cells).rstrip() for cells in zip(*(column.lines() for column in shown), strict=True)]
+        cells = [column.lines() for column in shown]
+        lines = ["  ".join(line).rstrip() for line in zip(*cells, strict=True)]
+        # Of columns with the same rank the left one goes first.
         least_needed = max(shown, key=lambda column: column.rank)
-        if wide or not least_needed.rank or max(map(len, lines)) <= WIDTH:
+        fits = wide or max(map(len, lines)) <= WIDTH
+        if fits or not least_needed.rank:
             return "\n".join(lines)
         shown.remove(least_needed)
 
 
-def paragraph(text: str, first: str = "", rest: str = "") -> str:
-    """The text in lines that fit, the first line and the others with a prefix."""
+def paragraph(text: str, start: str = "", indent: str = "") -> str:
+    """The text in lines that fit. start: before the first line, indent: before all that follow."""
     # A path or a long name is not broken: it can be copied.
     return textwrap.fill(
-        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+        text, WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
     )
 
 
@@ -52,7 +55,9 @@ def rounded(value: float) -> str:
     """`value` with three significant digits, without an exponent: 1,230,000; 12.3; 0.00123."""
     if value == 0:
         return "0"
-    digits = 2 - int(f"{value:.2e}".partition("e")[2])
+    # The exponent after rounding: 9.999 has that of 10.0.
+    _, _, exponent = f"{value:.2e}".partition("e")
+    digits = 2 - int(exponent)
     return f"{round(value, digits):,.{max(digits, 0)}f}"
 
 

@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> None:
         nodes = Nodes.of_size(options.ranks_per_node, topology.world_size)
         wide = options.wide
         table = group_table(topology, nodes, axes, wide) if axes else axis_table(topology, nodes, wide)
+        # Written first: a file that cannot be written is an error, and then nothing is printed.
         if options.svg is not None:
             picture = topology_svg(topology, *(axes or ["expert"]), ranks_per_node=options.ranks_per_node)
             # bytes, so that Windows does not change the ends of lines
@@ -112,6 +113,7 @@ def run(options: argparse.Namespace) -> None:
 def axis_table(topology: Topology, nodes: Nodes, wide: bool) -> str:
     """A line for each axis: how many groups, of how many ranks, on how many nodes, and the first and the last."""
     groups = [topology.groups(axis) for axis in AXES]
+    # What the other columns leave of a narrow line.
     room = 0 if wide else 28
     return text_table(
         [
@@ -129,6 +131,7 @@ def axis_table(topology: Topology, nodes: Nodes, wide: bool) -> str:
 def group_table(topology: Topology, nodes: Nodes, axes: Sequence[str], wide: bool) -> str:
     """A line for each group along the axes: its ranks, and on how many nodes they are."""
     groups = topology.groups(*axes)
+    # Without a limit where it is wide: whoever asks for the lists of a group wants them whole.
     room = 0 if wide else 60
     table = text_table(
         [
@@ -156,6 +159,7 @@ def exchange_table(topology: Topology, nodes: Nodes, options: argparse.Namespace
     top_k = options.top_k
     width = options.hidden * options.dtype_bytes
     lanes = Lanes(topology)
+    # Notes follow the table in the order of its lines.
     notes = [ASSUMED.format(tokens, top_k, topology.expert, options.hidden, options.dtype_bytes)]
     groups = lanes.expert_groups()
     evenly = np.full(topology.world_size, tokens * top_k / topology.expert)
@@ -184,8 +188,10 @@ def exchange_columns(lines: Mapping[str, Sequence[str]]) -> list[Column]:
     """The columns of the table, from its lines."""
     columns = [Column(("most that a rank sends, one way", ""), list(lines), words=True)]
     headings = [(kind, where) for kind in ("messages", "bytes") for where in ("inside", "between", "total")]
-    for heading, cells in zip(headings, zip(*lines.values(), strict=True), strict=True):
-        rank = 1 if heading[1] == "total" else 0
+    by_column = zip(*lines.values(), strict=True)
+    for heading, cells in zip(headings, by_column, strict=True):
+        # The total is the sum of its neighbours but for rounding, so it is what a narrow table can spare.
+        rank = 1 if "total" in heading else 0
         columns.append(Column(heading, cells, rank=rank))
     return columns
 
@@ -195,4 +201,6 @@ def most(sent: Sent, width: int) -> list[str]:
     # The rank with most in total is not always the rank with most inside or between.
     messages = [*sent.messages.max(axis=0), sent.messages.sum(axis=1).max()]
     rows = [*sent.rows.max(axis=0), sent.rows.sum(axis=1).max()]
-    return [*(f"{number:,}" for number in messages), *(scaled(number * width, "B", 1024) for number in rows)]
+    cells = [f"{number:,}" for number in messages]
+    cells += [scaled(number * width, "B", 1024) for number in rows]
+    return cells

@@ -7,7 +7,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PALE, Box, Canvas, Key, Point, color_of, mixed, text_width
+from moecomm.draw.svg import (
+    FRAME,
+    INK,
+    MARGIN,
+    MUTED,
+    PALE,
+    Box,
+    Canvas,
+    Key,
+    Point,
+    color_of,
+    mixed,
+    text_width,
+)
 from moecomm.draw.words import nodes_in_words, topology_in_words
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
@@ -19,6 +32,10 @@ Arrow = tuple[int, int]
 WIDTH = 54
 HEIGHT = 34
 GAP = 10
+HOP_ONE = "hop 1: inside the node, to the rank in the row of the destination"
+HOP_TWO = "hop 2: between nodes, to the destination, with the rows of the whole node"
+ROWS = "rows: to the experts on the sender's own lane; they come back the same way"
+RESULTS = "results: afterwards, to the others of the tensor group"
 # A frame above its ranks, a frame around them, and the space between arrows side by side:
 HEADER = 24
 PAD = 14
@@ -70,28 +87,33 @@ def two_hops_svg(nodes: Nodes, source: int = 0) -> str:
     size = len(nodes.ranks[nodes.node_of[source]])
     largest = int(nodes.sizes().max())
     # Row i of a frame has the local ranks that local rank i of the source's node forwards to.
-    frames = {
-        f"node {number}": [node[row::size] for row in range(min(size, len(node)))]
-        for number, node in enumerate(nodes.ranks)
-    }
-    rows = [f"local rank {', '.join(map(str, range(row, largest, size)))}" for row in range(size)]
+    frames = {}
+    for number, node in enumerate(nodes.ranks):
+        num_rows = min(size, len(node))
+        frames[f"node {number}"] = [node[row::size] for row in range(num_rows)]
+    rows = []
+    for row in range(size):
+        local_ranks = range(row, largest, size)
+        rows.append(f"local rank {', '.join(map(str, local_ranks))}")
     from_source = np.zeros((p, p), np.int64)
     from_source[source] = 1
     hop_one, hop_two = hop_traffic(nodes, from_source)
     steps = [
-        Step("hop 1: inside the node, to the rank in the row of the destination", _arrows(hop_one), dashed=True),
-        Step(
-            "hop 2: between nodes, to the destination, with the rows of the whole node", _arrows(hop_two), dashed=False
-        ),
+        Step(HOP_ONE, _arrows(hop_one), dashed=True),
+        Step(HOP_TWO, _arrows(hop_two), dashed=False),
     ]
     title = f"Hierarchical all-to-all, seen from rank {source}"
     canvas = Canvas(title, f"{nodes_in_words(nodes)}; every rank does the same at once")
     _draw(canvas, View(source, frames, rows, steps))
+    # All ranks are one group, and each has one row for each.
+    group = np.zeros(p, np.int64)
+    row_each = np.ones(p)
     bars = {}
     for count in (flat, hierarchical):
-        sent = count(nodes, np.zeros(p, np.int64), np.ones(p))
+        sent = count(nodes, group, row_each)
         bars[count.__name__] = sent.messages[source].tolist()
-    _draw_bars(canvas, f"Messages that rank {source} sends", ("inside the node", "between nodes"), bars)
+    kinds = ("inside the node", "between nodes")
+    _draw_bars(canvas, f"Messages that rank {source} sends", kinds, bars)
     return canvas.svg()
 
 
@@ -116,20 +138,25 @@ def lanes_svg(topology: Topology, source: int = 0) -> str:
     rows: list[Arrow] = []
     reached: set[int] = set()
     for sender in sharing:
-        rows += [(sender, rank) for rank in topology.group_of(sender, "expert_lane") if rank != sender]
+        lane = topology.group_of(sender, "expert_lane")
+        rows += [(sender, rank) for rank in lane if rank != sender]
         reached.update(topology.group_of(sender, "expert"))
     results = [(source, rank) for rank in sharing if rank != source]
     steps = [
-        Step("rows: to the experts on the sender's own lane; they come back the same way", rows, dashed=False),
-        Step("results: afterwards, to the others of the tensor group", results, dashed=True),
+        Step(ROWS, rows, dashed=False),
+        Step(RESULTS, results, dashed=True),
     ]
     title = f"Lane-restricted exchange, seen from rank {source}"
     canvas = Canvas(title, f"{topology_in_words(topology)}; a frame is a tensor group: its ranks hold the same tokens")
     lanes = [f"lane {lane}" for lane in range(topology.tensor)]
-    _draw(canvas, View(source, frames, lanes, steps, frozenset(stage) - reached))
+    elsewhere = frozenset(stage) - reached
+    _draw(canvas, View(source, frames, lanes, steps, elsewhere))
+    # A rank does not talk to itself.
+    peers = len(topology.group_of(source, "expert")) - 1
+    peers_on_lane = len(topology.group_of(source, "expert_lane")) - 1
     bars = {
-        "unrestricted": (0, len(topology.group_of(source, "expert")) - 1),
-        "lane-restricted": (len(results), len(topology.group_of(source, "expert_lane")) - 1),
+        "unrestricted": (0, peers),
+        "lane-restricted": (len(results), peers_on_lane),
     }
     _draw_bars(canvas, f"Ranks that rank {source} talks to", ("for results", "for rows"), bars)
     return canvas.svg()
@@ -141,19 +168,24 @@ def _draw(canvas: Canvas, view: View) -> None:
     for frame in view.frames.values():
         for row, ranks in enumerate(frame):
             row_of.update(dict.fromkeys(ranks, row))
-    exits = [_exits(step.arrows, list(row_of)) for step in view.steps]
     # The boxes leave room for the arrows that run around them, so arrows are laid out first.
-    room = {step.dashed: _room(leaving) for step, leaving in zip(view.steps, exits, strict=True)}
+    exits = [_exits(step.arrows, list(row_of)) for step in view.steps]
+    room = {}
+    for step, leaving in zip(view.steps, exits, strict=True):
+        room[step.dashed] = _room(leaving)
     boxes = _draw_ranks(canvas, view, beside=room[True], above=room[False])
     keys = []
-    for (meaning, arrows, dashed), leaving in zip(view.steps, exits, strict=True):
-        points_of = _points_beside if dashed else _points_above
-        for sender, receiver in arrows:
-            points = points_of(boxes[sender], boxes[receiver], leaving[sender, receiver])
-            about = f"{meaning.split(':')[0]}: rank {sender} to rank {receiver}"
-            canvas.arrow(points, color_of(row_of[receiver]), dashed, about)
-        if arrows:
-            keys.append(Key(meaning, INK, dashed=dashed))
+    for step, leaving in zip(view.steps, exits, strict=True):
+        points_of = _points_beside if step.dashed else _points_above
+        name = step.meaning.split(":")[0]
+        for sender, receiver in step.arrows:
+            leave = leaving[sender, receiver]
+            points = points_of(boxes[sender], boxes[receiver], leave)
+            color = color_of(row_of[receiver])
+            about = f"{name}: rank {sender} to rank {receiver}"
+            canvas.arrow(points, color, step.dashed, about)
+        if step.arrows:
+            keys.append(Key(step.meaning, INK, dashed=step.dashed))
     if view.grey:
         keys.append(Key("in other expert groups, which do the same", FRAME, mixed(FRAME, PALE)))
     canvas.legend(keys)
@@ -167,32 +199,48 @@ def _exits(arrows: Sequence[Arrow], order: list[int]) -> dict[Arrow, Exit]:
     exits = {}
     for sender in dict.fromkeys(sender for sender, _ in arrows):
         index = order.index(sender)
-        before = [rank for rank in reversed(order[:index]) if (sender, rank) in arrows]
-        after = [rank for rank in order[index:] if (sender, rank) in arrows]
-        leaving = [*before, *reversed(after)]
+        receivers = {receiver for origin, receiver in arrows if origin == sender}
+        # Seen from the sender, the nearest first.
+        backward = [rank for rank in reversed(order[:index]) if rank in receivers]
+        forward = [rank for rank in order[index:] if rank in receivers]
+        leaving = [*backward, *reversed(forward)]
+        gaps = len(leaving) + 1
         for i, receiver in enumerate(leaving, start=1):
-            level = i if receiver in before else len(leaving) + 1 - i
-            exits[sender, receiver] = Exit(i / (len(leaving) + 1), level)
+            level = i if receiver in backward else gaps - i
+            exits[sender, receiver] = Exit(i / gaps, level)
     return exits
 
 
 def _room(exits: Mapping[Arrow, Exit]) -> int:
     """px that the arrows take."""
-    return 14 + STEP * max((leave.level for leave in exits.values()), default=0)
+    levels = [leave.level for leave in exits.values()]
+    return 14 + STEP * max(levels, default=0)
 
 
 def _points_beside(start: Box, end: Box, leave: Exit) -> list[Point]:
     """Out to the left, then along the frame."""
     x = start.x - 8 - STEP * leave.level
     y = start.y + leave.share * HEIGHT
-    return [(start.x, y), (x, y), (x, end.center[1]), (end.x, end.center[1])]
+    _, end_y = end.center
+    return [
+        (start.x, y),
+        (x, y),
+        (x, end_y),
+        (end.x, end_y),
+    ]
 
 
 def _points_above(start: Box, end: Box, leave: Exit) -> list[Point]:
     """Up, then along above the row."""
     x = start.x + leave.share * WIDTH
     y = start.y - 8 - STEP * leave.level
-    return [(x, start.y), (x, y), (end.center[0], y), (end.center[0], end.y)]
+    end_x, _ = end.center
+    return [
+        (x, start.y),
+        (x, y),
+        (end_x, y),
+        (end_x, end.y),
+    ]
 
 
 def _draw_ranks(canvas: Canvas, view: View, beside: float, above: float) -> dict[int, Box]:
@@ -202,20 +250,26 @@ def _draw_ranks(canvas: Canvas, view: View, beside: float, above: float) -> dict
     top = canvas.bottom + 14
     pitch = above + HEIGHT
     for row, label in enumerate(view.rows, start=1):
-        canvas.text((left, top + HEADER + row * pitch - HEIGHT / 2 + 5), label, anchor="end")
+        # The base line is below the middle of the boxes by about half the height of a letter.
+        base = top + HEADER + row * pitch - HEIGHT / 2 + 5
+        canvas.text((left, base), label, anchor="end")
     x = left + GAP
     for name, frame in view.frames.items():
         # Only the source sends to other rows, so only its frame needs room for arrows beside its ranks.
         has_source = any(view.source in ranks for ranks in frame)
         inset = PAD + beside if has_source else PAD
-        width = inset + len(frame[0]) * (WIDTH + GAP) - GAP + PAD
-        canvas.frame(Box(x, top, width, HEADER + len(frame) * pitch + PAD), name)
+        columns = len(frame[0])
+        width = inset + columns * (WIDTH + GAP) - GAP + PAD
+        height = HEADER + len(frame) * pitch + PAD
+        canvas.frame(Box(x, top, width, height), name)
         for row, ranks in enumerate(frame):
             y = top + HEADER + row * pitch + above
             for column, rank in enumerate(ranks):
-                boxes[rank] = Box(x + inset + column * (WIDTH + GAP), y, WIDTH, HEIGHT)
+                box = Box(x + inset + column * (WIDTH + GAP), y, WIDTH, HEIGHT)
+                boxes[rank] = box
                 color = FRAME if rank in view.grey else color_of(row)
-                canvas.rank(boxes[rank], rank, color, 1 if rank == view.source else PALE)
+                share = 1 if rank == view.source else PALE
+                canvas.rank(box, rank, color, share)
         # The more frames, the less space between them.
         x += width + min(80.0, max(16.0, 640 / len(view.frames) - 80))
     return boxes
@@ -231,13 +285,18 @@ def _draw_bars(canvas: Canvas, title: str, kinds: tuple[str, str], bars: Mapping
         canvas.rect(Box(x, y - 11, 13, 13), color)
         canvas.text((x + 19, y), kind, color=MUTED)
         x += 19 + text_width(f"{kind}  ")
-    cell = min(16.0, 420 / max(1, *map(sum, bars.values())))
+    # The longest bar fits into 420 px.
+    longest = max(1, *map(sum, bars.values()))
+    cell = min(16.0, 420 / longest)
     left = MARGIN + 10 + max(map(text_width, bars))
     for name, (grey, dark) in bars.items():
         y += 24
         x = left
         canvas.text((MARGIN, y), name, bold=True)
         for color in [FRAME] * grey + [INK] * dark:
-            canvas.rect(Box(x, y - 11, cell * 0.85, 13), color)
+            square = Box(x, y - 11, cell * 0.85, 13)
+            canvas.rect(square, color)
             x += cell
-        canvas.text((x + 8, y), f"{grey + dark} = {grey} {kinds[0]} + {dark} {kinds[1]}")
+        grey_kind, dark_kind = kinds
+        total = f"{grey + dark} = {grey} {grey_kind} + {dark} {dark_kind}"
+        canvas.text((x + 8, y), total)

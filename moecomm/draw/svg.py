@@ -39,10 +39,13 @@ class Box(NamedTuple):
         """The point x px to the right of the top left corner and y px below it."""
         return self.x + x, self.y + y
 
-    def meets(self, other: Box) -> bool:
+    def meets(self, box: Box) -> bool:
         """Whether the two share an area."""
-        across = self.x < other.x + other.width and other.x < self.x + self.width
-        return across and self.y < other.y + other.height and other.y < self.y + self.height
+        left = max(self.x, box.x)
+        right = min(self.x + self.width, box.x + box.width)
+        top = max(self.y, box.y)
+        bottom = min(self.y + self.height, box.y + box.height)
+        return left < right and top < bottom
 
 
 class Key(NamedTuple):
@@ -62,61 +65,84 @@ class Canvas:
         self.parts: list[str] = []
         self.right = 0.0
         self.bottom = 0.0
-        self.text((MARGIN, MARGIN + 16), title, 17, bold=True)
-        self.text((MARGIN, MARGIN + 38), subtitle, color=MUTED)
+        heading = (MARGIN, MARGIN + 16)
+        below = (MARGIN, MARGIN + 38)
+        self.text(heading, title, 17, bold=True)
+        self.text(below, subtitle, color=MUTED)
 
     def rect(self, box: Box, fill: str, color: str = "none", radius: int = 0, about: str = "") -> None:
         """A rectangle. color: its edge. about: what it stands for, shown when the pointer rests on it."""
         x, y, width, height = map(number, box)
         place = f'x="{x}" y="{y}" width="{width}" height="{height}" rx="{radius}"'
-        self._add("rect", f'{place} fill="{fill}" stroke="{color}" stroke-width="1.3"', about)
+        paint = f'fill="{fill}" stroke="{color}" stroke-width="1.3"'
+        self._add("rect", f"{place} {paint}", about)
         self._grow(box.x + box.width, box.y + box.height)
 
     def text(
         self, at: Point, words: str, size: int = 13, anchor: str = "start", color: str = INK, bold: bool = False
     ) -> None:
         """Words whose base line starts, has its middle or ends at the point: anchor start, middle or end."""
-        weight = ' font-weight="600"' if bold else ""
-        style = f'font-size="{size}" text-anchor="{anchor}" fill="{color}"{weight}'
+        style = f'font-size="{size}" text-anchor="{anchor}" fill="{color}"'
+        if bold:
+            style += ' font-weight="600"'
         self.parts.append(f"<text {_place(at)} {style}>{escape(words)}</text>")
         # The panel must hold the text in any font that a viewer may choose, so its width is an estimate from above.
         share = {"start": 1.0, "middle": 0.5, "end": 0.0}[anchor]
-        self._grow(at[0] + share * text_width(words, size), at[1] + 0.25 * size)
+        x, y = at
+        width = text_width(words, size)
+        # Letters such as p reach below the base line.
+        self._grow(x + share * width, y + 0.25 * size)
 
     def line(self, points: Sequence[Point], color: str, width: float) -> None:
         """Straight from point to point, within a box drawn before: the panel does not grow."""
         path = "L".join(map(_pair, points))
-        self._add("path", f'd="M{path}" fill="none" stroke="{color}" stroke-width="{width}"')
+        paint = f'fill="none" stroke="{color}" stroke-width="{width}"'
+        self._add("path", f'd="M{path}" {paint}')
 
     def arrow(self, points: Sequence[Point], color: str, dashed: bool = False, about: str = "") -> None:
         """An arrow with round corners along the points, each right of, left of, above or below the previous point."""
         tip = points[-1]
         corner = points[-2]
         path = f"M{_pair(points[0])}"
+        # A corner is a curve that begins and ends a little before and after it.
         for start, turn, end in zip(points, points[1:], points[2:], strict=False):
-            path += f"L{_pair(_toward(turn, start, 5))}Q{_pair(turn)} {_pair(_toward(turn, end, 5))}"
+            begin = _toward(turn, start, 5)
+            path += f"L{_pair(begin)}"
+            finish = _toward(turn, end, 5)
+            path += f"Q{_pair(turn)} {_pair(finish)}"
         # The line ends inside the head: its blunt end would be wider than the tip.
-        path += f"L{_pair(_toward(tip, corner, 6))}"
-        dashes = ' stroke-dasharray="5 3"' if dashed else ""
-        self._add("path", f'd="{path}" fill="none" stroke="{color}" stroke-width="1.8"{dashes}', about)
+        inside_head = _toward(tip, corner, 6)
+        path += f"L{_pair(inside_head)}"
+        paint = f'fill="none" stroke="{color}" stroke-width="1.8"'
+        if dashed:
+            paint += ' stroke-dasharray="5 3"'
+        self._add("path", f'd="{path}" {paint}', about)
         # The head is a triangle, 8 px long. Its base is at a right angle to the arrow.
         x, y = _toward(tip, corner, 8)
-        dx = (tip[0] - x) * 0.45
-        dy = (tip[1] - y) * 0.45
-        head = f"M{_pair(tip)}L{_pair((x - dy, y + dx))}L{_pair((x + dy, y - dx))}Z"
+        tip_x, tip_y = tip
+        dx = (tip_x - x) * 0.45
+        dy = (tip_y - y) * 0.45
+        left = _pair((x - dy, y + dx))
+        right = _pair((x + dy, y - dx))
+        head = f"M{_pair(tip)}L{left}L{right}Z"
         self._add("path", f'd="{head}" fill="{color}"')
 
     def cells(self, corners: Sequence[Point], side: float, fill: str, words: str = "") -> None:
         """Many squares with the same words in the middle, within a box drawn before: the panel does not grow."""
-        square = f"h{number(side)}v{number(side)}h{number(-side)}z"
+        length = number(side)
+        square = f"h{length}v{length}h{number(-side)}z"
         path = "".join(f"M{_pair(corner)}{square}" for corner in corners)
         self._add("path", f'd="{path}" fill="{fill}"')
-        if words:
-            # The base line is below the middle by about half the height of a digit.
-            middle = side / 2
-            base = middle + 3.5
-            texts = "".join(f"<text {_place((x + middle, y + base))}>{words}</text>" for x, y in corners)
-            self.parts.append(f'<g font-size="10" text-anchor="middle" fill="{ink_on(fill)}">{texts}</g>')
+        if not words:
+            return
+        # The base line is below the middle by about half the height of a digit.
+        middle = side / 2
+        base = middle + 3.5
+        texts = ""
+        for x, y in corners:
+            texts += f"<text {_place((x + middle, y + base))}>{words}</text>"
+        style = f'font-size="10" text-anchor="middle" fill="{ink_on(fill)}"'
+        self.parts.append(f"<g {style}>{texts}</g>")
 
     def frame(self, box: Box, label: str) -> None:
         """A frame that ranks are put in, and its name at the top left."""
@@ -128,8 +154,11 @@ class Canvas:
         fill = mixed(color, share)
         ink = ink_on(fill)
         x, y = box.center
-        self.rect(box, fill, color, radius=4, about=f"rank {rank} {note}".strip())
-        self.text((x, y - 2 if note else y + 5), str(rank), 14, "middle", ink, bold=True)
+        about = f"rank {rank} {note}".strip()
+        self.rect(box, fill, color, radius=4, about=about)
+        # The number makes room for a note below it.
+        base = y - 2 if note else y + 5
+        self.text((x, base), str(rank), 14, "middle", ink, bold=True)
         if note:
             self.text((x, y + 13), note, 11, "middle", ink)
 
@@ -145,10 +174,12 @@ class Canvas:
             x = MARGIN + column * width
             y = top + row * 24
             if key.fill:
-                self.rect(Box(x, y, 18, 15), key.fill, key.color, radius=2)
+                sample = Box(x, y, 18, 15)
+                self.rect(sample, key.fill, key.color, radius=2)
                 label = x + 26
             else:
-                self.arrow([(x, y + 8), (x + 26, y + 8)], key.color, key.dashed)
+                line = [(x, y + 8), (x + 26, y + 8)]
+                self.arrow(line, key.color, key.dashed)
                 label = x + 34
             self.text((label, y + 12.5), key.label)
 
@@ -156,13 +187,19 @@ class Canvas:
         """The picture as text."""
         width = math.ceil(self.right + MARGIN)
         height = math.ceil(self.bottom + MARGIN)
-        style = f'viewBox="0 0 {width} {height}" font-family="Helvetica, Arial, sans-serif" role="img"'
-        start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" {style}>'
-        title = f"<title>{escape(self.about)}</title>"
+        size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+        style = 'font-family="Helvetica, Arial, sans-serif" role="img"'
         # Half a px inward, so that the edge of 1 px is not cut off.
         place = f'x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8"'
-        panel = f'<rect {place} fill="{PAPER}" stroke="#d1d9e0"/>'
-        return "\n".join([start, title, f"<style>{DARK}</style>", panel, *self.parts, "</svg>\n"])
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>',
+            f"<title>{escape(self.about)}</title>",
+            f"<style>{DARK}</style>",
+            f'<rect {place} fill="{PAPER}" stroke="#d1d9e0"/>',
+            *self.parts,
+            "</svg>\n",
+        ]
+        return "\n".join(lines)
 
     def _add(self, tag: str, attributes: str, about: str = "") -> None:
         end = f"><title>{about}</title></{tag}>" if about else "/>"
@@ -185,15 +222,15 @@ def color_of(index: int) -> str:
 
 def mixed(color: str, share: float) -> str:
     """`share` of the colour, 0 .. 1, on white."""
-    channels = [round(255 * (1 - share * (1 - channel))) for channel in _channels(color)]
-    return "#" + "".join(f"{channel:02x}" for channel in channels)
+    mixture = [1 - share * (1 - channel) for channel in _channels(color)]
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in mixture)
 
 
 def ink_on(fill: str) -> str:
     """Black or white, depending on which has more contrast with `fill`."""
-    red, green, blue = _channels(fill)
-    # the luminance of sRGB, with its curve taken as a power
-    luminance = 0.21 * red**2.2 + 0.72 * green**2.2 + 0.07 * blue**2.2
+    # The luminance of sRGB, with its curve taken as a power.
+    red, green, blue = (channel**2.2 for channel in _channels(fill))
+    luminance = 0.21 * red + 0.72 * green + 0.07 * blue
     return INK if luminance > 0.2 else PAPER
 
 
@@ -203,7 +240,10 @@ def number(value: float) -> str:
 
 
 def _channels(color: str) -> list[float]:
-    return [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red = color[1:3]
+    green = color[3:5]
+    blue = color[5:7]
+    return [int(digits, 16) / 255 for digits in (red, green, blue)]
 
 
 def _pair(point: Point) -> str:
@@ -219,4 +259,6 @@ def _place(point: Point) -> str:
 def _toward(start: Point, end: Point, distance: float) -> Point:
     """The point `distance` px from `start` in the direction of `end`."""
     share = distance / math.dist(start, end)
-    return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
+    x, y = start
+    end_x, end_y = end
+    return x + share * (end_x - x), y + share * (end_y - y)

@@ -31,7 +31,8 @@ def topology_svg(topology: Topology, *axes: str, ranks_per_node: int | None = No
     Raises ValueError for axes that do not go together.
     """
     groups = topology.groups(*axes)
-    subtitle = f"{counted(len(groups), 'group')} of {len(groups[0])} along {' x '.join(axes)}"
+    num_groups = counted(len(groups), "group")
+    subtitle = f"{num_groups} of {len(groups[0])} along {' x '.join(axes)}"
     if ranks_per_node is not None:
         subtitle += f"; a frame is a node of {ranks_per_node}"
     canvas = Canvas(topology_in_words(topology), subtitle)
@@ -42,7 +43,8 @@ def topology_svg(topology: Topology, *axes: str, ranks_per_node: int | None = No
         if len(group) > 8:
             members[3:-1] = "…"
         color = color_of(i)
-        keys.append(Key(f"g{i}: {', '.join(members)}", color, mixed(color, share_of(i))))
+        fill = mixed(color, share_of(i))
+        keys.append(Key(f"g{i}: {', '.join(members)}", color, fill))
     canvas.legend(keys)
     return canvas.svg()
 
@@ -56,7 +58,8 @@ def _draw_ranks(canvas: Canvas, groups: list[list[int]], ranks_per_node: int | N
     """Draw the frames from left to right and then downward, and the ranks in each frame the same way."""
     group_of = {rank: i for i, group in enumerate(groups) for rank in group}
     p = len(group_of)
-    nodes = Nodes.of_size(p if ranks_per_node is None else ranks_per_node, p)
+    size = p if ranks_per_node is None else ranks_per_node
+    nodes = Nodes.of_size(size, p)
     # The first node has most ranks: all frames are as large as its frame, so that they are aligned.
     size = len(nodes.ranks[0])
     columns = min(size, LONGEST_ROW)
@@ -68,10 +71,14 @@ def _draw_ranks(canvas: Canvas, groups: list[list[int]], ranks_per_node: int | N
     top = canvas.bottom + SPACE
     for node, ranks in enumerate(nodes.ranks):
         row, column = divmod(node, frames_in_row)
-        frame = Box(MARGIN + column * (width + SPACE), top + row * (height + SPACE), width, height)
-        canvas.frame(frame, "all ranks" if ranks_per_node is None else f"node {node}")
+        x = MARGIN + column * (width + SPACE)
+        y = top + row * (height + SPACE)
+        frame = Box(x, y, width, height)
+        name = "all ranks" if ranks_per_node is None else f"node {node}"
+        canvas.frame(frame, name)
         for i, rank in enumerate(ranks):
             row, column = divmod(i, columns)
-            box = Box(*frame.at(PAD + column * PITCH, HEADER + row * PITCH), SIDE, SIDE)
+            corner = frame.at(PAD + column * PITCH, HEADER + row * PITCH)
+            box = Box(*corner, SIDE, SIDE)
             group = group_of[rank]
             canvas.rank(box, rank, color_of(group), share_of(group), f"g{group}")

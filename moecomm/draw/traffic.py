@@ -8,7 +8,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moecomm.arrays import Counts
-from moecomm.draw.svg import FRAME, INK, MARGIN, MUTED, PAPER, Box, Canvas, Key, Point, mixed, text_width
+from moecomm.draw.svg import (
+    FRAME,
+    INK,
+    MARGIN,
+    MUTED,
+    PAPER,
+    Box,
+    Canvas,
+    Key,
+    Point,
+    mixed,
+    text_width,
+)
 from moecomm.draw.words import counted, nodes_in_words
 from moecomm.nodes import Nodes
 from moecomm.traffic import Rows, directly, hop_traffic
@@ -36,11 +48,19 @@ def traffic_svg(nodes: Nodes, counts: ArrayLike | None = None) -> str:
     Raises ValueError if counts are not p x p whole numbers >= 0.
     """
     rows = row_counts(nodes, counts)
-    total = "one row for each pair of ranks" if (rows == 1).all() else f"{counted(int(rows.sum()), 'row')} in all"
-    canvas = Canvas("Rows that go from rank to rank directly", f"{nodes_in_words(nodes)}; {total}")
+    total = f"{counted(int(rows.sum()), 'row')} in all"
+    if (rows == 1).all():
+        total = "one row for each pair of ranks"
+    title = "Rows that go from rank to rank directly"
+    canvas = Canvas(title, f"{nodes_in_words(nodes)}; {total}")
     hop_one, hop_two = hop_traffic(nodes, rows)
+    # Rows that stay on their rank are no traffic.
     off_diagonal = rows * ~np.eye(len(rows), dtype=bool)
-    matrices = {"flat": off_diagonal, "hierarchical, hop 1": hop_one, "hierarchical, hop 2": hop_two}
+    matrices = {
+        "flat": off_diagonal,
+        "hierarchical, hop 1": hop_one,
+        "hierarchical, hop 2": hop_two,
+    }
     # One scale for all three, so that equal shades are equal counts.
     most = max(1, *(int(matrix.max()) for matrix in matrices.values()))
     x = float(MARGIN)
@@ -48,17 +68,22 @@ def traffic_svg(nodes: Nodes, counts: ArrayLike | None = None) -> str:
     for name, matrix in matrices.items():
         canvas.text((x, y), name, 14, bold=True)
         canvas.text((x, y + 18), "from ↓ to →", 11, color=MUTED)
-        grid = _draw_matrix(canvas, nodes, matrix, most, (x + 26, y + 38))
-        _draw_totals(canvas, nodes, matrix, grid.at(0, grid.height + 20))
+        corner = (x + 26, y + 38)
+        grid = _draw_matrix(canvas, nodes, matrix, most, corner)
+        below = grid.at(0, grid.height + 20)
+        _draw_totals(canvas, nodes, matrix, below)
         x = grid.x + max(grid.width, SIDE) + 24
-    canvas.legend(_keys(np.unique(list(matrices.values())), most))
+    values = np.unique(list(matrices.values()))
+    canvas.legend(_keys(values, most))
     return canvas.svg()
 
 
 def row_counts(nodes: Nodes, counts: ArrayLike | None) -> Counts:
     """`counts` as int64 [p, p]; None: one row for each pair. Raises ValueError if they are something else."""
     p = nodes.world_size
-    array = np.ones((p, p), np.int64) if counts is None else np.asarray(counts)
+    if counts is None:
+        return np.ones((p, p), np.int64)
+    array = np.asarray(counts)
     if array.shape != (p, p) or array.dtype.kind not in "iu" or (array < 0).any():
         raise ValueError(f"counts is {array.dtype} {array.shape}, expected ({p}, {p}) whole numbers >= 0 for {p} ranks")
     return array.astype(np.int64)
@@ -73,9 +98,15 @@ def _keys(values: Rows, most: int) -> list[Key]:
     # values[0] is 0, the diagonal, which has a key of its own
     shown = values[1:]
     if len(shown) > MAX_SHADES:
-        shown = np.unique(np.linspace(shown[0], most, MAX_SHADES).round().astype(np.int64))
-    shades = [Key(counted(value, "row"), FRAME, shade(value, most)) for value in shown.tolist()]
-    return [*shades, Key("stays on its rank", FRAME, STAYS), Key("a node", INK, PAPER)]
+        evenly = np.linspace(shown[0], most, MAX_SHADES)
+        shown = np.unique(evenly.round().astype(np.int64))
+    keys = []
+    for value in shown.tolist():
+        name = counted(value, "row")
+        keys.append(Key(name, FRAME, shade(value, most)))
+    keys.append(Key("stays on its rank", FRAME, STAYS))
+    keys.append(Key("a node", INK, PAPER))
+    return keys
 
 
 def _draw_matrix(canvas: Canvas, nodes: Nodes, matrix: Rows, most: int, corner: Point) -> Box:
@@ -91,20 +122,25 @@ def _draw_matrix(canvas: Canvas, nodes: Nodes, matrix: Rows, most: int, corner: 
     for i in range(0, p, step):
         middle = (i + 0.5) * cell
         rank = str(order[i])
-        canvas.text(grid.at(middle, -5), rank, 10, "middle", MUTED)
-        canvas.text(grid.at(-5, middle + 3.5), rank, 10, "end", MUTED)
+        above = grid.at(middle, -5)
+        beside = grid.at(-5, middle + 3.5)
+        canvas.text(above, rank, 10, "middle", MUTED)
+        canvas.text(beside, rank, 10, "end", MUTED)
     # -1 marks the diagonal: no count is negative, and 0 is an empty cell
-    marked = matrix[np.ix_(order, order)] - np.eye(p, dtype=np.int64)
+    by_node = matrix[np.ix_(order, order)]
+    marked = by_node - np.eye(p, dtype=np.int64)
     gap = int(cell >= 8)
     labelled = text_width(f"{most:,}", 10) <= cell - 2
     # One path for all cells of a value keeps the file small: a large world has thousands of equal cells.
+    side = cell - gap
     for value in np.unique(marked[marked != 0]).tolist():
         places = np.argwhere(marked == value) * cell + gap / 2
         corners = [grid.at(x, y) for y, x in places]
         if value < 0:
-            canvas.cells(corners, cell - gap, STAYS)
-        else:
-            canvas.cells(corners, cell - gap, shade(value, most), f"{value:,}" if labelled else "")
+            canvas.cells(corners, side, STAYS)
+            continue
+        words = f"{value:,}" if labelled else ""
+        canvas.cells(corners, side, shade(value, most), words)
     _draw_nodes(canvas, grid, (nodes.sizes() * cell).tolist())
     return grid
 
@@ -115,8 +151,10 @@ def _draw_nodes(canvas: Canvas, grid: Box, widths: list[int]) -> None:
     x = grid.x
     y = grid.y
     for width in widths:
-        canvas.rect(Box(x, grid.y, width, grid.height), "none", GRID)
-        canvas.rect(Box(grid.x, y, grid.width, width), "none", GRID)
+        column = Box(x, grid.y, width, grid.height)
+        row = Box(grid.x, y, grid.width, width)
+        canvas.rect(column, "none", GRID)
+        canvas.rect(row, "none", GRID)
         frames.append(Box(x, y, width, width))
         x += width
         y += width
@@ -132,9 +170,14 @@ def _draw_totals(canvas: Canvas, nodes: Nodes, matrix: Rows, corner: Point) -> N
     rows = sent.rows.sum(axis=0)
     table = [("total", "messages", "rows")]
     for column, name in enumerate(("inside nodes", "between nodes")):
-        table.append((name, f"{messages[column]:,}", f"{rows[column]:,.0f}"))
+        num_messages = f"{messages[column]:,}"
+        num_rows = f"{rows[column]:,.0f}"
+        table.append((name, num_messages, num_rows))
     x, y = corner
     for line, (name, *numbers) in enumerate(table):
-        canvas.text((x, y + 18 * line), name, 12)
+        base = y + 18 * line
+        canvas.text((x, base), name, 12)
+        # The heading is not bold.
+        bold = line > 0
         for right, words in zip((SIDE - 70, SIDE), numbers, strict=True):
-            canvas.text((x + right, y + 18 * line), words, 12, "end", bold=line > 0)
+            canvas.text((x + right, base), words, 12, "end", bold=bold)

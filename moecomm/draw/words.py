@@ -21,9 +21,11 @@ def ranks_in_words(ranks: Sequence[int], width: int = 0) -> str:
     width  characters that there is room for, if not 0: as many of the first ranks as fit, and the last
     """
     steps = {b - a for a, b in pairwise(ranks)}
+    is_progression = len(steps) == 1
     shown = len(ranks)
     words = ", ".join(map(str, ranks))
-    if len(ranks) > 8 and len(steps) == 1:
+    # Three are enough to see the step.
+    if len(ranks) > 8 and is_progression:
         shown = 3
         words = _shortened(ranks, shown)
     # The gap stands for two ranks at least, and each shown takes a character or more.
@@ -35,14 +37,16 @@ def ranks_in_words(ranks: Sequence[int], width: int = 0) -> str:
 
 
 def _shortened(ranks: Sequence[int], shown: int) -> str:
-    return f"{', '.join(map(str, ranks[:shown]))} ... {ranks[-1]}"
+    beginning = ", ".join(map(str, ranks[:shown]))
+    return f"{beginning} ... {ranks[-1]}"
 
 
 def nodes_in_words(nodes: Nodes) -> str:
     """How many ranks in nodes of which sizes."""
     sizes = sorted(set(nodes.sizes().tolist()), reverse=True)
     words = " and ".join(map(str, sizes))
-    return f"{counted(nodes.world_size, 'rank')} on {counted(len(nodes), 'node')} of {words}"
+    ranks = counted(nodes.world_size, "rank")
+    return f"{ranks} on {counted(len(nodes), 'node')} of {words}"
 
 
 def topology_in_words(topology: Topology) -> str:
@@ -58,17 +62,22 @@ def topology_in_words(topology: Topology) -> str:
 
 def layout_in_words(topologies: Sequence[Topology]) -> str:
     """The sizes of the topologies of a model's layers, in short: EP 8, TP 2; EP 32/64, spread."""
-    words = [f"EP {_joined([topology.expert for topology in topologies])}"]
+    experts = [topology.expert for topology in topologies]
+    words = [f"EP {_joined(experts)}"]
+    # These are 1 in most layouts, and then say nothing.
     for name, size in (("TP", "tensor"), ("ETP", "expert_tensor")):
         sizes = [getattr(topology, size) for topology in topologies]
         if max(sizes) > 1:
             words.append(f"{name} {_joined(sizes)}")
-    spread = [topology.inner == "expert_data" for topology in topologies]
-    if any(spread):
-        words.append(_joined(["spread" if is_spread else "near" for is_spread in spread]))
+    names = {"expert": "near", "expert_data": "spread"}
+    placements = [names[topology.inner] for topology in topologies]
+    if "spread" in placements:
+        words.append(_joined(placements))
     return ", ".join(words)
 
 
 def _joined(sizes: Sequence[object]) -> str:
     """32/64, or 32 where all are equal."""
-    return "/".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
+    if len(set(sizes)) == 1:
+        sizes = sizes[:1]
+    return "/".join(map(str, sizes))
