@@ -25,8 +25,15 @@ def parser() -> argparse.ArgumentParser:
     options.epilog = EXAMPLES
     # Without a name the student has its teacher's config.
     options.set_defaults(config=None)
+    # A group of its own, below the options that both commands have.
     add = options.add_argument_group("distillation").add_argument
-    add("--teacher", type=Path, required=True, metavar="DIR", help="--out of the run that trained it")
+    add(
+        "--teacher",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="--out of the run that trained it",
+    )
     add(
         "--layers", type=train.positive, help="of the student, which is else as its teacher (default: 7/8; or --config)"
     )

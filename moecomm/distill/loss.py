@@ -79,6 +79,7 @@ def _exact(logits: Tensor) -> Tensor:
 
 def _log_share(logits: Tensor, tensor: Comm | None) -> Tensor:
     """The log of each probability, over the vocabulary of all slices."""
+    # The whole vocabulary's sum is that of the slices' sums, of which each is one number a token.
     total = logits.logsumexp(-1)
     if tensor is not None:
         total = tensor.all_gather(total[None]).logsumexp(0)

@@ -29,11 +29,13 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"Schedule: kind is {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
+        # A stop that a kind does not read would be ignored in silence.
         if (self.kind in ("staged", "linear")) != (self.stop is not None):
             expected = "a step" if self.stop is None else "none"
             raise ValueError(f"Schedule: stop is {self.stop}, expected {expected} with {self.kind!r}")
         if self.stop is not None and self.stop < 1:
             raise ValueError(f"Schedule: stop is {self.stop}, expected >= 1")
+        # Also false for NaN.
         if not 0 <= self.alpha < math.inf:
             raise ValueError(f"Schedule: alpha is {self.alpha}, expected >= 0 and finite")
 

@@ -20,9 +20,15 @@ def kept_layers(num_teacher: int, num_student: int) -> tuple[int, ...]:
     if not 2 <= num_student <= num_teacher:
         raise ValueError(f"student: num_layers is {num_student}, expected 2 .. {num_teacher}, those of the teacher")
 
-    # Kind 0: dense layers, which are 0, 2, 4 ... Kind 1: layers with experts.
-    sources = [_spread((num_teacher + 1 - kind) // 2, (num_student + 1 - kind) // 2) for kind in (0, 1)]
-    return tuple(2 * sources[layer % 2][layer // 2] + layer % 2 for layer in range(num_student))
+    # Dense layers are 0, 2, 4 ..., and those with experts 1, 3, 5 ...: each kind is counted by itself.
+    dense = _spread((num_teacher + 1) // 2, (num_student + 1) // 2)
+    with_experts = _spread(num_teacher // 2, num_student // 2)
+    sources = []
+    for layer in range(num_student):
+        kind = layer % 2
+        number = (dense, with_experts)[kind][layer // 2]
+        sources.append(2 * number + kind)
+    return tuple(sources)
 
 
 def _spread(num_sources: int, count: int) -> list[int]:
@@ -48,6 +54,7 @@ def start_from(student: TransformerLM, teacher: TransformerLM) -> None:
     sources = kept_layers(teacher.config.num_layers, student.config.num_layers)
     weights = teacher.state_dict()
     for name, value in student.state_dict().items():
+        # A block is named by its number; embeddings and the last norm have the same names in both.
         if name.startswith("blocks."):
             _, layer, rest = name.split(".", 2)
             source = f"blocks.{sources[int(layer)]}.{rest}"

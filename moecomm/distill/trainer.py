@@ -54,11 +54,14 @@ class Distiller(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """As Trainer's, and the distillation."""
-        return {**super().settings(), "distillation": {**asdict(self.schedule), "temperature": self.temperature}}
+        settings = super().settings()
+        settings["distillation"] = {**asdict(self.schedule), "temperature": self.temperature}
+        return settings
 
     def objective(self, number: int, tokens: Tensor, losses: Tensor, output: Output) -> Tensor:
         """As Trainer's, and alpha * T^2 * KL(teacher || student). Every tensor rank has whole logits."""
         alpha = self.schedule.at(number)
+        # A teacher costs a forward pass, often of a larger model.
         if not alpha:
             return super().objective(number, tokens, losses, output)
         with self._precision():
@@ -106,6 +109,7 @@ def build(options: Namespace, comm: Comm | None, device: torch.device) -> Distil
         # A folder for each teacher, since its answers are told apart by the tokens alone.
         folder = together(comm, "distill", lambda: options.cache / digest_of_run(options.teacher))
         teacher = together(comm, "distill", lambda: CachedTeacher(asked, folder, top, comm))
+    # After the teacher: a wrong folder is told before the text is read.
     alone = build_alone(options, comm, device, config)
     if options.start == "teacher":
         start_from(alone.model, model)
@@ -126,6 +130,7 @@ def config_of_run(folder: Path) -> Config:
         # JSON has made a list of the tuple.
         sizes["experts"] = tuple(sizes["experts"])
         return Config(**sizes)
+    # The folder is what the user gave: whatever is wrong with it is bad input and no failure of the disk.
     except OSError as error:
         raise ValueError(f"teacher: {file}: {error.strerror}: no run of moecomm.train") from None
     except (ValueError, LookupError, TypeError, AttributeError):

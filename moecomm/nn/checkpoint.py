@@ -31,7 +31,7 @@ from moecomm.nn.files import locked, to_disk
 from moecomm.nn.linear import part_in
 from moecomm.nn.optimizer import KINDS, State, group_settings, optimizer_states, state_dict, states_to_read
 from moecomm.nn.slices import Held, Piece, held
-from moecomm.nn.stored import INDEX, Index, Stored, Target, piece_line, write_index
+from moecomm.nn.stored import INDEX, Index, Stored, Target, write_index
 from moecomm.nn.tensor_file import write
 from moecomm.together import gather, together
 
@@ -79,7 +79,9 @@ def save(
         file = unfinished / f"rank-{rank:05d}.safetensors"
         written = together(comm, "checkpoint", lambda: _write(file, pieces, identity))
         lines: dict[str, object] = {}
-        for text in gather(comm, json.dumps({piece.key: piece_line(piece) for piece in written})):
+        # As the index has them. The key is not in it: it follows from name, start and size.
+        of_rank = json.dumps({piece.key: piece[1:] for piece in written})
+        for text in gather(comm, of_rank):
             lines.update(json.loads(text))
         index: Index = {
             "id": identity,
@@ -150,7 +152,8 @@ def _memory(
     for tensor in tensors:
         if tensor.tensor.is_meta:
             raise ValueError(f"{tensor.name} is on the meta device, expected one that has memory")
-        copies.append(tensor._replace(tensor=torch.empty(tensor.tensor.shape, dtype=tensor.tensor.dtype)))
+        memory = torch.empty(tensor.tensor.shape, dtype=tensor.tensor.dtype)
+        copies.append(tensor._replace(tensor=memory))
     # Before the states: a checkpoint of another model is called so.
     targets = _pieces(copies)
     stored.check(targets)
@@ -269,7 +272,9 @@ def _finish(unfinished: Path, finished: Path, index: Index, keep: int | None) ->
     to_disk(finished.parent)
     if keep is None:
         return
-    older = sorted((path for path in _steps(finished.parent) if _step(path) < _step(finished)), key=_step)
+    # A higher step is of a run that this one does not continue: it stays, and does not count.
+    older = [path for path in _steps(finished.parent) if _step(path) < _step(finished)]
+    older.sort(key=_step)
     for path in older[: max(0, len(older) + 1 - keep)]:
         _remove_old(path, unfinished)
 
@@ -299,7 +304,8 @@ def _remove(path: Path) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """The complete checkpoints, or links to such; what someone has put aside under another name is none of them."""
-    return [path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+    paths = folder.glob("step-*")
+    return [path for path in paths if path.name[5:].isdecimal() and path.is_dir()]
 
 
 def _step(path: Path) -> int:

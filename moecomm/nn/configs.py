@@ -52,7 +52,11 @@ class Config:
                 f"second of {self.num_layers} layers"
             )
         check_activation("Config", self.activation)
-        for name, kinds in {"residual": ("none", "sum", "learned"), "normalize": ("none", "selected")}.items():
+        known = {
+            "residual": ("none", "sum", "learned"),
+            "normalize": ("none", "selected"),
+        }
+        for name, kinds in known.items():
             if getattr(self, name) not in kinds:
                 expected = ", ".join(map(repr, kinds[:-1]))
                 raise ValueError(f"Config: {name} is {getattr(self, name)!r}, expected {expected} or {kinds[-1]!r}")
@@ -132,7 +136,16 @@ CONFIGS = {
     "small": _SMALL,
     "small-top-2": replace(_SMALL, residual="none", top_k=2, normalize="selected"),
     "medium": Config(8, 512, 8, pyramid(4, 8), residual="sum", vocabulary=256, context=512),
-    "medium-top-2": Config(8, 512, 8, pyramid(4, 8), top_k=2, normalize="selected", vocabulary=256, context=512),
+    "medium-top-2": Config(
+        8,
+        512,
+        8,
+        pyramid(4, 8),
+        top_k=2,
+        normalize="selected",
+        vocabulary=256,
+        context=512,
+    ),
 }
 """By name. The first six are the paper's, in its order; the others read bytes."""
 

@@ -27,8 +27,10 @@ def regular(path: str | Path, flags: int) -> int:
 
     Raises OSError for anything else: a FIFO without a writer would be waited for, and a device may have no end.
     """
-    with suppress(FileNotFoundError):  # a file that is to be made
+    # A file that is to be made is not there yet.
+    with suppress(FileNotFoundError):
         _check_regular(path, Path(path).stat().st_mode)
+    # What has become a FIFO since is not waited for.
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
@@ -43,13 +45,17 @@ def locked(path: Path, conflict: str) -> Iterator[None]:
     """
     with suppress(FileNotFoundError):
         _check_regular(path, path.lstat().st_mode)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    # No link is followed: the file is truncated below, and the target may be anybody's. A program that is started in
+    # the block must not inherit the lock.
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(file, 1000).decode(errors="replace")
             raise ValueError(f"{conflict}: {holder or 'the holder has not written its name yet'}") from None
+        # For the error of the next one; the lock itself is the kernel's.
         since = datetime.now(timezone.utc).isoformat(" ", "seconds")
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
@@ -65,6 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f"unfinished-{path.name}")
     unfinished.unlink(missing_ok=True)
     yield unfinished
+    # A rename within a folder is atomic: nobody sees half a file.
     unfinished.replace(path)
 
 

@@ -25,12 +25,17 @@ def parameter_groups(model: nn.Module, **of_experts: Any) -> list[dict[str, Any]
 
     An expert without tokens has a gradient of zeros, never None: so says `reduce_gradients`, and momentum goes on.
     """
-    experts = [
-        parameter for module in model.modules() if isinstance(module, Experts) for parameter in module.parameters()
-    ]
+    experts: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, Experts):
+            experts += module.parameters()
+    # By identity: `in` would compare the numbers of tensors.
     ids = {id(parameter) for parameter in experts}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    return [{"name": "dense", "params": dense}, {"name": "experts", "params": experts, **of_experts}]
+    return [
+        {"name": "dense", "params": dense},
+        {"name": "experts", "params": experts, **of_experts},
+    ]
 
 
 def reduce_gradients(model: nn.Module, groups: Groups | None, num_micro_batches: int = 1) -> None:
@@ -91,24 +96,24 @@ def gradient_norm(model: nn.Module, groups: Groups | None) -> Tensor:
         for parameter in layer.experts.parameters():
             copies[id(parameter)] = layer_groups.topology.expert_data
     # The first and the last pipeline stage share the embedding.
-    shared = {
-        id(module.embedding)
-        for module in model.modules()
-        if isinstance(module, TransformerLM) and module.is_first != module.is_last
-    }
-    total = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
-    for parameter in held(model):
-        gradient = parameter.tensor.grad
+    shared = set()
+    for module in model.modules():
+        if isinstance(module, TransformerLM) and module.is_first != module.is_last:
+            shared.add(id(module.embedding))
+    device = next(model.parameters()).device
+    # In float64: squares of 16-bit gradients overflow, and sums of many small ones lose digits.
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    for weight in held(model):
+        gradient = weight.tensor.grad
         if gradient is None:
             continue
         # All ranks add up their squares, so each number is divided by how many of them have it.
-        ranks = copies.get(id(parameter.tensor))
-        if ranks is None:
-            ranks = 1 if groups is None else groups.data.size
-            sliced = parameter.slice is not None and parameter.slice.portion[1] > 1
-            if groups is not None and not sliced:
+        ranks = copies.get(id(weight.tensor), 1)
+        if groups is not None and id(weight.tensor) not in copies:
+            ranks = groups.data.size
+            if weight.slice is None or weight.slice.portion[1] == 1:
                 ranks *= groups.tensor.size
-            if groups is not None and id(parameter.tensor) in shared:
+            if id(weight.tensor) in shared:
                 ranks *= 2
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
         total += norm.square() / ranks
@@ -124,7 +129,8 @@ def agree_on_overflow(model: nn.Module, groups: Groups | None) -> None:
     unscale_ or step, so that all ranks skip the step and lower the scale, or none does. The scale must be the same on
     all ranks to begin with. No host waits for a GPU. Raises ValueError as gradient_norm.
     """
-    overflow = gradient_norm(model, groups) * 0  # 0 or NaN
+    # 0 or NaN: a sum of squares that is inf or NaN becomes NaN.
+    overflow = gradient_norm(model, groups) * 0
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad += overflow.to(parameter.grad.device)
@@ -181,7 +187,8 @@ def _sum_embedding(model: TransformerLM, pipeline: Comm) -> None:
     gradient = None if embedding is None else embedding.grad
     # Stages between the two have no embedding and do not know whether it is frozen: they add zeros.
     if gradient is None:
-        gradient = next(model.parameters()).new_zeros(model.config.vocabulary, model.config.hidden).detach()
+        config = model.config
+        gradient = next(model.parameters()).detach().new_zeros(config.vocabulary, config.hidden)
     total = pipeline.all_reduce(gradient)
     if embedding is not None and embedding.requires_grad:
         embedding.grad = total
@@ -189,6 +196,7 @@ def _sum_embedding(model: TransformerLM, pipeline: Comm) -> None:
 
 def _replace(parameters: list[nn.Parameter], reduced: Callable[[Tensor], Tensor]) -> None:
     """Replace the gradients by what `reduced` makes of all of them, which it gets as one row of numbers."""
+    # One collective for all: a layer norm's few numbers alone would cost the latency of a whole one.
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return

@@ -28,13 +28,14 @@ def check_activation(function: str, activation: str) -> None:
 
 
 class _SlicedLinear(Part):
-    """A linear layer whose matrices [outputs, inputs], `blocks` of them side by side, are sliced along `dim`."""
+    """A linear layer whose matrices [outputs, inputs] are sliced along `dim` over the tensor ranks."""
+
+    dim: int
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        dim: int,
         *,
         blocks: int = 1,
         tensor: Comm | None = None,
@@ -43,14 +44,15 @@ class _SlicedLinear(Part):
         **like: Any,
     ) -> None:
         super().__init__()
-        # One rank alone has nobody to send to.
-        self.tensor = None if tensor is None or tensor.size == 1 else tensor
         portion = part_in(tensor)
+        # None on one rank alone, which has nobody to send to.
+        self.tensor = tensor if portion[1] > 1 else None
+        # Drawn whole and cut afterwards, so that the numbers do not depend on the split.
         matrices = draw((blocks, outputs, inputs), std, *key)
-        weight = part_of(matrices, dim + 1, portion).flatten(0, 1)
+        weight = part_of(matrices, self.dim + 1, portion).flatten(0, 1)
         self.weight = parameter(weight, like)
         self.bias = parameter(torch.zeros(len(weight)), like)
-        self.slices = {"weight": Slice(dim, portion, blocks)}
+        self.slices = {"weight": Slice(self.dim, portion, blocks)}
 
 
 class ColumnLinear(_SlicedLinear):
@@ -64,8 +66,10 @@ class ColumnLinear(_SlicedLinear):
     Biases begin at 0. Differentiable; the backward pass is collective over tensor.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, blocks: int = 1, **options: Any) -> None:
-        super().__init__(inputs, outputs, 0, blocks=blocks, **options)
+    dim = 0
+
+    def __init__(self, inputs: int, outputs: int, **options: Any) -> None:
+        super().__init__(inputs, outputs, **options)
         self.slices["bias"] = self.slices["weight"]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,11 +82,10 @@ class ColumnLinear(_SlicedLinear):
 class RowLinear(_SlicedLinear):
     """This rank's slice x [..., inputs / L] of the inputs -> [..., outputs], the same on all tensor ranks.
 
-    As ColumnLinear. Collective over tensor.
+    As ColumnLinear, of one matrix. Collective over tensor.
     """
 
-    def __init__(self, inputs: int, outputs: int, **options: Any) -> None:
-        super().__init__(inputs, outputs, 1, blocks=1, **options)
+    dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Collective over tensor."""
@@ -102,7 +105,13 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, ffn: int, *, activation: Activation = "gelu", key: Key = (), **options: Any
+        self,
+        hidden: int,
+        ffn: int,
+        *,
+        activation: Activation = "gelu",
+        key: Key = (),
+        **options: Any,
     ) -> None:
         super().__init__()
         check_activation("MLP", activation)

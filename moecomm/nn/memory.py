@@ -61,44 +61,23 @@ def memory_estimate(
     """
     topologies = _one_for_each_layer(config, topology)
     axes = topologies[0]
-    size = dtype.itemsize
-    tokens = sequences * (config.context if length is None else length)
     stage = axes.coords(rank)["pipeline"]
     num_layers = config.num_layers // axes.pipeline
-    needs = []
+    layers = range(stage * num_layers, (stage + 1) * num_layers)
     dense = config.num_in_ends(stage, axes.pipeline)
-    gates = 0
-    experts = dict.fromkeys(topologies, 0)
-    for layer in range(stage * num_layers, (stage + 1) * num_layers):
-        dense += config.num_dense(layer, axes.tensor)
-        needs.append(_attention(config, tokens, axes.tensor, size))
-        num_experts = config.experts_of(layer)
-        # An MLP's input is the output of the norm, which _attention counts.
-        if not num_experts or config.residual != "none":
-            needs.append(_feed_forward(config, tokens, config.ffn // axes.tensor, size))
-        if num_experts:
-            spread = topologies[layer // 2]
-            needs.append(_moe(config, tokens, num_experts, spread, skew, size))
-            gates += num_experts * config.hidden
-            portion = (spread.coords(rank)["expert_tensor"], spread.expert_tensor)
-            experts[spread] += num_experts // spread.expert * config.num_in_expert(portion)
-    # The embedding's backward pass reads the ids of the tokens.
-    activations = sum(need.activations for need in needs) + 8 * tokens * (stage == 0)
-    buffers = max(need.backward for need in needs)
-    if stage == axes.pipeline - 1:
-        logits = tokens * config.vocabulary
-        activations += tokens * (2 * size * config.hidden + 8) + 8 * logits
-        # Of these most are gone when the backward pass comes to a layer.
-        freed = tokens * 2 * size * config.hidden + 4 * logits
-        buffers = max(buffers - freed, 8 * logits)
+    dense += sum(config.num_dense(layer, axes.tensor) for layer in layers)
+    gates, experts = _experts(config, topologies, layers, rank)
+    tokens = sequences * (config.context if length is None else length)
+    size = dtype.itemsize
+    activations, buffers = _passes(config, topologies, layers, tokens, skew, size)
     if axes.world_size > 1:
         # The copies in which reduce_gradients adds up: the activations are gone then, and leave room for them.
         copies = size * max(2 * dense, 3 * max(experts.values()))
         buffers = max(buffers, copies - activations)
     # Gates are float32 whatever the model is. Each expert has a bias beside them, 4 bytes, which is no parameter.
     gradients = size * (dense + sum(experts.values())) + 4 * gates
-    biases = 4 * gates // config.hidden
-    return Memory(gradients + biases, gradients, states * gradients, activations, buffers)
+    weights = gradients + 4 * gates // config.hidden
+    return Memory(weights, gradients, states * gradients, activations, buffers)
 
 
 def _one_for_each_layer(config: Config, topology: Topology | Sequence[Topology]) -> list[Topology]:
@@ -113,6 +92,20 @@ def _one_for_each_layer(config: Config, topology: Topology | Sequence[Topology])
     return topologies
 
 
+def _experts(config: Config, topologies: list[Topology], layers: range, rank: int) -> tuple[int, dict[Topology, int]]:
+    """Numbers in the gates of the layers, and in the experts of this rank. Those of a topology are reduced together."""
+    gates = 0
+    experts = dict.fromkeys(topologies, 0)
+    for layer in layers:
+        num_experts = config.experts_of(layer)
+        if num_experts:
+            gates += num_experts * config.hidden
+            topology = topologies[layer // 2]
+            portion = (topology.coords(rank)["expert_tensor"], topology.expert_tensor)
+            experts[topology] += num_experts // topology.expert * config.num_in_expert(portion)
+    return gates, experts
+
+
 class _Need(NamedTuple):
     """Bytes that a layer needs besides its weights.
 
@@ -122,6 +115,32 @@ class _Need(NamedTuple):
 
     activations: int
     backward: int = 0
+
+
+def _passes(config: Config, topologies: list[Topology], layers: range, tokens: int, skew: float, size: int) -> _Need:
+    """What the forward and the backward pass of a pipeline stage need."""
+    lanes = topologies[0].tensor
+    needs = []
+    for layer in layers:
+        needs.append(_attention(config, tokens, lanes, size))
+        num_experts = config.experts_of(layer)
+        # An MLP's input is the output of the norm, which _attention counts.
+        if not num_experts or config.residual != "none":
+            needs.append(_feed_forward(config, tokens, config.ffn // lanes, size))
+        if num_experts:
+            needs.append(_moe(config, tokens, num_experts, topologies[layer // 2], skew, size))
+    activations = sum(need.activations for need in needs)
+    backward = max(need.backward for need in needs)
+    if layers.start == 0:
+        # The embedding's backward pass reads the ids of the tokens.
+        activations += 8 * tokens
+    if layers.stop == config.num_layers:
+        logits = tokens * config.vocabulary
+        activations += tokens * (2 * size * config.hidden + 8) + 8 * logits
+        # Of these most are gone when the backward pass comes to a layer.
+        freed = tokens * 2 * size * config.hidden + 4 * logits
+        backward = max(backward - freed, 8 * logits)
+    return _Need(activations, backward)
 
 
 def _attention(config: Config, tokens: int, lanes: int, size: int) -> _Need:
@@ -142,7 +161,14 @@ def _feed_forward(config: Config, rows: int, width: int, size: int) -> _Need:
     )
 
 
-def _moe(config: Config, tokens: int, num_experts: int, topology: Topology, skew: float, size: int) -> _Need:
+def _moe(
+    config: Config,
+    tokens: int,
+    num_experts: int,
+    topology: Topology,
+    skew: float,
+    size: int,
+) -> _Need:
     """Rows at the experts and answers at home; logits and tables of the gate; what "learned" weights."""
     h = config.hidden
     width = config.ffn // topology.expert_tensor

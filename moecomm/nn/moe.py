@@ -145,15 +145,8 @@ class MoE(ExpertLayer):
         **like: Any,
     ) -> None:
         super().__init__()
-        if exchange is None:
-            exchange = exchange_over(groups, num_experts)
-        if not isinstance(exchange, Exchange):
-            raise TypeError(f"MoE: exchange is a {type(exchange).__name__}, expected an Exchange")
-        if exchange.num_experts != num_experts:
-            raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {exchange.num_experts}")
-        if groups is None and exchange.num_local_experts != num_experts:
-            raise ValueError("MoE: give the groups too: an exchange alone does not say which experts are here")
-        self.exchange = exchange
+        self.exchange = exchange_over(groups, num_experts) if exchange is None else exchange
+        local, portion = _check_exchange(self.exchange, num_experts, groups)
         self.groups = groups
         self.num_experts = num_experts
         self.top_k = top_k
@@ -165,12 +158,21 @@ class MoE(ExpertLayer):
         # Data ranks have other tokens and draw other numbers. Tensor ranks have the same tokens and draw the same.
         self._seed = number(*key, "draws", 0 if groups is None else groups.data.rank)
         # The gate chooses by small differences between scores, which 16 bits would make ties.
-        self.gate = parameter(draw((num_experts, hidden), std, *key, "gate"), like | {"dtype": torch.float32})
-        local, portion = held_experts(groups, exchange)
+        gate = draw((num_experts, hidden), std, *key, "gate")
+        self.gate = parameter(gate, like | {"dtype": torch.float32})
         self.experts = Experts(
-            hidden, ffn, local, activation=activation, part=portion, num_experts=num_experts, std=std, key=key, **like
+            hidden,
+            ffn,
+            local,
+            activation=activation,
+            part=portion,
+            num_experts=num_experts,
+            std=std,
+            key=key,
+            **like,
         )
-        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32, device=like.get("device")))
+        bias = torch.zeros(num_experts, dtype=torch.float32, device=like.get("device"))
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Collective over the exchange's ranks, and so is the backward pass."""
@@ -186,8 +188,10 @@ class MoE(ExpertLayer):
         capacity = None
         if factor is not None:
             capacity = expert_capacity(len(tokens), self.num_experts, self.top_k, factor=factor)
-        routing = route(logits, self.top_k, bias=self.bias.float(), capacity=capacity, **self._choices(x.device))
-        return self.answers(tokens, routing).to(dtype).reshape(x.shape), routing
+        choices = self._choices(x.device)
+        routing = route(logits, self.top_k, bias=self.bias.float(), capacity=capacity, **choices)
+        answers = self.answers(tokens, routing)
+        return answers.to(dtype).reshape(x.shape), routing
 
     def extra_repr(self) -> str:
         """Sizes, the experts of this rank and the exchange, for `repr`."""
@@ -226,6 +230,17 @@ class MoE(ExpertLayer):
         if self.groups is not None and self.groups.tensor.size > 1:
             drawn = self.groups.tensor.all_gather(drawn)[:1]
         return drawn
+
+
+def _check_exchange(exchange: Exchange, num_experts: int, groups: Groups | None) -> tuple[Sequence[int], Portion]:
+    """As held_experts. Raises ValueError or TypeError also for an exchange that does not fit a layer."""
+    if not isinstance(exchange, Exchange):
+        raise TypeError(f"MoE: exchange is a {type(exchange).__name__}, expected an Exchange")
+    if exchange.num_experts != num_experts:
+        raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {exchange.num_experts}")
+    if groups is None and exchange.num_local_experts != num_experts:
+        raise ValueError("MoE: give the groups too: an exchange alone does not say which experts are here")
+    return held_experts(groups, exchange)
 
 
 def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[Sequence[int], Portion]:

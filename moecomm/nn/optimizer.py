@@ -27,7 +27,10 @@ State = tuple[Held, Held]
 
 def group_settings(optimizer: Optimizer) -> list[Settings]:
     """The settings of each parameter group."""
-    return [{name: group[name] for name in group.keys() - NOT_SAVED} for group in optimizer.param_groups]
+    settings = []
+    for group in optimizer.param_groups:
+        settings.append({name: group[name] for name in group.keys() - NOT_SAVED})
+    return settings
 
 
 def optimizer_states(optimizer: Optimizer, tensors: list[Held]) -> list[Held]:
@@ -48,9 +51,9 @@ def optimizer_states(optimizer: Optimizer, tensors: list[Held]) -> list[Held]:
 def _state(parameter: Held, name: str, value: object) -> Held:
     """A state as tensors that are sliced as its parameter, or as a number for each whole tensor of it."""
     shape = parameter.tensor.shape
+    # The kind is in the names: a number need not be sliced with its parameter, and comes back as what it was.
     kind = "optimizer"
     if isinstance(value, int | float):
-        # Of a kind of its own: optimizers that count in Python do not take a tensor in its place.
         kind = "number"
         value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     if not isinstance(value, Tensor) or (value.shape != shape and value.numel() > 1):
@@ -120,6 +123,7 @@ def state_dict(
         values[numbers[id(parameter.tensor)]][name] = _value(parameter, target)
     settings = []
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        # What a newer torch has as a setting, and the checkpoint does not, stays as it is.
         merged = dict(group)
         for name, value in saved.items():
             merged[name] = _setting(value, group.get(name))

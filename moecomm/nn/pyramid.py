@@ -43,7 +43,12 @@ def pyramid(num_layers: int, num_experts: int, shape: Shape = "pyramid", *, num_
 
 
 def layer_topologies(
-    world_size: int, num_experts: Sequence[int], *, expert: int | None = None, expert_tensor: int = 1, **dense: Any
+    world_size: int,
+    num_experts: Sequence[int],
+    *,
+    expert: int | None = None,
+    expert_tensor: int = 1,
+    **dense: Any,
 ) -> list[Topology]:
     """A topology for each layer: its experts spread over as many ranks as can share them, copies over the rest.
 

@@ -50,6 +50,7 @@ class _Measured(Exchange[Any]):
         self.num_local_experts = exchange.num_local_experts
         self.experts = exchange.experts
         self.local_experts = exchange.local_experts
+        # A gate that notes its status instead of raising does so for an exchange that compares it.
         self.tells_unusable = exchange.tells_unusable
         self.rows = self.bytes = 0
         self.seconds = 0.0

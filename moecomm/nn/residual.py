@@ -28,21 +28,35 @@ class ResidualMoE(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, ffn: int, num_experts: int, *, combine: Literal["sum", "learned"] = "sum", **options: Any
+        self,
+        hidden: int,
+        ffn: int,
+        num_experts: int,
+        *,
+        combine: Literal["sum", "learned"] = "sum",
+        **options: Any,
     ) -> None:
         super().__init__()
         if combine not in ("sum", "learned"):
             raise ValueError(f"ResidualMoE: combine is {combine!r}, expected 'sum' or 'learned'")
-        self.moe = MoE(hidden, ffn, num_experts, **options)
+        self.moe = MoE(
+            hidden,
+            ffn,
+            num_experts,
+            **options,
+        )
         groups = options.get("groups")
+        tensor = None if groups is None else groups.tensor
         shared = {name: value for name, value in options.items() if name not in OF_MOE}
-        self.mlp = MLP(hidden, ffn, tensor=None if groups is None else groups.tensor, **shared)
+        self.mlp = MLP(hidden, ffn, tensor=tensor, **shared)
         self.coefficient: nn.Linear | None = None
         if combine == "learned":
             like: dict[str, Any] = {name: shared[name] for name in ("device", "dtype") if name in shared}
             self.coefficient = nn.Linear(hidden, 2, **like)
             # Drawn as all weights are, so that it does not depend on what was drawn before it on this rank.
-            weight = draw((2, hidden), options.get("std", 0.02), *options.get("key", (0,)), "coefficient")
+            std = options.get("std", 0.02)
+            key = options.get("key", (0,))
+            weight = draw((2, hidden), std, *key, "coefficient")
             self.coefficient.weight = parameter(weight, like)
             nn.init.zeros_(self.coefficient.bias)
         self._stream: Any = None

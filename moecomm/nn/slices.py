@@ -68,25 +68,26 @@ class Held(NamedTuple):
             bank, _, weight = self.name.rpartition(".")
             names = [f"{bank}.{expert}.{weight}" for expert in self.experts]
             tensors = list(values.unbind())
-        number, ranks = (0, 1) if self.slice is None else self.slice.portion
         dtype = str(values.dtype).removeprefix("torch.")
         pieces = []
         for weight, tensor in zip(names, tensors, strict=True):
             name = self.prefix + weight
             size = tuple(tensor.shape)
-            if self.slice is None or ranks == 1:
+            if self.slice is None or self.slice.portion[1] == 1:
                 origin = (0,) * len(size)
                 pieces.append((Piece(name, name, size, dtype, "", origin, size, None), tensor))
                 continue
             # Matrices side by side are sliced one by one: this rank has a box of each, and the boxes do not touch.
-            dim = self.slice.dim
-            length = size[dim] // self.slice.blocks
-            shape = (*size[:dim], size[dim] * ranks, *size[dim + 1 :])
+            dim, (number, ranks), blocks = self.slice
+            length = size[dim] // blocks
+            shape = [*size]
+            shape[dim] *= ranks
             for block, view in enumerate(tensor.split(length, dim)):
-                start = tuple((block * ranks + number) * length if axis == dim else 0 for axis in range(len(size)))
-                box = tuple(view.shape)
-                key = piece_key(name, start, box)
-                pieces.append((Piece(key, name, shape, dtype, "", start, box, None), view))
+                start = [0] * len(size)
+                start[dim] = (block * ranks + number) * length
+                box = tuple(start), tuple(view.shape)
+                piece = Piece(piece_key(name, *box), name, tuple(shape), dtype, "", *box, None)
+                pieces.append((piece, view))
         return pieces
 
 

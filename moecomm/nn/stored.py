@@ -44,11 +44,6 @@ def write_index(file: Path, index: Index) -> None:
     to_disk(file)
 
 
-def piece_line(piece: Piece) -> list[object]:
-    """A piece in a file, as the index has it."""
-    return [piece.name, piece.shape, piece.dtype, piece.file, piece.start, piece.size, piece.checksum]
-
-
 def _checksum_entry(text: bytes) -> bytes:
     return f'"{checksum(text)}"}}'.encode()
 

@@ -78,13 +78,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
         end = end + values.nbytes
         header[name] = {"dtype": NAMES[values.dtype], "shape": values.shape, "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
+    # The format wants the numbers to begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     checksums = {}
     try:
         with path.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
-                numbers = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                # One tensor at a time comes from its device. As bytes, since numpy has no bfloat16.
+                values = tensors[name].cpu().contiguous()
+                numbers = values.reshape(-1).view(torch.uint8).numpy()
                 file.write(numbers.data)
                 checksums[name] = checksum(numbers)
             file.flush()
@@ -129,6 +132,7 @@ class TensorFile:
         if (entry.dtype, entry.end - entry.begin) != (NAMES[values.dtype], numbers.nbytes):
             raise ValueError(f"{self.path} is damaged: {name} is {entry}, expected {numbers.nbytes} bytes")
         self.file.seek(entry.begin)
+        # Into the memory of the tensor: no copy of it in between.
         if self.file.readinto(numbers.data) != numbers.nbytes:
             raise ValueError(f"{self.path} is damaged: it ends within {name}")
         # Of the memory that is used from now on, not of the file, which might be read differently a second time.

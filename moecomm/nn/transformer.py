@@ -53,6 +53,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         """x [B, S, hidden] -> [B, S, hidden]; the positions in cache come before, and x's are added to it."""
+        # The ranks' slices are whole heads, so each computes its own without the others.
         by_head = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         q, k, v = by_head.permute(2, 0, 3, 1, 4)
         mask = None
@@ -73,7 +74,13 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)), where the feed-forward layer is an MLP or has experts."""
 
     def __init__(
-        self, config: Config, layer: int, groups: Groups | None, exchange: Exchange | None, key: Key, **like: Any
+        self,
+        config: Config,
+        layer: int,
+        groups: Groups | None,
+        exchange: Exchange | None,
+        key: Key,
+        **like: Any,
     ) -> None:
         super().__init__()
         h = config.hidden
@@ -94,7 +101,13 @@ class Block(nn.Module):
         like["capacity_factor"] = config.capacity_factor
         like["eval_capacity_factor"] = config.eval_capacity_factor
         if config.residual == "none":
-            self.ffn = MoE(h, config.ffn, experts, config.top_k, **like)
+            self.ffn = MoE(
+                h,
+                config.ffn,
+                experts,
+                config.top_k,
+                **like,
+            )
         else:
             self.ffn = ResidualMoE(h, config.ffn, experts, combine=config.residual, **like)
 
@@ -206,6 +219,7 @@ class TransformerLM(nn.Module):
         Collective: all ranks of a model call it with as many steps, in evaluation mode if there is a capacity. With an
         eval_capacity_factor the tokens of a step share the experts' capacity, so the cache is not without effect.
         """
+        # Keys and values of a position do not change with later ones, so each is computed once.
         cache: Cache = {}
         sequence = [tokens]
         for _ in range(num_new):

@@ -29,10 +29,22 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
-    add("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 files, any number")
+    add(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 files, any number",
+    )
     add("--config", default="small", help="name of a model in moecomm.nn.CONFIGS (default: %(default)s)")
     add("--steps", type=positive, default=200, help="(default: %(default)s)")
-    add("--out", type=Path, required=True, metavar="DIR", help="where log, pictures and checkpoints go")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where log, pictures and checkpoints go",
+    )
     add("--batch", type=positive, default=16, help="sequences a step, of all ranks (default: %(default)s)")
     add("--micro-batch", type=positive, default=4, help="sequences routed together (default: %(default)s)")
     add("--learning-rate", type=float, default=3e-3, help="(default: %(default)s)")
@@ -41,7 +53,13 @@ def parser() -> argparse.ArgumentParser:
     add("--expert-tensor", type=positive, default=1, help="ranks that share each expert (default: 1)")
     balance = ("aux", "z", "bias", "loss-bias", "none")
     add("--balance", choices=balance, default="aux", help="how experts are kept busy alike (default: aux)")
-    add("--save-every", type=positive, default=100, metavar="STEPS", help="(default: %(default)s)")
+    add(
+        "--save-every",
+        type=positive,
+        default=100,
+        metavar="STEPS",
+        help="(default: %(default)s)",
+    )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, with the same settings")
     add("--seed", type=natural, default=0)
     return options
@@ -66,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(options: argparse.Namespace, source: str) -> int:
     """Train what `build` of the module `source` makes; the exit status."""
+    # Here and not above: --help must work without torch, and come at once.
     try:
         from moecomm.train.run import run, world
 
@@ -86,6 +105,7 @@ def launch(options: argparse.Namespace, source: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except CommError as error:
+        # No collective works any more, so the run cannot save: what it saved before is what there is.
         path = checkpoint.last(options.out)
         advice = f"the last checkpoint is {path}" if path else "there is no checkpoint yet"
         print(f"error: a rank was lost: {error}\n{advice}", file=sys.stderr)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from moecomm.gating import Routing
 from moecomm.nn import (
     Config,
     LayerReport,
@@ -78,12 +77,17 @@ class Trainer:
         num_micro = plan.batch // plan.micro_batch
         if num_micro % ranks:
             raise ValueError(f"{num_micro} micro-batches (batch / micro-batch), which {ranks} data ranks cannot share")
-        self.optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas=(0.9, 0.95), fused=True)
+        # Fused: one kernel for all parameters, of which a layer with experts has many.
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
         self.device = next(model.parameters()).device
 
     def settings(self) -> dict[str, Any]:
         """What a log says of this run before its first step."""
-        return {"config": asdict(self.model.config), "plan": asdict(self.plan), "text": self.text.identity()}
+        return {
+            "config": asdict(self.model.config),
+            "plan": asdict(self.plan),
+            "text": self.text.identity(),
+        }
 
     def step(self, number: int) -> float:
         """Train on the step's batch; the mean loss of next tokens on this rank. Collective over all ranks."""
@@ -101,7 +105,7 @@ class Trainer:
             # Kept on the device, so that the host does not wait for it before the step's end.
             means.append(losses.detach().mean())
             for total, routing in zip(carried, output.routings, strict=True):
-                total += self._carried(routing, losses)
+                total += loss_carried(routing, losses) if self.plan.balance == "loss-bias" else routing.load
         reduce_gradients(self.model, self.model.groups, len(micro_batches))
         self.optimizer.step()
         if self.plan.balance in ("bias", "loss-bias"):
@@ -130,6 +134,7 @@ class Trainer:
     def report(self) -> list[LayerReport]:
         """Of the first held-out micro-batch of each data rank. Collective over all ranks."""
         self.model.eval()
+        # One micro-batch, as in a step: capacity and load are those of tokens that are routed together.
         tokens = self._micro_batches(self.text.validation(self.plan.batch))[0]
         with self._precision():
             return routing_report(self.model, tokens[:, :-1])
@@ -141,7 +146,8 @@ class Trainer:
         return self.plan.learning_rate * share
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16")
+        mixed = self.plan.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
 
     def _micro_batches(self, batch: Tensor) -> tuple[Tensor, ...]:
         """Those of this data rank."""
@@ -157,6 +163,3 @@ class Trainer:
         logits = output.logits.flatten(0, 1)
         targets = tokens[:, 1:].flatten()
         return F.cross_entropy(logits, targets, reduction="none"), output
-
-    def _carried(self, routing: Routing, losses: Tensor) -> Tensor:
-        return loss_carried(routing, losses) if self.plan.balance == "loss-bias" else routing.load

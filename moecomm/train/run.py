@@ -56,6 +56,7 @@ def build(options: Namespace, comm: Comm | None, device: torch.device, config: C
     """
     config = balanced(config or config_named(options.config), options.balance)
     text = together(comm, "train", lambda: Text(read_text(options.text), config.context, options.seed))
+    # Each rank reads the files itself, and may have others under the same names.
     if comm is not None:
         comm.agree("train: text", f"{text.identity()}")
     model = split_model(config, options, comm, device)
@@ -100,7 +101,8 @@ def run(
     writes = comm is None or comm.rank == 0
     with ExitStack() as stack:
         together(comm, "run", lambda: stack.enter_context(alone(out, options.resume)) if writes else None)
-        if not options.resume and any(mean_of_ranks(comm, float(checkpoint.last(out) is not None))):
+        occupied = mean_of_ranks(comm, float(checkpoint.last(out) is not None))
+        if any(occupied) and not options.resume:
             raise ValueError(f"out: {out} has a run already, whose checkpoint would be lost: resume it")
         settings = trainer.settings()
         done = 0
@@ -122,7 +124,13 @@ def run(
         log.end()
 
 
-def _logged_step(trainer: Trainer, log: Log, step: int, comm: Comm | None, signals: list[int]) -> bool:
+def _logged_step(
+    trainer: Trainer,
+    log: Log,
+    step: int,
+    comm: Comm | None,
+    signals: list[int],
+) -> bool:
     """Train for a step, counted from 1. Returns whether a signal has come to any rank. Collective."""
     start = time.perf_counter()
     loss = trainer.step(step - 1)
@@ -186,7 +194,10 @@ def _flat(record: Settings, settings: Settings) -> Settings:
     """A record by names such as "plan batch". An old one gets the text of settings, and the defaults of Config."""
     defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
     sections = {"text": settings["text"], **record, "config": defaults | record["config"]}
-    flat = {f"{section} {name}": value for section, values in sections.items() for name, value in values.items()}
+    flat = {}
+    for section, values in sections.items():
+        for name, value in values.items():
+            flat[f"{section} {name}"] = value
     # As a log has them: JSON makes lists of tuples.
     return dict(json.loads(json.dumps(flat)))
 
@@ -224,14 +235,26 @@ class Log:
     done    steps that an earlier run has made: what its log says of them stays
     """
 
-    def __init__(self, out: Path, steps: int, settings: Settings, writes: bool, done: int = 0) -> None:
+    def __init__(
+        self,
+        out: Path,
+        steps: int,
+        settings: Settings,
+        writes: bool,
+        done: int = 0,
+    ) -> None:
         from tqdm import tqdm
 
         self.out = out
         self.writes = writes
         self.records: list[Settings] = []
         self.reports: list[LayerReport] = []
-        self.bar = tqdm(total=steps, initial=done, unit=" steps", disable=not writes)
+        self.bar = tqdm(
+            total=steps,
+            initial=done,
+            unit=" steps",
+            disable=not writes,
+        )
         if not writes:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -239,7 +262,8 @@ class Log:
             # Steps after the checkpoint are made again, and would be in the log twice.
             self.records = [record for record in read_log(out)[1:] if record["step"] <= done]
         with replacing(out / "log.jsonl") as unfinished:
-            unfinished.write_text("".join(json.dumps(record) + "\n" for record in (settings, *self.records)))
+            lines = [json.dumps(record) + "\n" for record in (settings, *self.records)]
+            unfinished.write_text("".join(lines))
 
     def step(self, record: Settings) -> None:
         """A step, for the file and the bar."""
@@ -279,7 +303,8 @@ class Log:
 def read_log(out: Path) -> list[Settings]:
     """The records of a run: its settings first. A line that a full disk has cut off is none."""
     with open(out / "log.jsonl", opener=regular) as file:
-        return [json.loads(line) for line in file.read().split("\n")[:-1]]
+        *lines, _ = file.read().split("\n")
+    return [json.loads(line) for line in lines]
 
 
 def plot_losses(records: list[Settings], path: Path) -> None:

@@ -23,7 +23,10 @@ def read_text(files: Sequence[str | Path]) -> Tensor:
 
     Raises ValueError for a file that cannot be read, is no regular file or not UTF-8, or if there is no text at all.
     """
-    paths = [Path(file) for file in files] or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    paths = [Path(file) for file in files]
+    if not paths:
+        # Sorted, since a folder lists its files in any order and the text must be the same on all ranks.
+        paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = []
     for path in paths:
         try:
@@ -38,7 +41,8 @@ def read_text(files: Sequence[str | Path]) -> Tensor:
         if not texts[-1]:
             raise ValueError(f"text: {path} is empty")
     # A copy, since torch must not share memory that cannot be written.
-    return torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy())
+    letters = np.frombuffer(b"".join(texts), np.uint8)
+    return torch.from_numpy(letters.copy())
 
 
 class Text:
@@ -61,7 +65,10 @@ class Text:
         """Which text this is: its bytes, and a digest of them."""
         digest = blake2b(self.training.numpy(), digest_size=8)
         digest.update(self.held_out.numpy())
-        return {"bytes": len(self.training) + len(self.held_out), "digest": digest.hexdigest()}
+        return {
+            "bytes": len(self.training) + len(self.held_out),
+            "digest": digest.hexdigest(),
+        }
 
     def batch(self, step: int, num: int) -> Tensor:
         """[num, length + 1] int64, of a step: the same on every rank."""
@@ -73,5 +80,7 @@ class Text:
 
     def _draw(self, text: Tensor, num: int, seed: tuple[int, ...]) -> Tensor:
         # A generator for each batch: a run that is resumed draws what the interrupted one would have drawn.
-        starts = np.random.default_rng(seed).integers(len(text) - self.length, size=num)
-        return torch.stack([text[start : start + self.length + 1] for start in starts]).long()
+        generator = np.random.default_rng(seed)
+        starts = generator.integers(len(text) - self.length, size=num)
+        sequences = [text[start : start + self.length + 1] for start in starts]
+        return torch.stack(sequences).long()
