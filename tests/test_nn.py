@@ -402,3 +402,18 @@ def test_generation_draws_from_the_generator_alone() -> None:
         return model.generate(tokens, 6, temperature=1.0, generator=generator)[0].tolist()
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_repr_says_sizes_experts_and_exchange() -> None:
+    text = repr(MoE(8, 16, 4, top_k=2))
+    assert "hidden=8, num_experts=4, top_k=2, exchange=LocalExchange" in text
+    assert "Experts((8, 16), activation='gelu', experts=[0, 1, 2, 3])" in text
+
+    def on_two_slices(comm: Comm) -> None:
+        groups = build_groups(comm, Topology(4, tensor=2, expert=2, expert_tensor=2))
+        text = repr(MoE(8, 16, 4, groups=groups))
+        assert "exchange=TensorParallelExchange" in text
+        first = 2 * groups.expert.rank
+        assert f"experts={[first, first + 1]}, part=({groups.expert_tensor.rank}, 2)" in text
+
+    threads.run(4, on_two_slices)

@@ -78,11 +78,7 @@ def save(
         together(comm, "checkpoint", lambda: stack.enter_context(_begun(folder, finished)) if rank == 0 else None)
         file = unfinished / f"rank-{rank:05d}.safetensors"
         written = together(comm, "checkpoint", lambda: _write(file, pieces, identity))
-        lines: dict[str, object] = {}
-        # As the index has them. The key is not in it: it follows from name, start and size.
-        of_rank = json.dumps({piece.key: piece[1:] for piece in written})
-        for text in gather(comm, of_rank):
-            lines.update(json.loads(text))
+        lines = _lines(comm, written)
         index: Index = {
             "id": identity,
             "values": values or {},
@@ -261,6 +257,16 @@ def _write(path: Path, pieces: dict[Piece, Tensor], identity: str) -> list[Piece
     tensors = {piece.key: values for piece, values in pieces.items()}
     checksums = write(path, tensors, {"id": identity})
     return [piece._replace(file=path.name, checksum=checksums[piece.key]) for piece in pieces]
+
+
+def _lines(comm: Comm | None, pieces: list[Piece]) -> dict[str, object]:
+    """The key of each rank's pieces, and what the index has of a piece. Collective."""
+    lines: dict[str, object] = {}
+    # The key is not in the index: it follows from name, start and size.
+    of_rank = {piece.key: piece[1:] for piece in pieces}
+    for text in gather(comm, json.dumps(of_rank)):
+        lines.update(json.loads(text))
+    return lines
 
 
 def _finish(unfinished: Path, finished: Path, index: Index, keep: int | None) -> None:

@@ -93,7 +93,10 @@ class Experts(Part):
 
     def place(self) -> list[int]:
         """As Part has it."""
-        return [*super().place(), *self.experts] if self.split else super().place()
+        place = super().place()
+        if self.split:
+            place += self.experts
+        return place
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Torch's fully_shard puts its shards here."""

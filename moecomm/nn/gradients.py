@@ -13,7 +13,7 @@ from moecomm.arrays import as_dtype, sum_dtype
 from moecomm.comm import Comm
 from moecomm.groups import Groups, reduce_expert_gradient
 from moecomm.nn.experts import Experts
-from moecomm.nn.moe import ExpertLayer
+from moecomm.nn.moe import MoE
 from moecomm.nn.slices import held
 from moecomm.nn.transformer import TransformerLM
 
@@ -136,17 +136,17 @@ def agree_on_overflow(model: nn.Module, groups: Groups | None) -> None:
             parameter.grad += overflow.to(parameter.grad.device)
 
 
-def _layers(model: nn.Module) -> list[tuple[ExpertLayer, Groups]]:
+def _layers(model: nn.Module) -> list[tuple[MoE, Groups]]:
     """The layers whose experts are on several ranks, with their groups."""
     layers = []
     for module in model.modules():
-        if isinstance(module, ExpertLayer) and module.groups is not None:
+        if isinstance(module, MoE) and module.groups is not None:
             layers.append((module, module.groups))
     return layers
 
 
 def _problem(
-    model: nn.Module, layers: list[tuple[ExpertLayer, Groups]], groups: Groups | None, num_micro_batches: int = 1
+    model: nn.Module, layers: list[tuple[MoE, Groups]], groups: Groups | None, num_micro_batches: int = 1
 ) -> str:
     """What is wrong with the arguments of reduce_gradients, or ""."""
     if num_micro_batches < 1:

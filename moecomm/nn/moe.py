@@ -69,27 +69,7 @@ def _slice_of_experts(groups: Groups) -> Portion:
     return topology.coords(groups.world.rank)["expert_tensor"], topology.expert_tensor
 
 
-class ExpertLayer(nn.Module):
-    """What layers with experts have in common: the experts of this rank, and what brings tokens to them."""
-
-    exchange: Exchange
-    experts: Experts
-    groups: Groups | None
-    """Who holds which experts."""
-
-    def answers(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """tokens [T, hidden] -> [T, hidden], of each the weighted sum of its experts' answers. Collective."""
-        if self.groups is not None:
-            check_wrapping(self.experts, self.groups.data)
-        rows, plan = self.exchange.dispatch(tokens, routing)
-        # Experts that fail on this rank must not leave the other ranks waiting in combine.
-        with collective(type(self).__name__, *self.exchange.comms):
-            rows = self.experts(rows, plan.rows_per_expert)
-        answers: Tensor = self.exchange.combine(rows, plan)
-        return answers
-
-
-class MoE(ExpertLayer):
+class MoE(nn.Module):
     """x [..., hidden] -> (y [..., hidden], routing). Each token goes to the top_k experts that its gate chooses.
 
     hidden, ffn      width of the tokens, and inside an expert
@@ -190,13 +170,20 @@ class MoE(ExpertLayer):
             capacity = expert_capacity(len(tokens), self.num_experts, self.top_k, factor=factor)
         choices = self._choices(x.device)
         routing = route(logits, self.top_k, bias=self.bias.float(), capacity=capacity, **choices)
-        answers = self.answers(tokens, routing)
+        if self.groups is not None:
+            check_wrapping(self.experts, self.groups.data)
+        rows, plan = self.exchange.dispatch(tokens, routing)
+        # Experts that fail on this rank must not leave the other ranks waiting in combine.
+        with collective("MoE", *self.exchange.comms):
+            rows = self.experts(rows, plan.rows_per_expert)
+        answers = self.exchange.combine(rows, plan)
         return answers.to(dtype).reshape(x.shape), routing
 
     def extra_repr(self) -> str:
         """Sizes, the experts of this rank and the exchange, for `repr`."""
         exchange = type(self.exchange).__name__
-        return f"{self.gate.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}, exchange={exchange}"
+        hidden = self.gate.shape[1]
+        return f"hidden={hidden}, num_experts={self.num_experts}, top_k={self.top_k}, exchange={exchange}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         """What to(), half(), cuda() and the like call: the bias moves, but stays float32, which its steps need."""
@@ -233,29 +220,27 @@ class MoE(ExpertLayer):
 
 
 def _check_exchange(exchange: Exchange, num_experts: int, groups: Groups | None) -> tuple[Sequence[int], Portion]:
-    """As held_experts. Raises ValueError or TypeError also for an exchange that does not fit a layer."""
+    """The global ids of this rank's experts, and which slice of them.
+
+    Raises ValueError where the exchange has other experts on this rank than the groups, or TypeError if it is none.
+    """
     if not isinstance(exchange, Exchange):
         raise TypeError(f"MoE: exchange is a {type(exchange).__name__}, expected an Exchange")
     if exchange.num_experts != num_experts:
         raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {exchange.num_experts}")
-    if groups is None and exchange.num_local_experts != num_experts:
-        raise ValueError("MoE: give the groups too: an exchange alone does not say which experts are here")
-    return held_experts(groups, exchange)
-
-
-def held_experts(groups: Groups | None, exchange: Exchange) -> tuple[Sequence[int], Portion]:
-    """The global ids of this rank's experts, and which slice of them. ValueError where the exchange has others here."""
-    if groups is None:
-        return exchange.local_experts, (0, 1)
     count = exchange.num_local_experts
+    if groups is None:
+        if count != num_experts:
+            raise ValueError("MoE: give the groups too: an exchange alone does not say which experts are here")
+        return exchange.local_experts, (0, 1)
     ranks = groups.topology.expert
-    if count * ranks != exchange.num_experts:
+    if count * ranks != num_experts:
         raise ValueError(
-            f"MoE: the exchange has {count} of {exchange.num_experts} experts here, expected one of expert={ranks} "
-            f"equal parts"
+            f"MoE: the exchange has {count} of {num_experts} experts here, expected one of expert={ranks} equal parts"
         )
     axis = "expert_lane" if exchange.on_lanes else "expert"
     expected = _experts_along(groups, axis, count)
+    # In other places the weights would be those of other experts, and differ from one split to another.
     if exchange.experts != expected:
         raise ValueError(
             f"MoE: the exchange's ranks hold experts {exchange.experts}, expected {expected} as the groups have them"

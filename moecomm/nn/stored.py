@@ -164,7 +164,7 @@ class Stored:
         for name, boxes in by_name.items():
             piece, values = boxes[0]
             for source in self.tensors[name]:
-                same_box = (source.start, source.size, source.dtype) == (piece.start, piece.size, piece.dtype)
+                same_box = source.start == piece.start and source.size == piece.size and source.dtype == piece.dtype
                 if same_box and len(boxes) == 1 and values.is_contiguous():
                     # The usual case needs no memory between the file and the target.
                     file = self.opened.get(source.file) or self._open(source.file)
@@ -216,7 +216,8 @@ def _pieces(lines: list[Any], with_checksums: bool) -> list[Piece]:
     boxes = [*chain(shapes, starts, sizes)]
     numbers = [*chain.from_iterable(boxes)]
     # By type: True is an int for isinstance.
-    if {*map(type, boxes)} - {list} or {*map(type, numbers)} - {int} or min(numbers, default=0) < 0:
+    kinds = {*map(type, boxes)} - {list} | {*map(type, numbers)} - {int}
+    if kinds or min(numbers, default=0) < 0:
         raise ValueError("a shape is none")
     if not [*map(len, shapes)] == [*map(len, starts)] == [*map(len, sizes)]:
         raise ValueError("a box has another number of dimensions than its tensor")
@@ -234,10 +235,10 @@ def _pieces(lines: list[Any], with_checksums: bool) -> list[Piece]:
 def _is_cut(pieces: list[Piece]) -> bool:
     """Whether pieces are their tensor, cut along one dimension."""
     shape = pieces[0].shape
-    dims = {dim for piece in pieces for dim, length in enumerate(shape) if piece.size[dim] != length}
-    if len(dims) != 1:
+    cut = [dim for dim, length in enumerate(shape) if any(piece.size[dim] != length for piece in pieces)]
+    if len(cut) != 1:
         return False
-    dim = dims.pop()
+    dim = cut[0]
     end = 0
     for piece in sorted(pieces, key=lambda piece: piece.start[dim]):
         # The sum of all starts: that of each other dimension must be 0.

@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def natural(text: str, least: int = 0) -> int:
     """A whole number >= least."""
+    # int() alone would take 1_000 and -1.
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= {least}")
     return int(text)

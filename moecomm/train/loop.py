@@ -96,6 +96,7 @@ class Trainer:
             group["lr"] = self._learning_rate(number)
         self.optimizer.zero_grad()
         layers = self.model.moe_layers()
+        # Over the whole step: one micro-batch has few tokens of an expert.
         carried = [torch.zeros(layer.num_experts, device=self.device) for layer in layers]
         means = []
         micro_batches = self._micro_batches(self.text.batch(number, self.plan.batch))
@@ -160,6 +161,7 @@ class Trainer:
         """[B * S] of each next token."""
         with self._precision():
             output = self.model(tokens[:, :-1])
+        # Not their mean: the loss-aware bias and a teacher need that of each token.
         logits = output.logits.flatten(0, 1)
         targets = tokens[:, 1:].flatten()
         return F.cross_entropy(logits, targets, reduction="none"), output

@@ -42,6 +42,7 @@ def world() -> Iterator[tuple[Comm | None, torch.device]]:
     device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    # Numbers of the host go through gloo also where the model is on GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield TorchComm(dist.group.WORLD, limit=LIMIT), device
     # NCCL's groups go with the process: torch 2.11 was seen to wait for ever in destroying them.
@@ -65,6 +66,7 @@ def build(options: Namespace, comm: Comm | None, device: torch.device, config: C
         micro_batch=options.micro_batch,
         learning_rate=options.learning_rate,
         balance=options.balance,
+        # A CPU gains nothing from 16 bits.
         precision="bfloat16" if device.type == "cuda" else "float32",
         seed=options.seed,
     )
@@ -116,6 +118,7 @@ def run(
             if stopped or step % options.save_every == 0 or step == steps:
                 model = trainer.model
                 values = {"settings": settings}
+                # Only the last one is kept: a log and pictures have the rest, and a model may be as large as the disk.
                 path = checkpoint.save(out, step, model, trainer.optimizer, comm=comm, values=values, keep=1)
                 (validation,) = mean_of_ranks(comm, trainer.validate())
                 log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
