@@ -73,6 +73,13 @@ class Config:
         """How many experts a layer has, counted from 0; 0: it is dense."""
         return self.experts[layer // 2] if layer % 2 and self.experts else 0
 
+    def layers_of(self, stage: int, num_stages: int, function: str) -> range:
+        """The layers of a pipeline stage. Raises ValueError if the stages cannot share them. function: that asks."""
+        if self.num_layers % num_stages:
+            raise ValueError(f"{function}: {self.num_layers} layers, which pipeline={num_stages} stages cannot share")
+        count = self.num_layers // num_stages
+        return range(stage * count, (stage + 1) * count)
+
     def num_parameters(self) -> int:
         """Of the whole model, with tied input and output embeddings. Arithmetic: nothing is allocated."""
         total = self.num_in_ends()

@@ -26,7 +26,7 @@ def exclude_experts(model: Model) -> Model:
     averaged then, which averaging them again does not change.
     """
     names = set(getattr(model, IGNORED, ()))
-    # DistributedDataParallel knows a module by each of its names: a layer that is used twice has two.
+    # A layer that is used twice has two names, and the wrapper may know it by either.
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Experts):
             names.update(name for name, _ in module.named_parameters(path))

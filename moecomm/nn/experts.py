@@ -65,7 +65,6 @@ class Experts(Part):
         """id of the DistributedDataParallel that was seen to leave the experts alone."""
 
         def bank(name: str, rows: int, columns: int) -> nn.Parameter:
-            weight = torch.zeros(0, rows, columns)
             matrices = []
             for expert in experts:
                 if weights is None:
@@ -74,7 +73,7 @@ class Experts(Part):
                     weight = weights(expert, name)
                 matrices.append(part_of(weight, SLICED[name], part))
             # A rank may have no expert at all; torch.stack needs one.
-            return parameter(torch.stack(matrices) if matrices else weight, like)
+            return parameter(torch.stack(matrices) if matrices else torch.zeros(0, rows, columns), like)
 
         self.up = bank("up", hidden, ffn)
         self.down = bank("down", ffn, hidden)
@@ -100,7 +99,7 @@ class Experts(Part):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Torch's fully_shard puts its shards here."""
-        # By name: the import of DTensor takes longer than this library's.
+        # Compared by name, so that torch.distributed.tensor need not be imported.
         if self.__dict__.get("split") and type(value).__name__ == "DTensor":
             raise ValueError(f"Experts: {FSDP}")
         super().__setattr__(name, value)

@@ -62,8 +62,7 @@ def memory_estimate(
     topologies = _one_for_each_layer(config, topology)
     axes = topologies[0]
     stage = axes.coords(rank)["pipeline"]
-    num_layers = config.num_layers // axes.pipeline
-    layers = range(stage * num_layers, (stage + 1) * num_layers)
+    layers = config.layers_of(stage, axes.pipeline, "memory_estimate")
     dense = config.num_in_ends(stage, axes.pipeline)
     dense += sum(config.num_dense(layer, axes.tensor) for layer in layers)
     gates, experts = _experts(config, topologies, layers, rank)
@@ -81,14 +80,11 @@ def memory_estimate(
 
 
 def _one_for_each_layer(config: Config, topology: Topology | Sequence[Topology]) -> list[Topology]:
-    """The topologies of the layers with experts. Raises ValueError if the model does not fit them."""
+    """The topologies of the layers with experts. Raises ValueError if they are not as many."""
     count = max(1, len(config.experts))
     topologies = [topology] * count if isinstance(topology, Topology) else list(topology)
     if len(topologies) != count:
         raise ValueError(f"memory_estimate: got {len(topologies)} topologies, expected {count}")
-    stages = topologies[0].pipeline
-    if config.num_layers % stages:
-        raise ValueError(f"memory_estimate: {config.num_layers} layers, which pipeline={stages} stages cannot share")
     return topologies
 
 

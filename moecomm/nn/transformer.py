@@ -85,31 +85,25 @@ class Block(nn.Module):
         super().__init__()
         h = config.hidden
         self.norms = nn.ModuleList([nn.LayerNorm(h, **like), nn.LayerNorm(h, **like)])
-        like["std"] = config.std
         tensor = None if groups is None else groups.tensor
-        self.attention = Attention(config, layer, tensor=tensor, key=key, **like)
-        like["key"] = (*key, "ffn")
-        like["activation"] = config.activation
+        self.attention = Attention(config, layer, tensor=tensor, std=config.std, key=key, **like)
+        options = like | {"activation": config.activation, "std": config.std, "key": (*key, "ffn")}
         self.ffn: MLP | MoE | ResidualMoE
         experts = config.experts_of(layer)
         if not experts:
-            self.ffn = MLP(h, config.ffn, tensor=tensor, **like)
+            self.ffn = MLP(h, config.ffn, tensor=tensor, **options)
             return
-        like["groups"] = groups
-        like["exchange"] = exchange
-        like["choices"] = {"normalize": config.normalize}
-        like["capacity_factor"] = config.capacity_factor
-        like["eval_capacity_factor"] = config.eval_capacity_factor
+        options |= {
+            "groups": groups,
+            "exchange": exchange,
+            "choices": {"normalize": config.normalize},
+            "capacity_factor": config.capacity_factor,
+            "eval_capacity_factor": config.eval_capacity_factor,
+        }
         if config.residual == "none":
-            self.ffn = MoE(
-                h,
-                config.ffn,
-                experts,
-                config.top_k,
-                **like,
-            )
+            self.ffn = MoE(h, config.ffn, experts, config.top_k, **options)
         else:
-            self.ffn = ResidualMoE(h, config.ffn, experts, combine=config.residual, **like)
+            self.ffn = ResidualMoE(h, config.ffn, experts, combine=config.residual, **options)
 
     def forward(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Routing | None]:
         """x [B, S, hidden] -> the same, and the routing where there are experts."""
@@ -148,10 +142,7 @@ class TransformerLM(nn.Module):
         number, num_stages = stage
         if not 0 <= number < num_stages:
             raise ValueError(f"TransformerLM: stage is {stage}, expected (i, n) with 0 <= i < n")
-        if config.num_layers % num_stages:
-            raise ValueError(
-                f"TransformerLM: {config.num_layers} layers, which pipeline={num_stages} stages cannot share"
-            )
+        layers = config.layers_of(number, num_stages, "TransformerLM")
         if groups is not None and len(groups) != max(1, len(config.experts)):
             raise ValueError(f"TransformerLM: got {len(groups)} groups, expected {max(1, len(config.experts))}")
         self.config = config
@@ -159,9 +150,8 @@ class TransformerLM(nn.Module):
         self.groups = groups[0] if groups else None
         self.is_first = number == 0
         self.is_last = number == num_stages - 1
-        num_layers = config.num_layers // num_stages
         self.blocks = nn.ModuleDict()
-        for layer in range(number * num_layers, (number + 1) * num_layers):
+        for layer in layers:
             # Groups are one for each layer with experts, and such are every second. A dense layer needs the tensor
             # group alone, which all of them have in common.
             layer_groups = groups[min(layer // 2, len(groups) - 1)] if groups else None

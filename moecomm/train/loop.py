@@ -77,7 +77,7 @@ class Trainer:
         num_micro = plan.batch // plan.micro_batch
         if num_micro % ranks:
             raise ValueError(f"{num_micro} micro-batches (batch / micro-batch), which {ranks} data ranks cannot share")
-        # Fused: one kernel for all parameters, of which a layer with experts has many.
+        # Fused: one pass over all parameters instead of several kernels for each.
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
         self.device = next(model.parameters()).device
 

@@ -66,7 +66,7 @@ def build(options: Namespace, comm: Comm | None, device: torch.device, config: C
         micro_batch=options.micro_batch,
         learning_rate=options.learning_rate,
         balance=options.balance,
-        # A CPU gains nothing from 16 bits.
+        # Only GPUs are sure to have fast products in bfloat16.
         precision="bfloat16" if device.type == "cuda" else "float32",
         seed=options.seed,
     )
@@ -118,7 +118,7 @@ def run(
             if stopped or step % options.save_every == 0 or step == steps:
                 model = trainer.model
                 values = {"settings": settings}
-                # Only the last one is kept: a log and pictures have the rest, and a model may be as large as the disk.
+                # Only the newest stays: each has the whole model with its optimizer, and the log has all losses.
                 path = checkpoint.save(out, step, model, trainer.optimizer, comm=comm, values=values, keep=1)
                 (validation,) = mean_of_ranks(comm, trainer.validate())
                 log.checkpoint({"step": step, "validation_loss": validation}, trainer.report(), path)
