@@ -10,6 +10,7 @@ import weakref
 from typing import Protocol, TypeVar
 
 from moecomm.errors import CommError
+from moecomm.profiling import new_range
 
 E = TypeVar("E", bound=BaseException)
 
@@ -27,19 +28,23 @@ class collective:  # noqa: N801 - read as a word: with collective("dispatch", co
     """`with collective(call, *comms):` around all steps of a collective, its checks included.
 
     Any exception inside makes each of the Comms fail: a CommError, KeyboardInterrupt from the handler of a signal,
-    MemoryError. An error that was marked by `refused` does not.
+    MemoryError. An error that was marked by `refused` does not. The call has a range of its name in a profile.
     """
 
-    __slots__ = ("_call", "_comms")
+    __slots__ = ("_call", "_comms", "_range")
 
     def __init__(self, call: str, *comms: Failing) -> None:
         self._call = call
         self._comms = comms
+        self._range = new_range(call)
 
     def __enter__(self) -> None:
-        pass
+        if self._range is not None:
+            self._range.__enter__()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._range is not None:
+            self._range.__exit__(kind, error, trace)
         if error is None or getattr(error, "nothing_was_sent", False):
             return
         # A CommError says already what has failed; the name of any other exception is part of the reason.

@@ -357,6 +357,20 @@ def test_partial_sums_travel_in_the_dtype_of_the_rows() -> None:
     threads.run(2, body)
 
 
+def test_a_profile_names_what_an_exchange_does() -> None:
+    def body(comm: Comm) -> set[str]:
+        x = torch.ones(3, 4, requires_grad=True)
+        exchange = RoutedExchange(FlatAllToAll(comm), 2)
+        with torch.profiler.profile() as profile:
+            rows, plan = exchange.dispatch(x, Routing(torch.tensor([[0, 1], [1, 0], [0, -1]]), torch.ones(3, 2)))
+            exchange.combine(rows, plan).sum().backward()
+        return {event.key for event in profile.key_averages()}
+
+    (names,) = threads.run(1, body)
+    calls = {"moecomm.dispatch", "moecomm.combine", "moecomm.backward pass"}
+    assert names >= calls | {"moecomm.copy or sum rows", "moecomm.send rows", "moecomm.order rows"}
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 GOOD = Routing(np.zeros((2, 1), int), np.ones((2, 1)))

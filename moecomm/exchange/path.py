@@ -9,10 +9,11 @@ from typing import TypeAlias
 import numpy as np
 
 from moecomm.all_to_all import AllToAll, Route
-from moecomm.arrays import Array, as_rows
+from moecomm.arrays import Array, as_rows, empty_rows
 from moecomm.comm import Comm, rows_text
 from moecomm.exchange.adjoint import Thread, linear
 from moecomm.exchange.table import Blocks, RowTable
+from moecomm.profiling import in_range
 
 
 class Leg:
@@ -53,7 +54,30 @@ class Leg:
         return rows if len(self.route.send_counts) == 1 else self.all_to_all._send_back(rows, self.route)
 
 
+class EvenLeg(Leg):
+    """Equal blocks of rows to every rank, of which nothing has to be counted."""
+
+    def __init__(self, all_to_all: AllToAll, rows_per_pair: int) -> None:
+        counts = np.full(all_to_all.comm.size, rows_per_pair)
+        super().__init__(all_to_all, lambda: Route(counts, counts))
+        self._rows_per_pair = rows_per_pair
+
+    def out(self, rows: Array) -> Array:
+        """[p R, ...] -> [p R, ...] Collective."""
+        self.all_to_all._check_not_freed()
+        blocks = rows.reshape((self.all_to_all.comm.size, self._rows_per_pair, *rows.shape[1:]))
+        received = empty_rows(len(blocks), blocks)
+        self.all_to_all._even(blocks, received)
+        return received.reshape(rows.shape)
+
+    def back(self, rows: Array) -> Array:
+        """The way there once more: block i of every rank is rank i's. Collective."""
+        return self.out(rows)
+
+
 Step: TypeAlias = "RowTable | Blocks | Leg"
+RANGES = {RowTable: "copy or sum rows", Blocks: "order rows", Leg: "send rows", EvenLeg: "send rows"}
+"""What each step is called in a profile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +127,12 @@ class Path:
     def send(self, rows: Array) -> Array:
         """`carry` of rows without a gradient, such as numbers."""
         for step in self.steps:
-            rows = step.out(rows)
+            rows = in_range(RANGES[type(step)], step.out, rows)
         return rows
 
     def _back(self, rows: Array) -> Array:
         for step in reversed(self.steps):
-            rows = step.back(rows)
+            rows = in_range(RANGES[type(step)], step.back, rows)
         return rows
 
     def _gradient_out(self, grad: Array) -> Array:

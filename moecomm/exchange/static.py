@@ -6,11 +6,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-
-from moecomm.all_to_all import AllToAll, Route
-from moecomm.arrays import Array, empty_rows, zeros
-from moecomm.exchange.path import Leg, Path, Way
+from moecomm.all_to_all import AllToAll
+from moecomm.arrays import Array, zeros
+from moecomm.exchange.path import EvenLeg, Path, Way
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange
 from moecomm.exchange.table import arange, as_int32, padded_by_label, padded_copies, where
@@ -134,27 +132,6 @@ class StaticExchange(RoutedExchange):
     def _sizes_text(self) -> str:
         sizes = f"max_tokens={self.max_tokens}, rows_per_pair={self.rows_per_pair}, max_rows={self._max_rows}"
         return f"{super()._sizes_text()}, {sizes}"
-
-
-class EvenLeg(Leg):
-    """Equal blocks of rows to every rank, of which nothing has to be counted."""
-
-    def __init__(self, all_to_all: AllToAll, rows_per_pair: int) -> None:
-        counts = np.full(all_to_all.comm.size, rows_per_pair)
-        super().__init__(all_to_all, lambda: Route(counts, counts))
-        self._rows_per_pair = rows_per_pair
-
-    def out(self, rows: Array) -> Array:
-        """[p R, ...] -> [p R, ...] Collective."""
-        self.all_to_all._check_not_freed()
-        blocks = rows.reshape((self.all_to_all.comm.size, self._rows_per_pair, *rows.shape[1:]))
-        received = empty_rows(len(blocks), blocks)
-        self.all_to_all._even(blocks, received)
-        return received.reshape(rows.shape)
-
-    def back(self, rows: Array) -> Array:
-        """The way there once more: block i of every rank is rank i's. Collective."""
-        return self.out(rows)
 
 
 def _size(name: str, value: Any) -> int:
