@@ -438,7 +438,8 @@ def test_every_size_that_divides_is_tried_and_said(capsys: Printed, options: str
     text = " ".join(printed_by(capsys, options).split())
     experts = re.search(r"--experts (\d+)", options)
     listed = ", ".join(map(str, sorted(sizes)))
-    assert experts and f"that divide the experts and the ranks: {listed} for {experts[1]} experts." in text
+    assert experts and f"Expert-parallel sizes: {listed} for {experts[1]} experts." in text
+    assert ("No others are possible." in text) == ("--expert " not in options)
 
 
 def test_a_layout_whose_lanes_do_not_reach_all_experts_is_left_out(capsys: Printed) -> None:
@@ -477,6 +478,7 @@ def test_memory_of_layers_counted_by_hand() -> None:
         activations=3 * 2 * rows * (10 + 2 * 40 + 10),
     )
     assert layers_memory(replace(work, mode="inference"), topologies)[1:3] == (0, 0)
+    assert layers_memory(replace(work, optimizer_bytes=0), topologies).optimizer == 0
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -580,11 +582,12 @@ def test_the_picture_has_a_dot_for_each_layout(capsys: Printed, tmp_path: Path) 
         ("--ranks 20000000 --experts 1", "argument --ranks: '20000000' is too many"),
         ("--ranks 8 --experts 4 --top-k 9", "--top-k: 9 is more than the 4 experts of a layer"),
         ("--ranks 8 --experts 8,4 --top-k 5", "--top-k: 5 is more than the 4 experts of a layer"),
+        ("--ranks 8 --experts 4 --memory 0B", "--memory: no layout fits into 0 B; the least is "),
         ("--ranks 8 --experts 4 --memory 141", "argument --memory: '141' is no size, such as 141GiB or 80GB"),
-        ("--ranks 8 --experts 4 --memory GiB", "argument --memory: 'Gi' is no number > 0"),
-        ("--ranks 8 --experts 4 --flops 0", "argument --flops: '0' is no number > 0, such as 400T or 1.3e9"),
-        ("--ranks 8 --experts 4 --flops 1.2.3", "argument --flops: '1.2.3' is no number > 0"),
-        ("--ranks 8 --experts 4 --flops 1e400", "argument --flops: '1e400' is no number > 0"),
+        ("--ranks 8 --experts 4 --memory GiB", "argument --memory: 'Gi' is no number >= 0"),
+        ("--ranks 8 --experts 4 --flops 0", "Machine: flops is 0.0, expected a number > 0"),
+        ("--ranks 8 --experts 4 --flops 1.2.3", "argument --flops: '1.2.3' is no number >= 0"),
+        ("--ranks 8 --experts 4 --flops 1e400", "argument --flops: '1e400' is no number >= 0"),
         ("--ranks 8 --experts 4 --overlap 1.5", "argument --overlap: '1.5' is no number in 0 .. 1"),
         ("--ranks 8 --experts 4 --overlap nan", "argument --overlap: 'nan' is no number in 0 .. 1"),
         ("--ranks 4096 --experts 256,512,1024,2048,4096", "combinations of layouts, expected at most 200,000"),

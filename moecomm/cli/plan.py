@@ -123,15 +123,15 @@ def sizes(text: str) -> list[int]:
 
 
 def quantity(text: str) -> float:
-    """A number > 0 with a prefix or none: 400T, 1.3e9."""
+    """A number >= 0 with a prefix or none: 400T, 1.3e9."""
     match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)([kMGTP]?|[KMGT]i)", text)
     # 1.2.3 matches too, and 1e400 is infinite.
     try:
-        value = float(match[1]) * UNITS[match[2]] if match else 0.0
+        value = float(match[1]) * UNITS[match[2]] if match else inf
     except ValueError:
-        value = 0.0
-    if not 0 < value < inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number > 0, such as 400T or 1.3e9")
+        value = inf
+    if value == inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number >= 0, such as 400T or 1.3e9")
     return value
 
 
@@ -278,7 +278,7 @@ def run(options: argparse.Namespace) -> None:
         entries = [as_json(candidate, workload, candidate in front) for candidate in fitting]
         print(json.dumps(entries, indent=1))
         return
-    print(paragraph(title), paragraph(tried(best_first)), "", sep="\n")
+    print(paragraph(title), paragraph(tried(best_first, options.expert is None)), "", sep="\n")
     print(layout_table(fitting, front, workload, options.wide), "", sep="\n")
     print(paragraph(verdict(fitting, workload)))
     num_large = len(best_first) - len(fitting)

@@ -49,25 +49,27 @@ between nodes. --links takes measured figures. SharedAllToAll, for rows in host 
 
 def heading(machine: Machine, workload: Workload) -> str:
     """What is planned."""
-    experts = str(workload.experts[0])
+    experts = counted(workload.experts[0], "expert")
     # One layer needs no number of layers.
     if len(workload.experts) > 1:
         layers = Counter(workload.experts)
-        experts = ", ".join(f"{counted(number, 'layer')} of {count}" for count, number in layers.items())
+        kinds = [f"{counted(number, 'layer')} of {count}" for count, number in layers.items()]
+        experts = f"{', '.join(kinds)} experts"
     return (
-        f"{nodes_in_words(machine.nodes)}; {workload.tokens:,} tokens on a rank, hidden {workload.hidden:,}, "
-        f"{experts} experts, top-{workload.top_k}; {workload.mode}"
+        f"{nodes_in_words(machine.nodes)}; {counted(workload.tokens, 'token')} on a rank, hidden {workload.hidden:,}, "
+        f"{experts}, top-{workload.top_k}; {workload.mode}"
     )
 
 
-def tried(best_first: Sequence[Candidate]) -> str:
+def tried(best_first: Sequence[Candidate], is_all: bool) -> str:
     """Which expert-parallel sizes there are, so that a number of experts that does not divide well is seen."""
     of_layers = []
     for experts in best_first[0].options:
         sizes = {candidate.options[experts].topology.expert for candidate in best_first}
         listed = ", ".join(map(str, sorted(sizes)))
-        of_layers.append(f"{listed} for {experts} experts")
-    return f"Expert-parallel sizes that divide the experts and the ranks: {'; '.join(of_layers)}."
+        of_layers.append(f"{listed} for {counted(experts, 'expert')}")
+    sentence = f"Expert-parallel sizes: {'; '.join(of_layers)}."
+    return f"{sentence} No others are possible." if is_all else sentence
 
 
 def in_words(candidate: Candidate) -> str:
