@@ -23,6 +23,9 @@ import pytest
 
 from moecomm import Comm
 
+# transformers reads files by several threads. In a forked process they make torch's pool of threads anew at once, which
+# is no longer there for some of them.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 LIMIT = 100.0
 """Seconds that a collective of `mpi_run` or `gloo_run` waits for the other ranks."""
 Body = Callable[[Comm], object]

@@ -22,7 +22,7 @@ from moecomm import (
     TensorParallelExchange,
     route,
 )
-from moecomm.exchange import Exchange, HierarchicalExchange
+from moecomm.exchange import Exchange, HierarchicalExchange, StaticExchange
 from moecomm.gating import permute, permute_fp8, unpermute
 from moecomm.transports import threads
 
@@ -96,13 +96,19 @@ EXCHANGES: dict[str, Make] = {
     "a row for each assignment": lambda comm: RoutedExchange(FlatAllToAll(comm), 2),
     "a row for each token and rank": lambda comm: RoutedExchange(FlatAllToAll(comm), 2, send="tokens"),
     "two hops": lambda comm: RoutedExchange(uneven(comm), [[7, 0], [1], [2, 5, 6], [3, 4]], send="tokens"),
+    "a row for each token and rank, in float32": lambda comm: RoutedExchange(
+        FlatAllToAll(comm), 2, send="tokens", partial_sums="wide"
+    ),
+    "blocks of one size": lambda comm: StaticExchange(FlatAllToAll(comm), 2, 60),
     "a row for each token and node": lambda comm: HierarchicalExchange(uneven(comm), 2),
 }
 
 
 def answer(rows: Any, experts: Any, rows_per_expert: Any) -> Any:
-    """Of expert e, number by number: a row's neighbours do not matter."""
-    factor = np.repeat(np.array(experts) + 1, rows_per_expert)[:, None].astype(np.float32)
+    """Of expert e, number by number: a row's neighbours do not matter. Rows behind the last expert's are padding."""
+    factor = np.zeros((len(rows), 1), np.float32)
+    of_expert = np.repeat(np.array(experts) + 1, np.asarray(rows_per_expert))
+    factor[: len(of_expert), 0] = of_expert
     if isinstance(rows, np.ndarray):
         return (np.sqrt(np.abs(rows)) * factor).astype(rows.dtype)
     import torch

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,14 +79,6 @@ def loss_of(model: Any, data_rank: int) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _load_in_this_thread() -> Iterator[None]:
-    """A process that is forked after threads of torch have worked here has none of them, and fails for want of one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-        yield
 
 
 @pytest.fixture(scope="module")
