@@ -26,7 +26,7 @@ class Room(NamedTuple):
 
 
 CORE = [
-    Room("errors", "what fails, told to all ranks", ("errors", "failures", "identity", "json_objects")),
+    Room("errors", "what fails, told to all ranks", ("errors", "failures", "identity", "json_objects", "profiling")),
     Room("arrays", "numpy, torch and cupy alike", ("arrays",)),
     Room("comm", "a group of ranks: seam 1", ("comm", "together")),
     Room("nodes, topology", "who is where, as arithmetic", ("nodes", "topology")),

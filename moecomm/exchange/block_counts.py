@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 UNKNOWN_EXPERT = STATUSES
 """The bit of a status that says so: the lower ones are those of Routing.status."""
 ALARMS = 2 * STATUSES
-"""An alarm is this times the rank, plus its status; 0 where the status is 0."""
+"""An alarm is this times the number of ranks from its rank to the last, plus the status of the routing; 0 where that is 0.
+So the largest alarm is that of the lowest rank."""
 
 
 class BlockCounts:
@@ -102,7 +103,8 @@ class BlockCounts:
         alarm = int(self.on_host()[1][:, -1].max())
         if not alarm:
             return
-        rank, status = divmod(alarm, ALARMS)
+        ranks_left, status = divmod(alarm, ALARMS)
+        rank = comm.size - ranks_left
         texts = [problem(status)] if status % UNKNOWN_EXPERT else []
         texts += ["routing.expert names an expert that no rank holds"] if status & UNKNOWN_EXPERT else []
         told = f"dispatch: the gate of rank {comm.world_rank(rank)} had no answer: {'; '.join(texts)}"

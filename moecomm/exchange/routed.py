@@ -181,7 +181,7 @@ class RoutedExchange(Exchange[Plan]):
     def _alarm(self, status: Array, count: Array) -> Array:
         """The alarm of BlockCounts. count [P + 1] of each place; the last one is of experts that no rank holds."""
         status = status + (count[-1] > 0) * UNKNOWN_EXPERT
-        return (status > 0) * (self.comm.rank * ALARMS) + status
+        return (status > 0) * ((self.comm.size - self.comm.rank) * ALARMS) + status
 
     def _by_holder(self, count: Array) -> Array:
         """count [P + 1] of each place -> [p, widest], by rank and expert."""
