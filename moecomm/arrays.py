@@ -95,7 +95,7 @@ def empty_rows(num_rows: int, like: Array) -> Array:
 
 def zeros(shape: int | tuple[int, ...], dtype: str, like: Array) -> Array:
     """An array of the kind of `like`, where that is."""
-    if not is_torch(like):
+    if isinstance(like, np.ndarray):
         return np.zeros(shape, dtype)
     import torch
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from moecomm.all_to_all import AllToAll, Route
 from moecomm.all_to_all.base import Hop
-from moecomm.arrays import Array, Counts, is_torch, zeros
+from moecomm.arrays import Array, Counts, zeros
 from moecomm.comm import Comm
 from moecomm.exchange.path import Leg
 from moecomm.exchange.table import as_int32, repeated
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 UNKNOWN_EXPERT = STATUSES
 """The bit of a status that says so: the lower ones are those of Routing.status."""
 ALARMS = 2 * STATUSES
-"""An alarm is this times the number of ranks from its rank to the last, plus the status of the routing; 0 where that is 0.
-So the largest alarm is that of the lowest rank."""
+"""An alarm is this times the number of ranks from its rank to the last, plus the status of the routing, or 0 where that
+is 0. So the largest alarm is that of the lowest rank."""
 
 
 class BlockCounts:
@@ -44,13 +44,14 @@ class BlockCounts:
         self._all_to_all = all_to_all
         self._num_blocks = num_blocks
         assignments = received[:, :num_blocks]
-        self.assignments = assignments.contiguous() if is_torch(received) else np.ascontiguousarray(assignments)
+        on_host = isinstance(received, np.ndarray)
+        self.assignments = np.ascontiguousarray(assignments) if on_host else assignments.contiguous()
         self.rows = received[:, num_blocks]
         self.others = received[:, num_blocks + 1 : -1]
         self.alarm = received[:, -1]
         self._numbers = [sent, received, *(numbers for hop in self._hops for numbers in hop)]
         self._event: torch.cuda.Event | None = None
-        if is_torch(sent):
+        if not on_host:
             self._copy_to_host()
 
     @classmethod
@@ -140,7 +141,7 @@ class BlockCounts:
 
 
 def _refuse_capture(array: Array) -> None:
-    if not is_torch(array) or not array.is_cuda:
+    if isinstance(array, np.ndarray) or not array.is_cuda:
         return
     import torch
 

@@ -35,21 +35,26 @@ class Share:
 
     def gather_is_shorter(self) -> bool:
         """An all-gather moves (L - 1) / L of all answered rows to each rank, an all-reduce 2 (L - 1) / L of T rows."""
-        return self.tokens is not None and sum(map(len, self.tokens)) <= 2 * self.shape[0]
+        if self.tokens is None:
+            return False
+        num_answered = sum(len(tokens) for tokens in self.tokens)
+        return num_answered <= 2 * self.shape[0]
 
-    def part_sizes(self, num_lanes: int) -> Counts:
-        """[L] tokens of each tensor rank's part of the sequence, as np.array_split cuts them."""
+    def slice_sizes(self, num_lanes: int) -> Counts:
+        """[L] tokens of each tensor rank's slice of the sequence, as np.array_split cuts them."""
         least, remainder = divmod(self.shape[0], num_lanes)
         return np.array([least + (lane < remainder) for lane in range(num_lanes)], np.int64)
 
-    def within(self, part: int) -> Iterator[Counts]:
-        """For each lane, its tokens in one part of the sequence, counted from that part's start."""
+    def in_slice(self, rank: int) -> Iterator[Counts]:
+        """For each lane, its tokens in the slice of a tensor rank, counted from that slice's start."""
         assert self.tokens is not None
-        sizes = self.part_sizes(len(self.tokens))
-        ends = np.cumsum(sizes)
-        start = ends[part] - sizes[part]
+        sizes = self.slice_sizes(len(self.tokens))
+        end = sizes[: rank + 1].sum()
+        start = end - sizes[rank]
         for tokens in self.tokens:
-            yield tokens[np.searchsorted(tokens, start) : np.searchsorted(tokens, ends[part])] - start
+            # Tokens ascend, so those of a slice are a slice of them.
+            begin, behind = np.searchsorted(tokens, (start, end))
+            yield tokens[begin:behind] - start
 
 
 def replicated(x: Array, tensor: Comm) -> Array:
@@ -59,24 +64,26 @@ def replicated(x: Array, tensor: Comm) -> Array:
     return linear(x, None, lambda x: x.view_as(x), tensor.all_reduce, tensor)[0]
 
 
-def summed(parts: Array, tensor: Comm) -> Array:
+def summed(terms: Array, tensor: Comm) -> Array:
     """The sum over the tensor ranks, the same on all of them; so is its gradient, which each rank passes on as it is.
 
     Collective over tensor; the backward pass is not.
     """
-    return linear(parts, None, tensor.all_reduce, lambda grad: grad)[0]
+    return linear(terms, None, tensor.all_reduce, lambda grad: grad)[0]
 
 
 def share(answers: Array, plan: Share, tensor: Comm) -> Array:
-    """answers [T, ...], of this lane -> the sum over all lanes, whole or this rank's part of it. Collective.
+    """answers [T, ...], of this lane -> the sum over all lanes, whole or this rank's slice of it. Collective.
 
-    Differentiable: the gradient of each lane is the whole one, gathered first where it comes in parts.
+    Differentiable: the gradient of each lane is the whole one, gathered first where it comes in slices.
     """
 
-    def whole(grad: Array) -> Array:
-        return tensor.all_gather(grad, plan.part_sizes(tensor.size)) if plan.output == "sequence" else grad
+    def whole_gradient(grad: Array) -> Array:
+        if plan.output == "sequence":
+            return tensor.all_gather(grad, plan.slice_sizes(tensor.size))
+        return grad
 
-    return linear(answers, None, lambda answers: sum_over_lanes(answers, plan, tensor), whole, tensor)[0]
+    return linear(answers, None, lambda answers: sum_over_lanes(answers, plan, tensor), whole_gradient, tensor)[0]
 
 
 def sum_over_lanes(answers: Array, plan: Share, tensor: Comm) -> Array:
@@ -84,28 +91,32 @@ def sum_over_lanes(answers: Array, plan: Share, tensor: Comm) -> Array:
     if plan.output == "replicated" and not plan.gather_is_shorter():
         return tensor.all_reduce(answers)
     if plan.tokens is None:
-        return _sum_of_part(answers, plan.part_sizes(tensor.size), tensor)
-    answered = plan.tokens[tensor.rank]
+        return _sum_of_slice(answers, plan.slice_sizes(tensor.size), tensor)
+    # Rows that a lane has no answer for are zeros, which need not travel.
+    answered = answers[plan.tokens[tensor.rank]]
     if plan.output == "replicated":
         num_rows, tokens = plan.shape[0], plan.tokens
-        rows = tensor.all_gather(answers[answered], [len(t) for t in tokens])
+        rows = tensor.all_gather(answered, [len(of_lane) for of_lane in tokens])
     else:
-        num_rows, tokens = int(plan.part_sizes(tensor.size)[tensor.rank]), list(plan.within(tensor.rank))
-        send_counts = [len(list(plan.within(part))[tensor.rank]) for part in range(tensor.size)]
-        rows = tensor.all_to_all(answers[answered], send_counts, [len(t) for t in tokens])
+        num_rows = int(plan.slice_sizes(tensor.size)[tensor.rank])
+        tokens = list(plan.in_slice(tensor.rank))
+        send_counts = [len(list(plan.in_slice(rank))[tensor.rank]) for rank in range(tensor.size)]
+        rows = tensor.all_to_all(answered, send_counts, [len(of_lane) for of_lane in tokens])
     total = empty_rows(num_rows, answers)
     total[...] = 0
+    # In lane order, so that all ranks and all runs get the same bits.
     start = 0
-    for lane in tokens:  # in lane order
-        total[lane] += rows[start : start + len(lane)]
-        start += len(lane)
+    for of_lane in tokens:
+        end = start + len(of_lane)
+        total[of_lane] += rows[start:end]
+        start = end
     return total
 
 
-def _sum_of_part(answers: Array, part_sizes: Counts, tensor: Comm) -> Array:
-    """This rank's part of the sum of answers [T, ...], added lane by lane. Collective."""
-    size = int(part_sizes[tensor.rank])
-    rows = tensor.all_to_all(answers, part_sizes, np.full(tensor.size, size))
+def _sum_of_slice(answers: Array, slice_sizes: Counts, tensor: Comm) -> Array:
+    """This rank's slice of the sum of answers [T, ...], added lane by lane. Collective."""
+    size = int(slice_sizes[tensor.rank])
+    rows = tensor.all_to_all(answers, slice_sizes, np.full(tensor.size, size))
     total = rows[:size]
     for lane in range(1, tensor.size):
         total = total + rows[lane * size : (lane + 1) * size]

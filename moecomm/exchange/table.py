@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moecomm.arrays import Array, Counts, copy_blocks, empty_rows, is_torch, on_host, zeros
+from moecomm.arrays import Array, Counts, copy_blocks, empty_rows, on_host, zeros
 from moecomm.gating.rows import copy_rows, sum_rows
 
 LARGEST = 2**31 - 1
@@ -105,7 +105,7 @@ def by_label(label: Array, num_labels: int) -> tuple[RowTable, Counts | Array]:
              device it comes last: how many there are is not known
     returns  the copies of tokens, one for each assignment, and the count [num_labels] of each label
     """
-    if not is_torch(label):
+    if isinstance(label, np.ndarray):
         count = np.bincount(label.reshape(-1), minlength=num_labels)[:num_labels]
         return _table(_sorting(label)[: count.sum()], label.shape), count
     import torch
@@ -158,7 +158,7 @@ def copies(destination: Array, row: Array, num_destinations: int, shape: tuple[i
     copy = is_copied.cumsum(0)[pair] - 1
     choice = row * num_choices + by_destination.cumsum(0).reshape(-1)[pair] - 1
     has_destination = destination < num_destinations
-    if not is_torch(copy):
+    if isinstance(copy, np.ndarray):
         copy_of, choice_of = copy[has_destination], choice[has_destination]
         source = zeros(int(count[:-1].sum()), "int32", copy)
         source[copy_of] = choice_of
@@ -219,7 +219,7 @@ def padded_by_label(label: Array, num_labels: int, max_rows: int) -> tuple[RowTa
 
 def _sorted_labels(label: Array, num_labels: int) -> tuple[Array, Array]:
     """The order of labels [N] 0 .. num_labels, and where the assignments of each label but the last end in it."""
-    if not is_torch(label):
+    if isinstance(label, np.ndarray):
         return _sorting(label), np.bincount(label, minlength=num_labels)[:num_labels].cumsum()
     import torch
 
@@ -229,7 +229,7 @@ def _sorted_labels(label: Array, num_labels: int) -> tuple[Array, Array]:
 
 def table_of(choice: Array, shape: tuple[int, int]) -> RowTable:
     """The copies whose rows and choices, r * K + k, are `choice` [N], in this order."""
-    if not is_torch(choice):
+    if isinstance(choice, np.ndarray):
         return _table(choice, shape)
     import torch
 
@@ -249,7 +249,7 @@ def check_size(num_rows: int, num_choices: int) -> None:
 
 def constant(array: NDArray[Any], like: Array) -> Array:
     """A numpy array, as one of the kind of `like`, where that is."""
-    if not is_torch(like):
+    if isinstance(like, np.ndarray):
         return array
     import torch
 
@@ -258,7 +258,7 @@ def constant(array: NDArray[Any], like: Array) -> Array:
 
 def arange(length: int, like: Array) -> Array:
     """0 .. length - 1 where `like` is."""
-    if not is_torch(like):
+    if isinstance(like, np.ndarray):
         return np.arange(length)
     import torch
 
@@ -267,17 +267,17 @@ def arange(length: int, like: Array) -> Array:
 
 def where(condition: Array, chosen: Array, other: Array | int) -> Array:
     """np.where, torch.where."""
-    return chosen.where(condition, other) if is_torch(chosen) else np.where(condition, chosen, other)
+    return np.where(condition, chosen, other) if isinstance(chosen, np.ndarray) else chosen.where(condition, other)
 
 
 def as_int32(array: Array) -> Array:
     """As `route` numbers rows."""
-    return array.int() if is_torch(array) else array.astype(np.int32)
+    return array.astype(np.int32) if isinstance(array, np.ndarray) else array.int()
 
 
 def repeated(values: Array, counts: Array, length: int) -> Array:
     """[length] value i counts[i] times, one behind the other. length: the sum of the counts."""
-    if not is_torch(values):
+    if isinstance(values, np.ndarray):
         return np.repeat(values, counts)
     return values.repeat_interleave(counts, output_size=length)
 

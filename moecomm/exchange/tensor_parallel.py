@@ -63,7 +63,6 @@ class TensorParallelExchange(Exchange[LanePlan]):
     """
 
     on_lanes = True
-    tells_unusable = True
 
     def __init__(
         self,
@@ -86,13 +85,14 @@ class TensorParallelExchange(Exchange[LanePlan]):
         self.experts, self.local_experts = inner.experts, inner.local_experts
         self.num_local_experts = inner.num_local_experts
         """Experts of this rank."""
+        self.tells_unusable = inner.tells_unusable
         with collective("TensorParallelExchange", tensor):
             together(tensor, "TensorParallelExchange", checked)
             tensor.agree("TensorParallelExchange: output and the number of slices", f"{output}, {part[1]}")
-            parts, reach = _gather_reach(inner, tensor, part)
+            slices, reach = _gather_reach(inner, tensor, part)
         self.num_experts = reach.shape[1]
         """E, one more than the highest id that some lane reaches."""
-        self._turn, self._num_replicas = _turns(parts, reach)
+        self._turn, self._num_replicas = _turns(slices, reach)
         self._turns: dict[Any, tuple[Array, Array]] = {}
         """The same where expert ids are: by device, None for the host."""
 
@@ -149,6 +149,7 @@ class TensorParallelExchange(Exchange[LanePlan]):
         is_known = (expert >= -1) & (expert < self.num_experts)
         ids = where(is_known, expert, -1)
         number = arange(ids.shape[0] * ids.shape[1], ids).reshape(ids.shape)
+        # Lanes that reach the same expert take its assignments in turn.
         return (turn[lane][ids] == number % num_replicas[lane][ids]) | ~is_known
 
     def _opened(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
@@ -182,32 +183,37 @@ def _same_text(x: Array, routing: Routing, expert: Array) -> str:
     return f"{rows_text(x, in_equal_parts=True)}, routing {digest}"
 
 
-def _gather_reach(inner: RoutedExchange, tensor: Comm, part: tuple[int, int]) -> tuple[Counts, NDArray[np.bool_]]:
-    """[L] the part of each lane, and [L, E] which experts it reaches."""
-    every = tensor.all_gather(np.array([[*part, inner.num_experts]], np.int64))
-    reached_here = np.zeros((1, int(every[:, 2].max())), np.int64)
-    reached_here[0, : inner.num_experts] = inner.holds()
-    reach: NDArray[np.bool_] = tensor.all_gather(reached_here).astype(np.bool_)
-    for number in range(int(every[:, 1].max())):
-        lost = np.flatnonzero(~reach[every[:, 0] == number].any(axis=0))
+def _gather_reach(inner: RoutedExchange, tensor: Comm, piece: tuple[int, int]) -> tuple[Counts, NDArray[np.bool_]]:
+    """[L] the slice of each lane, and [L, E] which experts it reaches. piece: this rank's slice, and of how many.
+
+    Collective.
+    """
+    told = tensor.all_gather(np.array([[*piece, inner.num_experts]], np.int64))
+    slices, num_slices, num_experts = told[:, 0], int(told[:, 1].max()), int(told[:, 2].max())
+    is_held = np.zeros((1, num_experts), np.int64)
+    is_held[0, : inner.num_experts] = inner.holds()
+    reach: NDArray[np.bool_] = tensor.all_gather(is_held).astype(np.bool_)
+    for number in range(num_slices):
+        lost = np.flatnonzero(~reach[slices == number].any(axis=0))
         if lost.size:
             raise refused(
                 ValueError(
                     f"TensorParallelExchange: no tensor rank reaches part {number} of expert {lost[0]}{tensor.where()}"
                 )
             )
-    return every[:, 0], reach
+    return slices, reach
 
 
-def _turns(parts: Counts, reach: NDArray[np.bool_]) -> tuple[Counts, Counts]:
-    """For each lane and expert, [L, E + 1]: which of the lanes that reach the same part it is, and how many they are.
+def _turns(slices: Counts, reach: NDArray[np.bool_]) -> tuple[Counts, Counts]:
+    """For each lane and expert, [L, E + 1]: which of the lanes that reach the same slice it is, and how many they are.
 
     -1: it does not reach it. The last column is for the assignments that were dropped.
     """
-    L, E = reach.shape  # noqa: N806
-    turn, num_replicas = np.full((L, E + 1), -1), np.ones((L, E + 1), np.int64)
-    for lane in range(L):
-        peers = reach & (parts == parts[lane])[:, None]
-        turn[lane, :E] = np.where(reach[lane], peers[:lane].sum(axis=0), -1)
-        num_replicas[lane, :E] = peers.sum(axis=0)
+    num_lanes, num_experts = reach.shape
+    turn = np.full((num_lanes, num_experts + 1), -1)
+    num_replicas = np.ones((num_lanes, num_experts + 1), np.int64)
+    for lane in range(num_lanes):
+        replicas = reach & (slices == slices[lane])[:, None]
+        turn[lane, :num_experts] = np.where(reach[lane], replicas[:lane].sum(axis=0), -1)
+        num_replicas[lane, :num_experts] = replicas.sum(axis=0)
     return turn, num_replicas
