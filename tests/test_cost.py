@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 
 from moecomm import Comm, Nodes, Topology
-from moecomm.cost import GPU_NODES, Cost, Link, Links, measure, model, predict, predict_groups, predict_lanes
+from moecomm.cost import (
+    GPU_NODES,
+    Cost,
+    Link,
+    Links,
+    Tokens,
+    measure,
+    model,
+    predict,
+    predict_groups,
+    predict_lanes,
+    predict_relayed,
+)
 from moecomm.traffic import flat, hierarchical
 from moecomm.transports import threads
 
@@ -206,6 +218,57 @@ def test_hops_of_several_pieces_overlap() -> None:
 def test_impossible_chunks() -> None:
     with pytest.raises(ValueError, match="chunks is 0, expected at least 1"):
         predict(GPU_NODES, (8, 2), 1, chunks=0)
+
+
+@pytest.mark.parametrize(("p", "size", "E", "K"), [(16, 8, 256, 8), (128, 8, 256, 8), (12, 4, 24, 1), (8, 2, 8, 8)])
+def test_a_token_crosses_once_for_each_node(p: int, size: int, E: int, K: int) -> None:  # noqa: N803
+    """The sums of docs/exchanges.md: how many other nodes, and ranks beside its relays, a token needs on average."""
+
+    def needed(experts: int) -> float:
+        return 1 - math.comb(E - experts, K) / math.comb(E, K)
+
+    node_of, group = np.arange(p) // size, np.arange(p)[None]
+    cost = predict_relayed(GPU_NODES, node_of, group, Tokens(100, 2, K, E))
+    assert cost.messages == (size - 1, p // size - 1)
+    inside, between = (p - p // size) * needed(E // p), (p // size - 1) * needed(E * size // p)
+    assert cost.bytes == pytest.approx((200 * inside, 200 * between))
+    if K == 1:  # a row for each assignment
+        assert cost.bytes[1] == pytest.approx(predict(GPU_NODES, (p, size), 200 / p)["flat"].bytes[1])
+    pieces = predict_relayed(GPU_NODES, node_of, group, Tokens(100, 2, K, E), chunks=4)
+    assert pieces.bytes == pytest.approx(cost.bytes)
+
+
+def test_relays_of_nodes_of_different_sizes() -> None:
+    """Random tokens, sent rank by rank as HierarchicalExchange says: the busiest rank, inside and between."""
+    nodes, E, K, T = Nodes([range(5), range(5, 10), [10, 11]]), 24, 3, 4000  # noqa: N806
+    random = np.random.default_rng(0)
+    between, inside = np.zeros(12), np.zeros(12)
+    for source in range(12):
+        experts = random.random((T, E)).argsort(axis=1)[:, :K]
+        needs = np.zeros((T, 12), bool)
+        np.put_along_axis(needs, experts // (E // 12), True, axis=1)
+        for node in map(list, nodes.ranks):
+            relay = node[nodes.local_rank[source] % len(node)]
+            between[source] += 0 if source in node else needs[:, node].any(axis=1).sum()
+            inside[relay] += needs[:, [rank for rank in node if rank != relay]].sum()
+    cost = predict_relayed(GPU_NODES, nodes.node_of, np.arange(12)[None], Tokens(T, 1, K, E))
+    assert cost.messages == (4, 2)
+    assert cost.bytes == pytest.approx((inside.max(), between.max()), rel=0.02)
+
+
+def test_pieces_hide_the_shorter_hop() -> None:
+    links = replace(NOTHING, inside=replace(FREE, bandwidth=1), between=replace(FREE, bandwidth=1), cores_per_node=4)
+    node_of, group = np.arange(8) // 4, np.arange(8)[None]
+    whole = predict_relayed(links, node_of, group, Tokens(64, 1, 4, 16))
+    pieces = predict_relayed(links, node_of, group, Tokens(64, 1, 4, 16), chunks=4)
+    one, two = sorted(whole.bytes)
+    assert whole.seconds == pytest.approx(one + two)
+    assert pieces.seconds == pytest.approx((one + two) / 4 + 3 * two / 4)
+
+
+def test_experts_that_ranks_cannot_share() -> None:
+    with pytest.raises(ValueError, match="predict_relayed: 9 experts, which groups of 8 ranks cannot share"):
+        predict_relayed(GPU_NODES, np.arange(8) // 4, np.arange(8)[None], Tokens(64, 1, 4, 9))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from moecomm.cost import (
     Machine,
     RankMemory,
     Sizes,
+    Tokens,
     Workload,
     candidates,
     layers_memory,
@@ -30,6 +31,7 @@ from moecomm.cost import (
     predict,
     predict_groups,
     predict_lanes,
+    predict_relayed,
 )
 
 Printed = pytest.CaptureFixture[str]
@@ -109,6 +111,7 @@ def seconds_by_hand(machine: Machine, work: Workload, num_experts: int, topology
     """Algorithm -> seconds of a layer for the tokens of all ranks, from the docstrings and the rank lists alone."""
     L, K, T, h = topology.tensor, work.top_k, work.tokens, work.hidden  # noqa: N806
     lanes = topology.groups("expert_lane")
+    size = len(lanes[0])
     lane_of = {rank: lane for lane in lanes for rank in lane}
     shard = {rank: i for group in topology.groups("expert", "expert_tensor") for i, rank in enumerate(group)}
     to_each = {}  # rows that a rank has for each rank of its lane: the lanes that reach a shard take turns
@@ -117,7 +120,7 @@ def seconds_by_hand(machine: Machine, work: Workload, num_experts: int, topology
         to_each.update({rank: T * K / topology.expert / reached.count(shard[rank]) for rank in group})
     node_of = machine.nodes.node_of
     costs = predict_groups(machine.links, node_of, np.array(lanes), max(to_each.values()) * h * work.dtype_bytes)
-    answers = min(max(to_each.values()) * len(lanes[0]), T, 2 * T / L)
+    answers = min(max(to_each.values()) * size, T, 2 * T / L)
     answers *= h * (4 if K * topology.expert_tensor > 1 else work.dtype_bytes)
     gather = predict_groups(machine.links, node_of, np.array(topology.groups("tensor")), answers)["flat"].seconds
     rows = max(sum(to_each[peer] for peer in lane) for lane in lanes)
@@ -126,8 +129,16 @@ def seconds_by_hand(machine: Machine, work: Workload, num_experts: int, topology
     used = min(num_experts / topology.expert, rows)
     compute = max(2 * rows * numbers / machine.flops, used * numbers * work.dtype_bytes / machine.bandwidth)
     compute *= {"training": 3, "inference": 1}[work.mode]
+    if L == 1 and K > 1:
+        tokens = Tokens(T, h * work.dtype_bytes, K, num_experts)
+        costs["relayed"] = predict_relayed(machine.links, node_of, np.array(lanes), tokens)
+    # Two hops are what one hop is where a group has one node, or one rank on each.
+    spread = {len(set(node_of[lane])) for lane in lanes}
+    one_hop = spread == {1} or spread == {size}
     seconds = {}
-    for name in ("flat", "hierarchical"):
+    for name in ("flat", "hierarchical", "relayed"):
+        if name not in costs or (one_hop and name != "flat"):
+            continue
         exchange = rounds * (2 * costs[name].seconds + (gather if L > 1 else 0))
         seconds[name] = L * (exchange + compute - machine.overlap * min(exchange, compute))
     return seconds
@@ -261,6 +272,8 @@ def test_plan_and_topology_count_alike(capsys: Printed) -> None:
             f"topology --ranks 48 --ranks-per-node 6 --expert {sizes.get('expert', 1)} --inner {sizes['inner']}".split()
         )
         printed = capsys.readouterr().out
+        if layer["all_to_all"] == "relayed":
+            continue  # no all-to-all that topology knows
         (line,) = [line for line in printed.splitlines() if line.startswith(f"{layer['all_to_all']} ")]
         assert [2 * int(word) for word in line.split()[1:3]] == layer["messages"]
 
@@ -347,10 +360,22 @@ def test_hops_that_overlap(capsys: Printed) -> None:
         for found in (whole, pieces)
     ]
     assert of[0]["flat"] == of[1]["flat"]
-    assert "sends in 4 pieces, of which the hops of two overlap: a prediction" in " ".join(
+    assert "send in 4 pieces, of which the hops of two overlap: a prediction" in " ".join(
         printed_by(capsys, f"{options} --chunks 4").split()
     )
     assert of[1]["hierarchical"] < of[0]["hierarchical"]
+
+
+def test_many_choices_call_for_one_row_a_node(capsys: Printed) -> None:
+    options = "--ranks 16 --experts 256 --expert 16 --top-k 8 --hidden 7168"
+    found = layouts(capsys, options)
+    assert in_short(found[0])[4] == "relayed"
+    text = " ".join(printed_by(capsys, options).split())
+    assert "with HierarchicalExchange: " in text
+    assert "relayed: HierarchicalExchange, a row for each token and node" in text
+    # one choice is one row, and tensor ranks have lanes
+    for other in ("--ranks 16 --experts 256 --expert 16", f"{options} --tensor 2"):
+        assert "relayed" not in {in_short(layout)[4] for layout in layouts(capsys, other)}
 
 
 def test_a_layout_given_twice_is_printed_once(capsys: Printed) -> None:

@@ -22,6 +22,13 @@ TERMS = {
     "hidden": "what is not hidden",
 }
 """The terms of a Candidate in words."""
+EXCHANGES = {
+    "flat": "the flat all-to-all",
+    "hierarchical": "the hierarchical all-to-all",
+    "shared": "the shared all-to-all",
+    "relayed": "HierarchicalExchange",
+}
+"""What a program makes for each name in the column of all-to-alls."""
 EXCHANGE_TERMS = ["inside", "between", "copy", "call", "sharing"]
 PASSES_IN_WORDS = {
     "training": "Forward and backward pass; the latter exchanges as much as the former and computes twice as much. ",
@@ -40,8 +47,8 @@ activations of experts for the backward pass, buffers of the exchange""",
     "inference": "Memory, of a rank: weights of {0} bytes a number, one layer's rows, buffers of the exchange",
 }
 ASSUMED_CHUNKS = """\
-The hierarchical all-to-all sends in {} pieces, of which the hops of two overlap: a prediction, as \
-HierarchicalAllToAll sends in one piece."""
+Two hops send in {} pieces, of which the hops of two overlap: a prediction, as HierarchicalAllToAll and \
+HierarchicalExchange send in one piece."""
 ASSUMED_LINKS = """\
 The machine is assumed, not measured: moecomm.cost.GPU_NODES, 450 GB/s a GPU inside a node and 400 Gbit/s a GPU \
 between nodes. --links takes measured figures. SharedAllToAll, for rows in host memory, is left out."""
@@ -77,7 +84,7 @@ def in_words(candidate: Candidate) -> str:
     sentences = {}
     for experts, option in candidate.options.items():
         topology = topology_in_words(option.topology)
-        sentences[experts] = f"{topology} with the {option.all_to_all} all-to-all"
+        sentences[experts] = f"{topology} with {EXCHANGES[option.all_to_all]}"
     # Where all layers have the same, one of them speaks for all.
     if len(set(sentences.values())) == 1:
         return next(iter(sentences.values()))
@@ -97,6 +104,8 @@ def layout_table(fitting: Sequence[Candidate], front: Sequence[Candidate], workl
         shown.sort(key=lambda candidate: candidate.sizes)
     table = text_table(layout_columns(shown, front, workload), wide)
     note = "> the best; * on the front: no other layout beats it in both time and memory"
+    if any("relayed" in candidate.all_to_all for candidate in shown):
+        note += "; relayed: HierarchicalExchange, a row for each token and node"
     hidden = len(fitting) - len(shown)
     if hidden:
         note += f"; {counted(hidden, 'more layout')} with --wide"

@@ -16,7 +16,7 @@ from moecomm.cost.layouts import (
 )
 from moecomm.cost.links import CPU_NODES, GPU_NODES, Link, Links
 from moecomm.cost.measuring import measure
-from moecomm.cost.model import Cost, predict, predict_groups, predict_lanes
+from moecomm.cost.model import Cost, Tokens, predict, predict_groups, predict_lanes, predict_relayed
 
 __all__ = [
     "CPU_NODES",
@@ -29,6 +29,7 @@ __all__ = [
     "Option",
     "RankMemory",
     "Sizes",
+    "Tokens",
     "Workload",
     "candidates",
     "expert_seconds",
@@ -40,4 +41,5 @@ __all__ = [
     "predict",
     "predict_groups",
     "predict_lanes",
+    "predict_relayed",
 ]

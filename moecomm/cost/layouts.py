@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moecomm.cost.links import GPU_NODES, Links
-from moecomm.cost.model import Cost, predict_groups
+from moecomm.cost.model import Cost, Tokens, predict_groups, predict_relayed
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
 from moecomm.traffic import Lanes
@@ -252,7 +252,8 @@ def layouts(world_size: int, num_experts: int, tensor: int, sizes: Sizes) -> Ite
 def layer_options(machine: Machine, workload: Workload, num_experts: int, topology: Topology) -> list[Option]:
     """A layer in one topology by each all-to-all; [] if its tensor ranks do not reach all experts together.
 
-    With tensor ranks the exchange is a TensorParallelExchange.
+    With tensor ranks the exchange is a TensorParallelExchange. "relayed" is HierarchicalExchange, which is tried
+    without tensor ranks; all others send a row for each assignment.
     """
     lanes = Lanes(topology)
     if lanes.incomplete():
@@ -263,6 +264,9 @@ def layer_options(machine: Machine, workload: Workload, num_experts: int, topolo
     shares = lanes.shares * workload.tokens * workload.top_k
     row_bytes = workload.hidden * workload.dtype_bytes
     on_lane = predict_groups(machine.links, node_of, members, float(shares.max()) * row_bytes, chunks=machine.chunks)
+    if tensor == 1 and workload.top_k > 1:
+        tokens = Tokens(workload.tokens, row_bytes, workload.top_k, num_experts)
+        on_lane["relayed"] = predict_relayed(machine.links, node_of, members, tokens, chunks=machine.chunks)
     answers = _answer_bytes(workload, topology, float(lanes.answers(workload.tokens, workload.top_k).max()))
     tensor_groups = np.arange(len(node_of)).reshape(-1, tensor)
     sharing = predict_groups(machine.links, node_of, tensor_groups, answers)["flat"]
@@ -332,7 +336,7 @@ def _algorithms(links: Links, on_lane: dict[str, Cost]) -> list[str]:
     inside, between = on_lane["flat"].messages
     names = ["flat"]
     if inside and between:
-        names.append("hierarchical")
+        names += [name for name in ("hierarchical", "relayed") if name in on_lane]
     # SharedAllToAll moves rows in host memory: the assumed machine has its rows on GPUs.
     if links != GPU_NODES:
         names.append("shared")

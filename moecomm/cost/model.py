@@ -12,8 +12,9 @@ Blocks are of one size, and nodes hold consecutive ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, hypot, inf
 from typing import NamedTuple
 
@@ -103,6 +104,23 @@ class _Step(NamedTuple):
     hop: int = 1
 
 
+class Tokens(NamedTuple):
+    """Tokens of a rank whose experts are drawn at random, without repetitions."""
+
+    number: float
+    row_bytes: float
+    top_k: int
+    num_experts: int
+
+    def needing(self, num_held: int) -> float:
+        """How many need any of so many experts, on average."""
+        avoided = 1.0
+        for i in range(self.top_k):
+            remaining = self.num_experts - i
+            avoided *= max(remaining - num_held, 0) / remaining
+        return self.number * (1 - avoided)
+
+
 _Algorithm = Callable[[Links, Counts, int, float], list[_Step]]
 """Links, the sizes of all nodes, the size of one of them and the bytes a pair -> the steps of a rank on that node."""
 
@@ -142,8 +160,33 @@ def predict_groups(
         raise ValueError(f"predict_groups: node_of has {len(node_of)} ranks, expected at most {MOST_RANKS}")
     if not 0 <= bytes_per_pair < inf:
         raise ValueError(f"predict_groups: bytes_per_pair is {bytes_per_pair!r}, expected a number >= 0")
+    return _of_groups(links, node_of, groups, bytes_per_pair, ALGORITHMS, chunks)
+
+
+def predict_relayed(links: Links, node_of: Counts, groups: Counts, tokens: Tokens, *, chunks: int = 1) -> Cost:
+    """One dispatch, or one combine, of HierarchicalExchange in groups of ranks, all at once.
+
+    A token crosses the network once for each node that holds any of its experts; its relay there passes it on. What
+    travels with the rows is left out: 4 bytes for each weight and assignment.
+
+    links, node_of, groups  as for `predict_groups`
+    tokens                  of each rank; the experts are spread evenly over the ranks of a group
+    chunks                  pieces: hop two of one runs while hop one of the next does
+
+    Raises ValueError for experts that the ranks of a group cannot share evenly, or less than 1 chunk.
+    """
+    size = groups.shape[1]
+    if tokens.num_experts % size:
+        raise ValueError(f"predict_relayed: {tokens.num_experts} experts, which groups of {size} ranks cannot share")
+    algorithm = partial(_relayed, tokens)
+    return _of_groups(links, node_of, groups, 1.0, {"relayed": algorithm}, chunks)["relayed"]
+
+
+def _of_groups(
+    links: Links, node_of: Counts, groups: Counts, block: float, algorithms: Mapping[str, _Algorithm], chunks: int
+) -> dict[str, Cost]:
     if chunks < 1:
-        raise ValueError(f"predict_groups: chunks is {chunks!r}, expected at least 1")
+        raise ValueError(f"predict: chunks is {chunks!r}, expected at least 1")
     ranks_of_node = np.bincount(node_of)
     costs: dict[str, Cost] = {}
     for occupied in _kinds(node_of[groups], ranks_of_node):
@@ -152,9 +195,9 @@ def predict_groups(
         sizes = sizes[occupied]
         # Groups on one node share its cores and its network. The node with most of them decides.
         groups_per_node = float((ranks_of_node[occupied] / sizes).max())
-        for name, algorithm in ALGORITHMS.items():
-            pieces = chunks if name == "hierarchical" else 1
-            cost = _cost(links, sizes, bytes_per_pair, algorithm, groups_per_node, pieces)
+        for name, algorithm in algorithms.items():
+            pieces = chunks if name in IN_PIECES else 1
+            cost = _cost(links, sizes, block, algorithm, groups_per_node, pieces)
             costs[name] = cost.beside(costs[name]) if name in costs else cost
     return costs
 
@@ -390,6 +433,32 @@ def _uneven_hops(sizes: Counts, size: int, block: float) -> tuple[_Step, _Step]:
     return _Step(rank_one, node_one), _Step(rank_two, node_two)
 
 
+def _relayed(tokens: Tokens, _: Links, sizes: Counts, size: int, share: float) -> list[_Step]:
+    """The relay of a source on another node is the rank with its local rank, modulo the size of that node."""
+    p = int(sizes.sum())
+    experts_per_rank = tokens.num_experts // p
+    row_bytes = share * tokens.row_bytes
+    # What a rank has for each node, and how much of it stays on its own.
+    for_nodes = row_bytes * sum(tokens.needing(experts_per_rank * ranks) for ranks in sizes.tolist())
+    stays = row_bytes * tokens.needing(experts_per_rank * size)
+    for_rank = row_bytes * tokens.needing(experts_per_rank)
+    num_nodes = len(sizes)
+    leaving = _work(between=(num_nodes - 1, for_nodes - stays, min(num_nodes - 1, 1)))
+    # Local rank 0 is the relay of most sources, those of its own node included.
+    most_sources = int(np.ceil(sizes / size).sum())
+    mean_sources = p / size
+    peers = size - 1
+    # For one source: its rows are copied to all ranks of the node, and one copy stays.
+    passing = _work(inside=(0, for_rank * peers, 0), copied=for_rank * size)
+    call = _work(inside=(peers, 0, min(peers, 1)), starts=1)
+    rank = call + most_sources * passing
+    node = size * (call + mean_sources * passing)
+    return [
+        _Step(leaving, size * leaving),
+        _Step(rank, node, staging=most_sources * for_rank * size, hop=2),
+    ]
+
+
 def _shared(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     p = int(sizes.sum())
     num_nodes = len(sizes)
@@ -414,6 +483,8 @@ def _shared(_: Links, sizes: Counts, size: int, block: float) -> list[_Step]:
     return [edge, exchanges, edge]
 
 
+IN_PIECES = ("hierarchical", "relayed")
+"""The algorithms whose hops overlap where there are several chunks."""
 ALGORITHMS: dict[str, _Algorithm] = {
     "flat": _flat,
     "library": _library,
