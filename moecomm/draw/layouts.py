@@ -222,7 +222,11 @@ def _draw_names(canvas: Canvas, names: Sequence[str], places: Sequence[Point], s
     # The fastest and the smallest come first; the others are named where they leave room.
     ends = (0, len(names) - 1)
     order = sorted(range(len(names)), key=lambda i: (i not in ends, i))
+    named: list[Point] = []
     for i in order:
+        # Of dots that cover each other one has a name: two would not say which is which.
+        if any(math.dist(places[i], place) < 2 * MARKED for place in named):
+            continue
         x, y = places[i]
         width = text_width(names[i], NAME_SIZE)
         left = x - MARKED - 3 - width
@@ -232,6 +236,7 @@ def _draw_names(canvas: Canvas, names: Sequence[str], places: Sequence[Point], s
         if free:
             box = free[0]
             obstacles.append(box)
+            named.append(places[i])
             # The base line is a little above the lower edge, which letters such as p reach.
             at = box.at(width, NAME_SIZE - 2)
             canvas.text(at, names[i], NAME_SIZE, "end", INK, bold=i == 0)
