@@ -51,10 +51,12 @@ def flat(nodes: Nodes, groups: Labels, rows: NDArray[np.float64]) -> Sent:
     """What a FlatAllToAll in each group sends, where each rank has rows [p] > 0 for each rank of its group."""
     size = count_of(groups)
     on_node = count_of(_cells(nodes, groups))
+    # What a rank has for itself is not sent.
     inside = on_node - 1
     between = size - on_node
     messages = np.stack([inside, between], axis=1)
-    return Sent(messages, messages * rows[:, None])
+    of_each = rows[:, None]
+    return Sent(messages, messages * of_each)
 
 
 def hierarchical(nodes: Nodes, groups: Labels, rows: NDArray[np.float64]) -> Sent:
@@ -67,9 +69,11 @@ def hierarchical(nodes: Nodes, groups: Labels, rows: NDArray[np.float64]) -> Sen
     # group whose local rank is i modulo G.
     destinations = np.empty_like(size)
     for ranks_per_node in np.unique(on_node).tolist():
-        row = groups * ranks_per_node + local_rank % ranks_per_node
+        remainder = local_rank % ranks_per_node
+        row = groups * ranks_per_node + remainder
+        ranks_of_row = np.bincount(row)[row]
         of_this_size = on_node == ranks_per_node
-        destinations[of_this_size] = np.bincount(row)[row[of_this_size]]
+        destinations[of_this_size] = ranks_of_row[of_this_size]
     # A forwarder sends on what the whole node has for a destination. It is a destination itself.
     of_node = np.bincount(cells, rows)[cells]
     inside = (size - destinations) * rows
@@ -95,10 +99,12 @@ def count_of(groups: Labels) -> Counts:
 def place_in(groups: Labels) -> Counts:
     """[p] the index of each rank among the ranks of its group, which ascend."""
     order = np.argsort(groups, kind="stable")
+    # In this order the ranks of a group follow one another, ascending.
     sizes = np.bincount(groups)
     start = np.cumsum(sizes) - sizes
+    position = np.arange(len(groups))
     places = np.empty_like(groups)
-    places[order] = np.arange(len(groups)) - start[groups[order]]
+    places[order] = position - start[groups[order]]
     return places
 
 
@@ -113,10 +119,13 @@ def hops(nodes: Nodes, node: Sequence[int], rows: Rows) -> tuple[Rows, Rows]:
     hop_two = np.zeros_like(rows)
     for i, forwarder in enumerate(node):
         # The rule of HierarchicalAllToAll: on a node with fewer ranks, a rank forwards for several local ranks.
-        destinations = np.flatnonzero(nodes.local_rank % len(node) == i)
+        remainder = nodes.local_rank % len(node)
+        destinations = np.flatnonzero(remainder == i)
         forwarded = rows[:, destinations]
-        hop_one[:, forwarder] = forwarded.sum(axis=1)
-        hop_two[i, destinations] = forwarded.sum(axis=0)
+        of_source = forwarded.sum(axis=1)
+        of_destination = forwarded.sum(axis=0)
+        hop_one[:, forwarder] = of_source
+        hop_two[i, destinations] = of_destination
     return hop_one, hop_two
 
 
@@ -132,7 +141,8 @@ def hop_traffic(nodes: Nodes, rows: Rows) -> tuple[Rows, Rows]:
         traffic[:, node] = hops(nodes, node, rows[node])
     diagonal = np.arange(len(rows))
     traffic[:, diagonal, diagonal] = 0
-    return traffic[0], traffic[1]
+    hop_one, hop_two = traffic
+    return hop_one, hop_two
 
 
 class Lanes:
@@ -150,15 +160,26 @@ class Lanes:
         # From one rank of an expert group to the next, the tensor rank goes on by the stride, modulo tensor.
         stride = topology.expert_tensor
         if topology.inner == "expert":
-            grid = ranks.reshape(topology.pipeline, topology.expert_data, expert, topology.expert_tensor)
+            grid = ranks.reshape(
+                topology.pipeline,
+                topology.expert_data,
+                expert,
+                topology.expert_tensor,
+            )
         else:
             stride *= topology.expert_data
-            grid = ranks.reshape(topology.pipeline, expert, topology.expert_data, topology.expert_tensor)
+            grid = ranks.reshape(
+                topology.pipeline,
+                expert,
+                topology.expert_data,
+                topology.expert_tensor,
+            )
             grid = grid.swapaxes(1, 2)
         self._grid = grid
         """[pipeline, expert_data, expert, expert_tensor]"""
         # In a group that is shorter than the period, each rank is on a lane of its own.
-        self._period = min(tensor // gcd(tensor, stride), expert)
+        period = tensor // gcd(tensor, stride)
+        self._period = min(period, expert)
         index, piece = np.ogrid[:expert, : topology.expert_tensor]
         self._set_of: Labels = np.empty_like(ranks)
         """[p] which set of shards the lane of each rank reaches."""
@@ -174,15 +195,17 @@ class Lanes:
         if num_sets > tensor:
             # So few ranks cannot reach all of them, and the table would be large.
             return np.zeros((num_groups, 1), np.int64)
+        shape = (num_groups, num_sets)
         cell = self._tensor_group * num_sets + self._set_of
         counts = np.bincount(cell, minlength=num_groups * num_sets)
-        return counts.reshape(num_groups, num_sets)
+        return counts.reshape(shape)
 
     def incomplete(self) -> list[int]:
         """A tensor group that does not reach all experts, so that there is no such exchange. [] if all groups do."""
         is_lacking = (self._num_lanes == 0).any(axis=1)
         if not is_lacking.any():
             return []
+        # Tensor ranks are neighbours.
         tensor = self.topology.tensor
         lowest = int(np.argmax(is_lacking)) * tensor
         return list(range(lowest, lowest + tensor))
@@ -199,8 +222,10 @@ class Lanes:
             raise ValueError(f"Lanes.members: tensor group {lacking} does not reach all experts")
         pipeline, expert_data, expert, expert_tensor = np.shape(self._grid)
         size = expert // self._period
+        # index = turn * period + lane
         grid = self._grid.reshape(pipeline, expert_data, size, self._period, expert_tensor)
-        return np.moveaxis(grid, 2, -1).reshape(-1, size)
+        turns_inside = np.moveaxis(grid, 2, -1)
+        return turns_inside.reshape(-1, size)
 
     def lanes(self) -> Labels:
         """[p] the lane of each rank: `members` as labels."""
@@ -238,7 +263,8 @@ class Lanes:
         answers = self.answers(num_tokens, top_k)
         # The tolerance is for shares such as 1/3, whose sum may come out a little above the whole.
         limit = 2 * num_tokens * (1 + 1e-9)
-        gathers = answers.reshape(-1, tensor).sum(axis=1) <= limit
+        of_groups = answers.reshape(-1, tensor)
+        gathers = of_groups.sum(axis=1) <= limit
         names = {True: "all-gather", False: "all-reduce as a ring"}
         used = [name for is_gather, name in names.items() if (gathers == is_gather).any()]
         gather = flat(nodes, self._tensor_group, answers)
@@ -257,4 +283,5 @@ class Lanes:
         leaves = nodes.node_of != nodes.node_of[successor]
         steps = 2 * (tensor - 1)
         messages = steps * np.stack([~leaves, leaves], axis=1)
-        return Sent(messages, messages * (num_tokens / tensor))
+        rows_each = num_tokens / tensor
+        return Sent(messages, messages * rows_each)
