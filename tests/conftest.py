@@ -82,10 +82,13 @@ def gloo_run(size: int, body: Body) -> None:
 
 
 def _gloo_rank(rank: int, size: int, folder: str, body: Body) -> None:
+    import torch
     import torch.distributed as dist
 
     from moecomm.transports.torch import TorchComm
 
+    # The threads of torch's pool, if the parent had used it, are not there after a fork: a rank would wait for them.
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     body(TorchComm(dist.group.WORLD, limit=LIMIT))
     dist.barrier()
