@@ -268,11 +268,13 @@ class Comm(Identity, ABC):
 
     # ---- agreement -------------------------------------------------------------------------------------------------
 
-    def checked(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str] | None = None) -> T:
+    def checked(
+        self, call: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str] | None = None
+    ) -> T:
         """check(*arguments), with the call and the rank added to the ValueError or TypeError that it raises.
 
-        check  looks at what one rank can see alone
-        same   says of its result, in a text, what must be the same on all ranks
+        check          looks at what one rank can see alone
+        compared_text  says of its result, in a text, what must be the same on all ranks
 
         `Checked` makes this a collective: the texts are compared, and what one rank refuses is raised on all of them.
         """
@@ -282,10 +284,10 @@ class Comm(Identity, ABC):
         except (TypeError, ValueError) as error:
             raise refused(type(error)(f"{call}: {error}{self.where()}")) from None
 
-    def compared(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
+    def compared(self, call: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str]) -> T:
         """`checked`, and the texts are compared in any case: for the first call of an object. Collective."""
         result = self.checked(call, check, *arguments)
-        self.compare_texts(text_of_call(call, result, same))
+        self.compare_texts(text_of_call(call, result, compared_text))
         return result
 
     def _opened(self, call: str, check: Callable[..., Arguments], *arguments: Any) -> Arguments:
@@ -295,8 +297,8 @@ class Comm(Identity, ABC):
         """
         # A transport that compares what arrives, as threads do, needs no message for it.
         if call in self._compared or self._compares_rows:
-            return self.checked(call, check, *arguments, same=_rows_text)
-        result = self.compared(call, check, *arguments, same=_rows_text)
+            return self.checked(call, check, *arguments, compared_text=_rows_text)
+        result = self.compared(call, check, *arguments, compared_text=_rows_text)
         self._compared |= {call}
         return result
 
@@ -488,9 +490,9 @@ CommLike: TypeAlias = Comm | MpiCommunicator | TorchGroup
 """What algorithms and exchanges take as a group of ranks; `transports.as_comm` makes a Comm of it."""
 
 
-def text_of_call(call: str, result: T, same: Callable[[T], str] | None) -> str:
+def text_of_call(call: str, result: T, compared_text: Callable[[T], str] | None) -> str:
     """What a rank tells the others about its call."""
-    return call if same is None else f"{call} with {same(result)}"
+    return call if compared_text is None else f"{call} with {compared_text(result)}"
 
 
 def _no_arguments() -> tuple[()]:

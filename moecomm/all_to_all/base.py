@@ -71,7 +71,7 @@ class AllToAll(Identity, ABC):
         sent if x or out does not fit; on all ranks, at the first call, if dtype or row shape differ among them.
         """
         with collective(type(self).__name__, self.comm):
-            blocks, result = self._opened("", self._even_arguments, x, out, same=_blocks_text)
+            blocks, result = self._opened("", self._even_arguments, x, out, compared_text=_blocks_text)
             if result is None:
                 result = empty_rows(blocks.shape[0], blocks)
             self._even(blocks, result)
@@ -88,7 +88,9 @@ class AllToAll(Identity, ABC):
         Collective over comm. The counts are exchanged first. Raises like the even form.
         """
         with collective(type(self).__name__, self.comm):
-            contiguous, counts = self._opened(".rows", self._rows_arguments, rows, send_counts, same=_uneven_text)
+            contiguous, counts = self._opened(
+                ".rows", self._rows_arguments, rows, send_counts, compared_text=_uneven_text
+            )
             route = self._route(counts)
             return self._send(contiguous, route), route.recv_counts
 
@@ -109,7 +111,7 @@ class AllToAll(Identity, ABC):
     def send(self, rows: Rows, route: Route) -> Rows:
         """What `rows` returns, without exchanging the counts again. Collective over comm."""
         with collective(type(self).__name__, self.comm):
-            contiguous = self._opened(".send", self._sent_arguments, rows, route, same=_text_along(route))
+            contiguous = self._opened(".send", self._sent_arguments, rows, route, compared_text=_text_along(route))
             if not route.digest:
                 self.comm.compare_counts(route.send_counts, route.recv_counts)
             return self._send(contiguous, route)
@@ -123,7 +125,9 @@ class AllToAll(Identity, ABC):
         Collective over comm.
         """
         with collective(type(self).__name__, self.comm):
-            contiguous = self._opened(".send_back", self._returned_arguments, rows, route, same=_text_along(route))
+            contiguous = self._opened(
+                ".send_back", self._returned_arguments, rows, route, compared_text=_text_along(route)
+            )
             if not route.digest:
                 self.comm.compare_counts(route.recv_counts, route.send_counts)
             return self._send_back(contiguous, route)
@@ -181,13 +185,13 @@ class AllToAll(Identity, ABC):
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _opened(self, form: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
-        """What `check` returns; at this object's first call the ranks compare what `same` says of it."""
+    def _opened(self, form: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str]) -> T:
+        """What `check` returns; at this object's first call the ranks compare what `compared_text` says of it."""
         self._check_not_freed()
         call = type(self).__name__ + form
         if self._compared:
-            return self.comm.checked(call, check, *arguments, same=same)
-        result = self.comm.compared(call, check, *arguments, same=same)
+            return self.comm.checked(call, check, *arguments, compared_text=compared_text)
+        result = self.comm.compared(call, check, *arguments, compared_text=compared_text)
         self._compared = True
         return result
 

@@ -6,8 +6,11 @@ row is (source, destination, place): a wrong one says where it came from.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias, cast
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -37,6 +40,7 @@ def check_comm(run: Run, sizes: Iterable[int] = (1, 2, 3, 4), make: Make = np.as
         _uneven_rows,
         _started,
         _dtypes,
+        _strided_rows,
         _gathers,
         _reduces,
         _splits,
@@ -46,7 +50,13 @@ def check_comm(run: Run, sizes: Iterable[int] = (1, 2, 3, 4), make: Make = np.as
     )
     for size in sizes:
         for check in checks:
-            run(size, lambda comm, check=check: check(comm, make))  # type: ignore[misc]
+            # Ranks of their own for each check: what an earlier one leaves behind cannot hide a fault.
+            run(size, partial(_run_check, check=check, make=make))
+
+
+def _run_check(comm: Comm, check: Callable[[Comm, Make], None], make: Make) -> None:
+    with naming_rank(comm):
+        check(comm, make)
 
 
 def check_all_to_all(
@@ -59,15 +69,21 @@ def check_all_to_all(
 
     algorithm  collective; makes the AllToAll to test, e.g. FlatAllToAll
     """
+
+    def check(comm: Comm) -> None:
+        check_all_to_all_on(comm, algorithm(comm), make)
+
     for size in sizes:
-        run(size, lambda comm: check_all_to_all_on(comm, algorithm(comm), make))
+        run(size, check)
 
 
 def check_all_to_all_on(comm: Comm, a2a: AllToAll, make: Make = np.asarray) -> None:
     """The same for one AllToAll over `comm`. Collective over comm."""
-    _even_form(comm, a2a, make)
-    _uneven_form(comm, a2a, make)
-    _even_form_refuses(comm, a2a, make)
+    with naming_rank(comm):
+        _even_form(comm, a2a, make)
+        _uneven_form(comm, a2a, make)
+        _routes(comm, a2a, make)
+        _algorithm_refuses(comm, a2a, make)
 
 
 # ---- rows that say where they come from ----------------------------------------------------------------------------
@@ -75,29 +91,50 @@ def check_all_to_all_on(comm: Comm, a2a: AllToAll, make: Make = np.asarray) -> N
 
 def count_matrices(size: int) -> Iterator[Counts]:
     """[size, size] rows from each source (first axis) to each destination: the hard cases."""
+    shape = (size, size)
     rng = np.random.default_rng(size)
-    yield np.zeros((size, size), np.int64)
-    yield np.ones((size, size), np.int64)
-    yield rng.integers(0, 5, (size, size))
-    yield rng.integers(0, 9, (size, size)) * (rng.random((size, size)) < 0.2)  # most pairs are empty
-    skewed = rng.integers(0, 2, (size, size))
-    skewed[:, 0] += 37  # everybody's favourite
+    yield np.zeros(shape, np.int64)
+    yield np.ones(shape, np.int64)
+    yield rng.integers(0, 5, shape)
+    # Few pairs of ranks have rows: an algorithm that leaves empty messages out takes other paths.
+    is_used = rng.random(shape) < 0.2
+    yield rng.integers(0, 9, shape) * is_used
+    # A popular expert: one rank gets nearly all rows.
+    skewed = rng.integers(0, 2, shape)
+    skewed[:, 0] += 37
     yield skewed
-    lonely = rng.integers(0, 4, (size, size))
-    lonely[-1], lonely[:, size // 2] = 0, 0  # one rank sends nothing, one gets nothing
-    yield lonely
+    # A rank that sends nothing, and one that gets nothing, still have to come to the call.
+    silent = rng.integers(0, 4, shape)
+    silent[-1] = 0
+    silent[:, size // 2] = 0
+    yield silent
 
 
 def sent_rows(counts: Counts, source: int) -> np.ndarray:
     """[N, 3] what `source` sends, ordered by destination."""
-    pairs = [(source, d, i) for d in range(len(counts)) for i in range(counts[source, d])]
-    return np.array(pairs, np.int64).reshape(-1, 3)
+    rows = []
+    for destination in range(len(counts)):
+        for place in range(counts[source, destination]):
+            rows.append((source, destination, place))
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def received_rows(counts: Counts, destination: int) -> np.ndarray:
     """[M, 3] what `destination` must get, ordered by source."""
-    pairs = [(s, destination, i) for s in range(len(counts)) for i in range(counts[s, destination])]
-    return np.array(pairs, np.int64).reshape(-1, 3)
+    rows = []
+    for source in range(len(counts)):
+        for place in range(counts[source, destination]):
+            rows.append((source, destination, place))
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def _blocks(size: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """[size, size, *shape] a block from each source to each destination, filled with the number of the pair."""
+    # Below 251, so that uint8 holds it, and a prime, so that two pairs a power of two apart differ.
+    numbers = np.arange(size * size) % 251
+    blocks = np.empty((size, size, *shape), dtype)
+    blocks[...] = numbers.reshape(size, size, *(1,) * len(shape))
+    return blocks
 
 
 # ---- checks of a Comm: each is called on every rank ----------------------------------------------------------------
@@ -107,79 +144,115 @@ def _equal_blocks(comm: Comm, make: Make) -> None:
     for num_rows in (0, 1, 3):
         counts = np.full((comm.size, comm.size), num_rows)
         sent = sent_rows(counts, comm.rank)
-        wanted = received_rows(counts, comm.rank)
-        _same(comm.all_to_all(make(sent.copy())), wanted, "all_to_all of equal blocks", comm)
-        out = make(np.full_like(wanted, -1))
-        assert comm.all_to_all(make(sent.copy()), out=out) is out, "all_to_all: out is not what was returned"
-        _same(out, wanted, "all_to_all into out", comm)
+        expected = received_rows(counts, comm.rank)
+        # Fresh copies: an array that numpy shares with `sent` could be changed without being noticed.
+        result = comm.all_to_all(make(sent.copy()))
+        check_rows(result, expected, "all_to_all of equal blocks")
+        out = make(np.full_like(expected, -1))
+        result = comm.all_to_all(make(sent.copy()), out=out)
+        assert result is out, "all_to_all: out is not what was returned"
+        check_rows(out, expected, "all_to_all into out")
 
 
 def _uneven_rows(comm: Comm, make: Make) -> None:
     for counts in count_matrices(comm.size):
+        send_counts = counts[comm.rank]
+        # A column of a matrix: counts need not be contiguous.
+        recv_counts = counts[:, comm.rank]
+        expected = received_rows(counts, comm.rank)
         rows = make(sent_rows(counts, comm.rank))
-        result = comm.all_to_all(rows, counts[comm.rank], counts[:, comm.rank])
-        _same(result, received_rows(counts, comm.rank), "all_to_all with counts", comm)
-        _same(rows, sent_rows(counts, comm.rank), "all_to_all changed its input", comm)
-        as_lists = comm.all_to_all(rows, counts[comm.rank].tolist(), counts[:, comm.rank].tolist())
-        _same(as_lists, received_rows(counts, comm.rank), "all_to_all with counts in lists", comm)
+        result = comm.all_to_all(rows, send_counts, recv_counts)
+        check_rows(result, expected, "all_to_all with counts")
+        check_rows(rows, sent_rows(counts, comm.rank), "all_to_all changed its input")
+        result = comm.all_to_all(rows, send_counts.tolist(), recv_counts.tolist())
+        check_rows(result, expected, "all_to_all with counts in lists")
 
 
 def _started(comm: Comm, make: Make) -> None:
     """Two at a time, while other ranks wait elsewhere."""
     under_way = []
-    for counts in list(count_matrices(comm.size))[:2]:
+    for counts in itertools.islice(count_matrices(comm.size), 2):
         rows = make(sent_rows(counts, comm.rank))
-        out = make(np.empty_like(received_rows(counts, comm.rank)))
-        started = comm.start(rows, out, counts[comm.rank].copy(), counts[:, comm.rank].copy())
-        under_way.append((started, rows, out, received_rows(counts, comm.rank)))
-    for started, _, out, wanted in under_way:
+        expected = received_rows(counts, comm.rank)
+        out = make(np.empty_like(expected))
+        # The transport may read the counts until the collective is done, and the matrix goes out of scope before.
+        send_counts = counts[comm.rank].copy()
+        recv_counts = counts[:, comm.rank].copy()
+        started = comm.start(rows, out, send_counts, recv_counts)
+        # Rows are listed too, to keep them alive: the caller must not free them earlier.
+        under_way.append((started, rows, out, expected))
+    for started, _, out, expected in under_way:
         while not started.done():
             comm.progress()
             comm.waiting("check_comm", 0.0)
-        _same(out, wanted, "a started all_to_all", comm)
+        check_rows(out, expected, "a started all_to_all")
 
 
 def _dtypes(comm: Comm, make: Make) -> None:
     for dtype in DTYPES:
         for shape in ((), (3,), (2, 5), (0,), (1, 1, 1)):
-            whole = np.zeros((comm.size, comm.size, *shape), dtype)
-            whole[...] = (np.arange(comm.size**2) % 2).reshape(comm.size, comm.size, *(1,) * len(shape))
-            result = comm.all_to_all(make(whole[comm.rank]))
-            _same(result, whole[:, comm.rank], f"all_to_all of {dtype} {shape}", comm)
-    strided = make(np.arange(comm.size * 6).reshape(3, 2 * comm.size) + 100 * comm.rank).T[::2]
-    wanted = np.stack([(np.arange(comm.size * 6).reshape(3, -1) + 100 * s).T[2 * comm.rank] for s in range(comm.size)])
-    _same(comm.all_to_all(strided), wanted, "all_to_all of a non-contiguous array", comm)
+            # Of bool only 0 and 1 can be told apart.
+            blocks = (_blocks(comm.size, "int64", shape) % 2).astype(dtype)
+            result = comm.all_to_all(make(blocks[comm.rank]))
+            check_rows(result, blocks[:, comm.rank], f"all_to_all of {dtype} {shape}")
+
+
+def _strided_rows(comm: Comm, make: Make) -> None:
+    # Transposed and with gaps: neither axis can be read in the order of memory.
+    def strided(rank: int, make: Make) -> Array:
+        table = np.arange(comm.size * 6).reshape(3, 2 * comm.size)
+        return make(table + 100 * rank).T[::2]
+
+    expected = [strided(source, np.asarray)[comm.rank] for source in range(comm.size)]
+    result = comm.all_to_all(strided(comm.rank, make))
+    check_rows(result, np.stack(expected), "all_to_all of a non-contiguous array")
 
 
 def _gathers(comm: Comm, make: Make) -> None:
-    for counts in ([2] * comm.size, [0] * comm.size, list(range(comm.size)), [5] + [0] * (comm.size - 1)):
-        every = [np.full((n, 2), rank, np.float32) for rank, n in enumerate(counts)]
-        _same(comm.all_gather(make(every[comm.rank]), counts), np.concatenate(every), f"all_gather {counts}", comm)
+    equal = [2] * comm.size
+    empty = [0] * comm.size
+    growing = list(range(comm.size))
+    one_rank_alone = [5] + [0] * (comm.size - 1)
+    for counts in (equal, empty, growing, one_rank_alone):
+        rank_of_row = np.repeat(np.arange(comm.size), counts)
+        # Two columns, so that rows counted as numbers would be noticed.
+        expected = np.stack([rank_of_row, rank_of_row], axis=1).astype(np.float32)
+        rows = make(expected[rank_of_row == comm.rank])
+        check_rows(comm.all_gather(rows, counts), expected, f"all_gather {counts}")
         if len(set(counts)) == 1:
-            _same(comm.all_gather(make(every[comm.rank])), np.concatenate(every), "all_gather of equal parts", comm)
+            check_rows(comm.all_gather(rows), expected, "all_gather of equal parts")
 
 
 def _reduces(comm: Comm, make: Make) -> None:
     total = comm.size * (comm.size + 1) // 2
     for dtype in ("float32", "float64", "float16", "int64", "int32"):
         for shape in ((), (3,), (2, 0), (4, 5)):
-            mine = make(np.full(shape, comm.rank + 1, dtype))
-            _same(comm.all_reduce(mine), np.full(shape, total, dtype), f"all_reduce of {dtype} {shape}", comm)
-            _same(mine, np.full(shape, comm.rank + 1, dtype), "all_reduce changed its input", comm)
-    bits = comm.all_gather(comm.all_reduce(make(np.array([0.1 * 3**comm.rank], np.float32))))
-    assert len({float(bit) for bit in bits}) == 1, "all_reduce: the ranks got different sums"
+            summand = np.full(shape, comm.rank + 1, dtype)
+            array = make(summand.copy())
+            result = comm.all_reduce(array)
+            check_rows(result, np.full(shape, total, dtype), f"all_reduce of {dtype} {shape}")
+            check_rows(array, summand, "all_reduce changed its input")
+    # Numbers of different size, whose sum depends on the order of additions: the ranks may not differ in it.
+    summand = np.array([0.1 * 3**comm.rank], np.float32)
+    sums = comm.all_gather(comm.all_reduce(make(summand)))
+    assert len(set(sums.tolist())) == 1, f"all_reduce: the ranks got different sums {sums}"
 
 
 def _splits(comm: Comm, make: Make) -> None:
-    half = comm.split(comm.rank % 2)
-    members = list(range(comm.rank % 2, comm.size, 2))
-    assert (half.rank, half.size) == (comm.rank // 2, len(members)), "split: wrong rank or size"
-    _same(half.all_gather(make(np.array([comm.rank]))), np.array(members), "all_gather after split", comm)
+    color = comm.rank % 2
+    members = np.arange(color, comm.size, 2)
+    half = comm.split(color)
+    expected = (comm.rank // 2, len(members))
+    assert (half.rank, half.size) == expected, "split: wrong rank or size"
+    gathered = half.all_gather(make(np.array([comm.rank])))
+    check_rows(gathered, members, "all_gather after split")
     single = half.split(half.rank)
     assert (single.rank, single.size) == (0, 1), "split of a split: wrong rank or size"
-    _same(single.all_to_all(make(np.array([7]))), np.array([7]), "all_to_all with oneself", comm)
+    seven = np.array([7])
+    check_rows(single.all_to_all(make(seven.copy())), seven, "all_to_all with oneself")
     single.free()
     half.free()
+    # The groups are gone, the Comm that they were split from is not.
     comm.barrier()
 
 
@@ -191,108 +264,197 @@ def _node_keys(comm: Comm, make: Make) -> None:
 
 def _refuses(comm: Comm, make: Make) -> None:
     """The same bad call on every rank: an error before anything is sent, and the Comm works afterwards."""
-    p, rows = comm.size, make(np.zeros((comm.size, 2), np.float32))
-    ones, fractions = [1] * p, cast(Any, [1.0] * p)
-    for error, match, call in (
-        (ValueError, "sums to", lambda: comm.all_to_all(rows, [2] * p, ones)),
-        (ValueError, "expected >= 0", lambda: comm.all_to_all(rows, ones, [-1] * p)),
-        (TypeError, "whole numbers", lambda: comm.all_to_all(rows, fractions, ones)),
-        (ValueError, "shape", lambda: comm.all_to_all(rows, [*ones, 0], ones)),
-        (ValueError, "both", lambda: comm.all_to_all(rows, ones)),
-        (ValueError, "no rows", lambda: comm.all_to_all(make(np.array(1.0)))),
-        (TypeError, "numpy array", lambda: comm.all_to_all(cast(Any, [1.0] * p))),
-        (TypeError, "Python objects", lambda: comm.all_to_all(np.array([None] * p))),
-        (ValueError, "shape", lambda: comm.all_to_all(rows, out=make(np.zeros((p, 3), np.float32)))),
-        (TypeError, "dtype", lambda: comm.all_to_all(rows, out=make(np.zeros((p, 2), np.float64)))),
-        (ValueError, "contiguous", lambda: comm.all_to_all(rows, out=make(np.zeros((p, 4), np.float32))[:, ::2])),
-        (ValueError, "shares memory", lambda: comm.all_to_all(rows, out=rows)),
-        (ValueError, "recv_counts", lambda: comm.all_gather(rows, [p + 1] * p)),
-        (TypeError, "one that is summed", lambda: comm.all_reduce(make(np.zeros(2, bool)))),
-        (ValueError, "color", lambda: comm.split(-1)),
-    ):
-        _raises(error, match, call, comm)
-    if p > 1:
-        _raises(ValueError, "equal blocks", lambda: comm.all_to_all(make(np.zeros(p + 1))), comm)
-    _same(comm.all_to_all(rows), np.zeros((p, 2), np.float32), "all_to_all after a refused call", comm)
+    size = comm.size
+    zeros = np.zeros((size, 2), np.float32)
+    rows = make(zeros.copy())
+    _refuses_counts(comm, rows)
+    _refuses_rows(comm, make)
+    _refuses_out(comm, comm.all_to_all, rows, make)
+    flags = make(np.zeros(2, bool))
+    _check_error(comm, TypeError, "one that is summed", comm.all_reduce, flags)
+    _check_error(comm, ValueError, "color", comm.split, -1)
+    result = comm.all_to_all(rows)
+    check_rows(result, zeros, "all_to_all after a refused call")
+
+
+def _refuses_counts(comm: Comm, rows: Array) -> None:
+    """Of rows [size, 2]."""
+    size = comm.size
+    ones = [1] * size
+    twos = [2] * size
+    negative = [-1] * size
+    fractions = [1.0] * size
+    too_long = [1] * (size + 1)
+    call = comm.all_to_all
+    _check_error(comm, ValueError, "sums to", call, rows, twos, ones)
+    _check_error(comm, ValueError, "expected >= 0", call, rows, ones, negative)
+    _check_error(comm, TypeError, "whole numbers", call, rows, fractions, ones)
+    _check_error(comm, ValueError, "shape", call, rows, too_long, ones)
+    # One kind of counts without the other would be an uneven call here and an even one there.
+    _check_error(comm, ValueError, "both", call, rows, ones)
+    too_large = [size + 1] * size
+    _check_error(comm, ValueError, "recv_counts", comm.all_gather, rows, too_large)
+
+
+def _refuses_rows(comm: Comm, make: Make) -> None:
+    size = comm.size
+    call = comm.all_to_all
+    number = make(np.array(1.0))
+    numbers = [1.0] * size
+    objects = np.array([None] * size)
+    _check_error(comm, ValueError, "no rows", call, number)
+    _check_error(comm, TypeError, "numpy array", call, numbers)
+    _check_error(comm, TypeError, "Python objects", call, objects)
+    # A single rank can share any number of rows with itself.
+    if size > 1:
+        uneven = make(np.zeros(size + 1))
+        _check_error(comm, ValueError, "equal blocks", call, uneven)
+
+
+def _refuses_out(comm: Comm, call: Callable[..., object], rows: Array, make: Make) -> None:
+    """What a result cannot be written to, of a call whose rows are float32 [size, 2]."""
+    size = comm.size
+    too_wide = make(np.zeros((size, 3), np.float32))
+    doubles = make(np.zeros((size, 2), np.float64))
+    strided = make(np.zeros((size, 4), np.float32))[:, ::2]
+    _check_error(comm, ValueError, "shape", call, rows, out=too_wide)
+    _check_error(comm, TypeError, "dtype", call, rows, out=doubles)
+    _check_error(comm, ValueError, "contiguous", call, rows, out=strided)
+    _check_error(comm, ValueError, "shares memory", call, rows, out=rows)
 
 
 def _is_freed(comm: Comm, make: Make) -> None:
-    for _ in range(4):  # the same ranks again and again
-        part = comm.split(0)
-        part.barrier()
-        part.free()
-        part.free()
-        _raises(CommError, "freed", part.barrier, comm)
+    # The same ranks several times: a library that names its groups by their members must not mix them up.
+    for _ in range(4):
+        group = comm.split(0)
+        group.barrier()
+        group.free()
+        # Twice: freeing is allowed to be repeated.
+        group.free()
+        _check_error(comm, CommError, "freed", group.barrier)
 
 
 # ---- checks of an AllToAll -----------------------------------------------------------------------------------------
 
 
 def _even_form(comm: Comm, a2a: AllToAll, make: Make) -> None:
-    p = comm.size
-    for shape, dtype in (((), "int64"), ((3,), "uint8"), ((2, 5), "float32"), ((0,), "float32"), ((700,), "float64")):
-        whole = np.zeros((p, p, *shape), dtype)
-        whole[...] = np.arange(p * p).reshape(p, p, *(1,) * len(shape)) % 251
-        x = make(whole[comm.rank].copy())
-        wanted = whole[:, comm.rank]
-        _same(a2a(x), wanted, f"{dtype} blocks of shape {shape}", comm)
-        out = make(np.ones_like(wanted))
+    # The last shape makes blocks that are larger than what libraries send with their first message.
+    for dtype, shape in (
+        ("int64", ()),
+        ("uint8", (3,)),
+        ("float32", (2, 5)),
+        ("float32", (0,)),
+        ("float64", (700,)),
+    ):
+        label = f"{dtype} blocks of shape {shape}"
+        blocks = _blocks(comm.size, dtype, shape)
+        expected = blocks[:, comm.rank]
+        x = make(blocks[comm.rank].copy())
+        check_rows(a2a(x), expected, label)
+        out = make(np.ones_like(expected))
         assert a2a(x, out=out) is out, "out is not what was returned"
-        _same(out, wanted, f"{dtype} blocks of shape {shape} into out", comm)
-        _same(x, whole[comm.rank], "the input was changed", comm)
+        check_rows(out, expected, f"{label} into out")
+        check_rows(x, blocks[comm.rank], "the input was changed")
 
 
 def _uneven_form(comm: Comm, a2a: AllToAll, make: Make) -> None:
     for counts in count_matrices(comm.size):
-        rows = make(sent_rows(counts, comm.rank))
-        result, recv_counts = a2a.rows(rows, counts[comm.rank])
-        _same(result, received_rows(counts, comm.rank), "rows", comm)
-        _same(recv_counts, counts[:, comm.rank], "counts", comm)
-        _same(rows, sent_rows(counts, comm.rank), "the input was changed", comm)
-        route = a2a.route(counts[comm.rank])
-        _same(route.recv_counts, counts[:, comm.rank], "counts of the route", comm)
-        for _ in range(2):
-            sent = a2a.send(rows, route)
-            _same(sent, received_rows(counts, comm.rank), "rows sent along a route", comm)
-            _same(a2a.send_back(sent, route), sent_rows(counts, comm.rank), "rows sent back along a route", comm)
+        send_counts = counts[comm.rank]
+        sent = sent_rows(counts, comm.rank)
+        expected = received_rows(counts, comm.rank)
+        rows = make(sent.copy())
+        result, recv_counts = a2a.rows(rows, send_counts)
+        check_rows(result, expected, "rows")
+        check_rows(recv_counts, counts[:, comm.rank], "counts")
+        check_rows(rows, sent, "the input was changed")
         back, back_counts = a2a.rows(result, recv_counts)
-        _same(back, sent_rows(counts, comm.rank), "rows sent back by the same exchange", comm)
-        _same(back_counts, counts[comm.rank], "counts sent back", comm)
+        check_rows(back, sent, "rows sent back by the same exchange")
+        check_rows(back_counts, send_counts, "counts sent back")
 
 
-def _even_form_refuses(comm: Comm, a2a: AllToAll, make: Make) -> None:
-    p, x = comm.size, make(np.zeros((comm.size, 2), np.float32))
-    fractions = cast(Any, [1.0] * p)
-    for error, match, call in (
-        (ValueError, "one block per rank", lambda: a2a(make(np.zeros((p + 1, 2), np.float32)))),
-        (TypeError, "dtype", lambda: a2a(x, out=make(np.zeros((p, 2), np.int32)))),
-        (ValueError, "shape", lambda: a2a(x, out=make(np.zeros((p, 1), np.float32)))),
-        (ValueError, "contiguous", lambda: a2a(x, out=make(np.zeros((p, 4), np.float32))[:, ::2])),
-        (ValueError, "shares memory", lambda: a2a(x, out=x)),
-        (ValueError, "sums to", lambda: a2a.rows(x, [2] * p)),
-        (TypeError, "whole numbers", lambda: a2a.rows(x, fractions)),
-        (ValueError, "expected >= 0", lambda: a2a.rows(x, [-1] * p)),
-        (ValueError, "expected >= 0", lambda: a2a.route([-1] * p)),
-        (ValueError, "sums to", lambda: a2a.send(x, Route(np.full(p, 2), np.full(p, 2)))),
-        (ValueError, "sums to", lambda: a2a.send_back(x, Route(np.full(p, 2), np.full(p, 2)))),
-    ):
-        _raises(error, match, call, comm)
-    _same(a2a(x), np.zeros((p, 2), np.float32), "after a refused call", comm)
+def _routes(comm: Comm, a2a: AllToAll, make: Make) -> None:
+    for counts in count_matrices(comm.size):
+        sent = sent_rows(counts, comm.rank)
+        rows = make(sent.copy())
+        route = a2a.route(counts[comm.rank])
+        check_rows(route.recv_counts, counts[:, comm.rank], "counts of the route")
+        # Twice: the first use of a route must leave nothing in it.
+        for _ in range(2):
+            result = a2a.send(rows, route)
+            check_rows(result, received_rows(counts, comm.rank), "rows sent along a route")
+            check_rows(a2a.send_back(result, route), sent, "rows sent back along a route")
 
 
-def _same(got: Any, wanted: np.ndarray, what: str, comm: Comm) -> None:
-    array = got.detach().cpu().numpy() if is_torch(got) else got.get() if is_cupy(got) else np.asarray(got)
-    assert array.dtype == wanted.dtype and array.shape == wanted.shape and (array == wanted).all(), (
-        f"{what}: got {array.dtype}{list(array.shape)} {array.reshape(-1)[:24]}, "
-        f"wanted {wanted.dtype}{list(wanted.shape)} {wanted.reshape(-1)[:24]}{comm.where()}"
-    )
+def _algorithm_refuses(comm: Comm, a2a: AllToAll, make: Make) -> None:
+    size = comm.size
+    zeros = np.zeros((size, 2), np.float32)
+    x = make(zeros.copy())
+    too_long = make(np.zeros((size + 1, 2), np.float32))
+    _check_error(comm, ValueError, "one block per rank", a2a, too_long)
+    _refuses_out(comm, a2a, x, make)
+    twos = [2] * size
+    negative = [-1] * size
+    fractions = [1.0] * size
+    _check_error(comm, ValueError, "sums to", a2a.rows, x, twos)
+    _check_error(comm, TypeError, "whole numbers", a2a.rows, x, fractions)
+    _check_error(comm, ValueError, "expected >= 0", a2a.rows, x, negative)
+    _check_error(comm, ValueError, "expected >= 0", a2a.route, negative)
+    # A route made by hand: of other rows than these.
+    route = Route(np.array(twos), np.array(twos))
+    _check_error(comm, ValueError, "sums to", a2a.send, x, route)
+    _check_error(comm, ValueError, "sums to", a2a.send_back, x, route)
+    check_rows(a2a(x), zeros, "after a refused call")
 
 
-def _raises(error: type[Exception], match: str, call: Callable[[], object], comm: Comm) -> None:
+# ---- what a result must be -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming_rank(comm: Comm) -> Iterator[None]:
+    """Adds the rank to what an assertion says: the ranks write to one log."""
     try:
-        call()
-    except error as caught:
-        assert match in str(caught), f"the error says {str(caught)!r}, without {match!r}{comm.where()}"
-        assert f"rank {comm.rank} of {comm.size}" in str(caught) or error is CommError, f"no rank in {str(caught)!r}"
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{error}{comm.where()}") from error
+
+
+def as_numpy(array: Array) -> np.ndarray:
+    """The numbers of an array of any kind, on the host."""
+    if is_torch(array):
+        array = array.detach().cpu().numpy()
+    elif is_cupy(array):
+        array = array.get()
+    return np.asarray(array)
+
+
+def check_rows(result: Array, expected: np.ndarray, label: str) -> None:
+    array = as_numpy(result)
+    # Bit for bit: rows are moved, never computed with.
+    is_equal = array.dtype == expected.dtype and array.shape == expected.shape and (array == expected).all()
+    assert is_equal, f"{label}: got {_shown(array)}, wanted {_shown(expected)}"
+
+
+def _shown(array: np.ndarray) -> str:
+    """The beginning of an array, for an error."""
+    return f"{array.dtype}{list(array.shape)} {array.reshape(-1)[:24]}"
+
+
+def _check_error(
+    comm: Comm,
+    kind: type[Exception],
+    words: str,
+    call: Callable[..., object],
+    *arguments: Any,
+    **options: Any,
+) -> None:
+    """call(*arguments, **options) must raise an error of that kind, with the words and the rank in its text."""
+    try:
+        call(*arguments, **options)
+    except kind as error:
+        text = str(error)
     else:
-        raise AssertionError(f"expected a {error.__name__} with {match!r}{comm.where()}")
+        raise AssertionError(f"expected a {kind.__name__} with {words!r}")
+    assert words in text, f"the error says {text!r}, without {words!r}"
+    # A CommError of a group names the rank in the group.
+    names_rank = kind is CommError or f"rank {comm.rank} of {comm.size}" in text
+    assert names_rank, f"no rank in {text!r}"

@@ -136,10 +136,14 @@ class Path:
         return rows
 
     def _gradient_out(self, grad: Array) -> Array:
-        return self.send(self.comm.checked("backward pass of combine", as_rows, grad, "gradient", same=self.text))
+        return self.send(
+            self.comm.checked("backward pass of combine", as_rows, grad, "gradient", compared_text=self.text)
+        )
 
     def _gradient_back(self, grad: Array) -> Array:
-        return self._back(self.comm.checked("backward pass of dispatch", as_rows, grad, "gradient", same=self.text))
+        return self._back(
+            self.comm.checked("backward pass of dispatch", as_rows, grad, "gradient", compared_text=self.text)
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,7 +133,9 @@ class RoutedExchange(Exchange[Plan]):
         Raises ValueError if rows does not fit the plan.
         """
         with collective("combine", self.comm):
-            self.comm.checked(f"{type(self).__name__}.combine", self._combine_arguments, rows, plan, same=_plan_text)
+            self.comm.checked(
+                f"{type(self).__name__}.combine", self._combine_arguments, rows, plan, compared_text=_plan_text
+            )
             dtype = rows.dtype if dtype is None else dtype
             if plan.away is None:
                 answers, thread = plan.path.part(1, None).carry_back(rows, plan.thread)
@@ -199,11 +201,13 @@ class RoutedExchange(Exchange[Plan]):
     def _opened(self, x: Array, routing: Routing) -> tuple[Array, Array]:
         """The expert ids [T, K] and the status, where x is. The ranks compare their first arguments."""
 
-        def same(checked: tuple[Array, Array]) -> str:
+        def compared_text(checked: tuple[Array, Array]) -> str:
             return f"{tokens_text(x)}, K = {checked[0].shape[1]}, {self._sizes_text()}"
 
         door = self.comm.checked if self._compared else self.comm.compared
-        checked = door(f"{type(self).__name__}.dispatch", self._dispatch_arguments, x, routing, same=same)
+        checked = door(
+            f"{type(self).__name__}.dispatch", self._dispatch_arguments, x, routing, compared_text=compared_text
+        )
         self._compared = True
         return checked
 

@@ -115,7 +115,11 @@ class TensorParallelExchange(Exchange[LanePlan]):
         """
         with collective("dispatch", self.tensor, self.inner.comm):
             expert = self._opened(
-                "dispatch", self._dispatch_arguments, x, routing, same=lambda expert: _same_text(x, routing, expert)
+                "dispatch",
+                self._dispatch_arguments,
+                x,
+                routing,
+                compared_text=lambda expert: _same_text(x, routing, expert),
             )
             tokens = None
             if not is_torch(expert):
@@ -135,7 +139,9 @@ class TensorParallelExchange(Exchange[LanePlan]):
         Differentiable in rows and in the weights given to dispatch.
         """
         with collective("combine", self.tensor, self.inner.comm):
-            self._opened("combine", _checked_plan, rows, plan, same=lambda _: rows_text(rows, in_equal_parts=False))
+            self._opened(
+                "combine", _checked_plan, rows, plan, compared_text=lambda _: rows_text(rows, in_equal_parts=False)
+            )
             dtype = rows.dtype if dtype is None else dtype
             partial = self.inner.combine(rows, plan.inner, dtype if plan.share.one_lane_each() else sum_dtype(rows))
             return as_dtype(share(partial, plan.share, self.tensor), dtype)
@@ -152,10 +158,10 @@ class TensorParallelExchange(Exchange[LanePlan]):
         # Lanes that reach the same expert take its assignments in turn.
         return (turn[lane][ids] == number % num_replicas[lane][ids]) | ~is_known
 
-    def _opened(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
+    def _opened(self, call: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str]) -> T:
         """What `check` returns. What the tensor ranks refuse, the lanes of all of them are told."""
         try:
-            return self.tensor.checked(f"{type(self).__name__}.{call}", check, *arguments, same=same)
+            return self.tensor.checked(f"{type(self).__name__}.{call}", check, *arguments, compared_text=compared_text)
         except (TypeError, ValueError) as error:
             self.inner.comm.tell_refusal(error)
             raise

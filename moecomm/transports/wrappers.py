@@ -68,11 +68,13 @@ class _Wrapper(Comm):
     def check_usable(self, call: str) -> None:
         self.inner.check_usable(call)
 
-    def checked(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str] | None = None) -> T:
-        return self.inner.checked(call, check, *arguments, same=same)
+    def checked(
+        self, call: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str] | None = None
+    ) -> T:
+        return self.inner.checked(call, check, *arguments, compared_text=compared_text)
 
-    def compared(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
-        return self.inner.compared(call, check, *arguments, same=same)
+    def compared(self, call: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str]) -> T:
+        return self.inner.compared(call, check, *arguments, compared_text=compared_text)
 
     def tell_refusal(self, error: Exception) -> None:
         self.inner.tell_refusal(error)
@@ -129,13 +131,15 @@ class Checked(_Wrapper):
     there are any. For finding mistakes, not for production.
     """
 
-    def compared(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str]) -> T:
-        return self.checked(call, check, *arguments, same=same)
+    def compared(self, call: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str]) -> T:
+        return self.checked(call, check, *arguments, compared_text=compared_text)
 
-    def checked(self, call: str, check: Callable[..., T], *arguments: Any, same: Callable[[T], str] | None = None) -> T:
+    def checked(
+        self, call: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str] | None = None
+    ) -> T:
         try:
-            result = self.inner.checked(call, check, *arguments, same=same)
-            text = text_of_call(call, result, same)
+            result = self.inner.checked(call, check, *arguments, compared_text=compared_text)
+            text = text_of_call(call, result, compared_text)
         except CommError:
             raise  # the Comm is of no use: nothing can be told to the others
         except Exception as error:
