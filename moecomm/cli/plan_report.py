@@ -126,6 +126,7 @@ def layout_columns(shown: Sequence[Candidate], front: Sequence[Candidate], workl
             [candidate.all_to_all for candidate in shown],
             words=True,
         ),
+        Column(("nodes", ""), list(map(nodes_in_short, shown)), rank=2),
         *sent_columns(shown),
         # Time first loses its summands where the table is too wide, memory before that.
         milliseconds(shown, "exchange", EXCHANGE_TERMS, rank=1),
@@ -141,6 +142,12 @@ def layout_columns(shown: Sequence[Candidate], front: Sequence[Candidate], workl
             rank=3,
         ),
     ]
+
+
+def nodes_in_short(candidate: Candidate) -> str:
+    """1/2: on how many nodes those lie that send to one another, in each kind of layer; 1 where that is the same."""
+    numbers = [str(option.num_nodes) for option in candidate.options.values()]
+    return "/".join(numbers) if len(set(numbers)) > 1 else numbers[0]
 
 
 def sent_columns(shown: Sequence[Candidate]) -> list[Column]:
@@ -253,6 +260,7 @@ def as_json(candidate: Candidate, workload: Workload, on_front: bool) -> dict[st
                 "layers": candidate.layers[experts],
                 "topology": topology,
                 "all_to_all": option.all_to_all,
+                "nodes": option.num_nodes,
                 "messages": option.exchange.messages,
                 "bytes": option.exchange.bytes,
                 "seconds": option.seconds,

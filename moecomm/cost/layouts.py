@@ -124,13 +124,15 @@ class RankMemory(NamedTuple):
 class Option:
     """A layer in one topology by one all-to-all.
 
-    exchange  dispatch and combine, once, with the sharing of answers among tensor ranks
-    terms     seconds of all passes: the parts of a Cost, "sharing", "experts", and "hidden", which is negative
-    staging   bytes of a rank beside rows sent and received
+    num_nodes  on which a rank and those that it sends to lie, where they are most
+    exchange   dispatch and combine, once, with the sharing of answers among tensor ranks
+    terms      seconds of all passes: the parts of a Cost, "sharing", "experts", and "hidden", which is negative
+    staging    bytes of a rank beside rows sent and received
     """
 
     topology: Topology
     all_to_all: str
+    num_nodes: int
     exchange: Cost
     terms: dict[str, float]
     staging: float
@@ -271,6 +273,8 @@ def layer_options(machine: Machine, workload: Workload, num_experts: int, topolo
     tensor_groups = np.arange(len(node_of)).reshape(-1, tensor)
     sharing = predict_groups(machine.links, node_of, tensor_groups, answers)["flat"]
     num_exchanges, _ = PASSES[workload.mode]
+    nodes_of_lanes = np.sort(node_of[members], axis=1)
+    num_nodes = 1 + int((np.diff(nodes_of_lanes, axis=1) > 0).sum(axis=1).max())
     rows = float(shares[members].sum(axis=1).max())
     experts = expert_seconds(machine, workload, num_experts, topology, rows)
     options = []
@@ -283,7 +287,8 @@ def layer_options(machine: Machine, workload: Workload, num_experts: int, topolo
             terms["sharing"] = num_exchanges * sharing.seconds
         terms["experts"] = experts
         terms["hidden"] = -machine.overlap * min(experts, num_exchanges * exchange.seconds)
-        options.append(Option(topology, algorithm, exchange, terms, exchange.staging + tensor * answers))
+        staging = exchange.staging + tensor * answers
+        options.append(Option(topology, algorithm, num_nodes, exchange, terms, staging))
     return options
 
 
