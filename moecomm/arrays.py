@@ -54,11 +54,12 @@ def as_rows(array: Array, name: str) -> Array:
     """The array itself, or a contiguous copy of it. TypeError or ValueError if it has no rows that can be moved."""
     if type(array) is np.ndarray and array.ndim and array.flags.c_contiguous and not array.dtype.hasobject:
         return array  # nearly all arrays are such: this is on the path of every call
-    if num_axes(array, name) == 0:
+    of_torch = is_torch(array)
+    if (array.ndim if of_torch else num_axes(array, name)) == 0:
         raise ValueError(f"{name} has no rows: its shape is ()")
     if isinstance(array, np.ndarray):
         return _host_rows(array, name)
-    if is_cupy(array):
+    if not of_torch:
         return array if array.flags.c_contiguous else array.copy(order="C")
     import torch
 
@@ -103,8 +104,7 @@ def zeros(shape: int | tuple[int, ...], dtype: str, like: Array) -> Array:
 
 
 def row_bytes(rows: Array) -> int:
-    itemsize = rows.element_size() if is_torch(rows) else rows.itemsize
-    return int(itemsize * math.prod(rows.shape[1:]))
+    return int(rows.itemsize * math.prod(rows.shape[1:]))
 
 
 def dtype_name(array: Array) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from moecomm.arrays import Array, Counts, as_bytes, is_torch, on_host, row_bytes
+from moecomm.arrays import Array, Counts, as_bytes, is_torch, row_bytes
 from moecomm.comm import Comm, Started
 from moecomm.errors import CommError
 from moecomm.failures import Sharers, refused
@@ -276,9 +276,10 @@ def _host_memory(rows: Array) -> Array:
     """What mpi4py takes as the memory of the rows; where the counts are in rows, it asks for the address alone."""
     if type(rows) is np.ndarray and rows.dtype.kind in PLAIN_KINDS:
         return rows
-    if not on_host(rows):
+    memory = as_bytes(rows)
+    if not isinstance(memory, np.ndarray):
         raise refused(TypeError(f"the MPI transport moves rows in host memory, got rows on {rows.device}"))
-    return as_bytes(rows)
+    return memory
 
 
 def _uneven(rows: Array, counts: Counts, row_type: MPI.Datatype) -> list[Any]:
