@@ -139,3 +139,12 @@ def test_included_files_are_written_out_once() -> None:
     text = read_source("route.cu")
     assert '#include "' not in text
     assert text.count("struct Words {") == 1
+
+
+@pytest.mark.parametrize("row_bytes", [-1, 64])
+def test_more_tokens_than_a_block_can_rank_are_refused(row_bytes: int) -> None:
+    gate = Gate("bfloat16", 1024, 1, row_bytes=row_bytes)
+    limit = MULTIPROCESSORS * (2**22 - 1)
+    assert plan(gate, limit, MULTIPROCESSORS, 90).tokens_per_block == 2**22 - 1
+    with pytest.raises(ValueError, match=rf"route: logits has {limit + 1} tokens, expected at most {limit}"):
+        plan(gate, limit + 1, MULTIPROCESSORS, 90)

@@ -425,3 +425,10 @@ def test_exp_and_log_are_close() -> None:
     np.testing.assert_allclose(reference.exp32(x), np.exp(x.astype(np.float64)), rtol=1.2e-7)
     u = ((np.arange(1 << 16) * 128 + 0.5) * 2.0**-23).astype(np.float32)
     np.testing.assert_allclose(reference.log32(u), np.log(u.astype(np.float64)), rtol=1.2e-7)
+
+
+def test_repr_of_a_routing_says_its_sizes() -> None:
+    routing = route(np.zeros((3, 4), np.float32), 2, capacity=5)
+    assert repr(routing) == "Routing(expert [3, 2], capacity 5, weight float32)"
+    short = Routing(np.zeros((0, 1), np.int64), np.zeros((0, 1)))
+    assert repr(short) == "Routing(expert [0, 1], capacity None, weight float64)"

@@ -144,3 +144,27 @@ def test_a_bad_block_on_one_rank_raises_on_all(algorithm) -> None:  # type: igno
         testing.check_all_to_all_on(comm, a2a)
 
     threads.run(4, body)
+
+
+def test_repr_says_what_is_wrapped_and_how_often_it_was_called() -> None:
+    def body(comm: Comm) -> None:
+        assert repr(Checked(comm)) == f"Checked({comm!r})"
+        timed = Timed(comm)
+        assert repr(timed) == f"Timed({comm!r}, calls: none)"
+        timed.all_to_all(np.zeros(2))
+        timed.all_to_all(np.zeros(2))
+        timed.barrier()
+        assert repr(timed) == f"Timed({comm!r}, calls: all_to_all 2, barrier 1)"
+        assert f"rank {comm.rank} of 2" in repr(timed)
+
+    threads.run(2, body)
+
+
+def test_repr_of_an_all_to_all_names_its_comm() -> None:
+    def body(comm: Comm) -> None:
+        a2a = HierarchicalAllToAll(comm, Nodes.of_size(1, 2))
+        assert repr(a2a) == f"HierarchicalAllToAll({comm!r})"
+        a2a.free()
+        assert repr(a2a) == f"HierarchicalAllToAll({comm!r}, freed)"
+
+    threads.run(2, body)

@@ -71,7 +71,7 @@ class AllToAll(Identity, ABC):
         sent if x or out does not fit; on all ranks, at the first call, if dtype or row shape differ among them.
         """
         with collective(type(self).__name__, self.comm):
-            blocks, result = self._opened("", self._even_arguments, x, out, compared_text=_blocks_text)
+            blocks, result = self._opened("", self._even_arguments, _blocks_text, x, out)
             if result is None:
                 result = empty_rows(blocks.shape[0], blocks)
             self._even(blocks, result)
@@ -88,9 +88,7 @@ class AllToAll(Identity, ABC):
         Collective over comm. The counts are exchanged first. Raises like the even form.
         """
         with collective(type(self).__name__, self.comm):
-            contiguous, counts = self._opened(
-                ".rows", self._rows_arguments, rows, send_counts, compared_text=_uneven_text
-            )
+            contiguous, counts = self._opened(".rows", self._rows_arguments, _uneven_text, rows, send_counts)
             route = self._route(counts)
             return self._send(contiguous, route), route.recv_counts
 
@@ -111,10 +109,10 @@ class AllToAll(Identity, ABC):
     def send(self, rows: Rows, route: Route) -> Rows:
         """What `rows` returns, without exchanging the counts again. Collective over comm."""
         with collective(type(self).__name__, self.comm):
-            contiguous = self._opened(".send", self._sent_arguments, rows, route, compared_text=_text_along(route))
+            checked = self._opened(".send", self._arguments_along, _text_along(route), rows, route, "send_counts")
             if not route.digest:
                 self.comm.compare_counts(route.send_counts, route.recv_counts)
-            return self._send(contiguous, route)
+            return self._send(checked, route)
 
     def send_back(self, rows: Rows, route: Route) -> Rows:
         """The way back: rows ordered by the rank that they came from -> ordered as those given to `send`.
@@ -125,12 +123,10 @@ class AllToAll(Identity, ABC):
         Collective over comm.
         """
         with collective(type(self).__name__, self.comm):
-            contiguous = self._opened(
-                ".send_back", self._returned_arguments, rows, route, compared_text=_text_along(route)
-            )
+            checked = self._opened(".send_back", self._arguments_along, _text_along(route), rows, route, "recv_counts")
             if not route.digest:
                 self.comm.compare_counts(route.recv_counts, route.send_counts)
-            return self._send_back(contiguous, route)
+            return self._send_back(checked, route)
 
     def free(self) -> None:
         """Give back the groups that the constructor made. Collective. comm stays, but not for this all-to-all."""
@@ -185,7 +181,7 @@ class AllToAll(Identity, ABC):
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _opened(self, form: str, check: Callable[..., T], *arguments: Any, compared_text: Callable[[T], str]) -> T:
+    def _opened(self, form: str, check: Callable[..., T], compared_text: Callable[[T], str], *arguments: Any) -> T:
         """What `check` returns; at this object's first call the ranks compare what `compared_text` says of it."""
         self._check_not_freed()
         call = type(self).__name__ + form
@@ -210,12 +206,6 @@ class AllToAll(Identity, ABC):
     def _rows_arguments(self, rows: Array, send_counts: CountsLike) -> tuple[Array, Counts]:
         rows = as_rows(rows, "rows")
         return rows, self.comm.counts("send_counts", send_counts, rows.shape[0])
-
-    def _sent_arguments(self, rows: Array, route: Route) -> Array:
-        return self._arguments_along(rows, route, "send_counts")
-
-    def _returned_arguments(self, rows: Array, route: Route) -> Array:
-        return self._arguments_along(rows, route, "recv_counts")
 
     def _arguments_along(self, rows: Array, route: Route, counts: str) -> Array:
         if not isinstance(route, Route):

@@ -81,6 +81,8 @@ MOST_BYTES = 220 * 1024
 ONE_LAUNCH = range(513, 16384)
 """Tokens for which route_permute is one launch. Else two are faster: a few blocks soon route few tokens, and many small
 blocks move many rows best."""
+MOST_TOKENS_PER_BLOCK = 2**22 - 1
+"""route.cu packs an assignment's place within its block in 22 bits, beside the expert; all bits set mean no choice."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,11 @@ def geometry(gate: Gate, tokens: int, multiprocessors: int, clusters: bool) -> G
     threads = min(max(power_of_two(tokens_per_block * lanes), 256), 512)
     if tokens_per_block * lanes < 4 * threads:
         threads += 32
+    if tokens_per_block > MOST_TOKENS_PER_BLOCK:
+        raise ValueError(
+            f"route: logits has {tokens} tokens, expected at most {MOST_TOKENS_PER_BLOCK * multiprocessors}: "
+            f"{MOST_TOKENS_PER_BLOCK} for each of the GPU's {multiprocessors} multiprocessors"
+        )
     blocks = max(-(-tokens // tokens_per_block), 1)
     return Geometry(lanes, threads, blocks, tokens_per_block)
 

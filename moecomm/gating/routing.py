@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moecomm.arrays import Array
+import numpy as np
+
+from moecomm.arrays import Array, is_torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,10 @@ class Routing:
         check_status(0 if self.status is None else int(self.status))
         return self
 
+    def __repr__(self) -> str:
+        # Shapes alone: numbers on a GPU would have to be waited for.
+        return f"Routing(expert {list(np.shape(self.expert))}, capacity {self.capacity}, {_kind(self.weight)})"
+
 
 STATUSES = 8
 """One more than the highest Routing.status: each problem has a bit."""
@@ -72,6 +78,13 @@ def problem(status: int) -> str:
         4: "expert has ids of no expert, or of one expert twice in a token",
     }
     return "; ".join(text for bit, text in problems.items() if status & bit)
+
+
+def _kind(weight: Array) -> str:
+    """What the weights are and where, for people."""
+    dtype = getattr(weight, "dtype", type(weight).__name__)
+    device = f" on {weight.device}" if is_torch(weight) else ""
+    return f"weight {dtype}{device}"
 
 
 @dataclass(frozen=True)

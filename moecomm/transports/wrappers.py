@@ -31,6 +31,9 @@ class _Wrapper(Comm):
         self.rank = inner.rank
         self.size = inner.size
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"
+
     @property
     def _compares_rows(self) -> bool:  # type: ignore[override]
         return self.inner._compares_rows
@@ -225,6 +228,10 @@ class Timed(_Wrapper):
         # The outermost Comm is the one that the caller has wrapped: records are by its ranks.
         self._outermost = np.arange(self.size)
         self._outermost_size = self.size
+
+    def __repr__(self) -> str:
+        kinds = [f"{kind} {entry.calls}" for kind, entry in self.record.items()]
+        return f"Timed({self.inner!r}, calls: {', '.join(kinds) or 'none'})"
 
     def clear(self) -> None:
         """Forget what was recorded. Not collective."""
