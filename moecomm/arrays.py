@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -108,7 +109,13 @@ def row_bytes(rows: Array) -> int:
 
 
 def dtype_name(array: Array) -> str:
-    return str(array.dtype).removeprefix("torch.")
+    return _name(array.dtype)
+
+
+@lru_cache
+def _name(dtype: Any) -> str:
+    # numpy takes 2 us to make the name anew.
+    return str(dtype).removeprefix("torch.")
 
 
 def as_bytes(rows: Array) -> Array:
