@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from test_gating import EXACT, ROUNDED, draw, same
 
-from moecomm import Comm, FlatAllToAll, RoutedExchange, Routing, route
+from moecomm import Comm, FlatAllToAll, RoutedExchange, Routing, Topology, build_groups, route
 from moecomm.gating import Generator, Noise, reference, route_permute
 from moecomm.transports import threads
 
@@ -153,6 +153,15 @@ def test_what_it_refuses(expert: Any, given: dict[str, Any], message: str) -> No
         route(np.zeros((2, 4), np.float32), 2, expert=np.array(expert), **given)
 
 
+def test_what_it_notes_where_it_must_not_raise() -> None:
+    logits = np.zeros((2, 4), np.float32)
+    noted = route(logits, 2, expert=np.array([[0, 1], [3, 3]]), unusable="note")
+    assert int(noted.status) == 4
+    assert (noted.expert == -1).all()
+    with pytest.raises(ValueError, match="expert has ids of no expert, or of one expert twice in a token"):
+        noted.check()
+
+
 def test_a_list_is_no_array() -> None:
     with pytest.raises(TypeError, match="expert is a list, expected a ndarray as logits is"):
         route(np.zeros((1, 4), np.float32), 2, expert=[[0, 1]])
@@ -192,6 +201,44 @@ def layer_rows(comm: Comm, num_passes: int, recorded: Any = None) -> tuple[list[
     y.square().sum().backward()
     assert len(seen) == num_passes
     return [(rows, rows_per_expert) for _, rows, rows_per_expert in seen], (x.grad, gate.grad), seen[0][0]
+
+
+GATES: list[dict[str, Any]] = [
+    {},
+    {"choices": {"score": "sigmoid", "normalize": "selected", "num_groups": 3, "top_groups": 2}},
+    {"choices": {"noise": Noise("gumbel")}, "capacity_factor": 1.0},
+    {"choices": {"drop": "random"}, "capacity_factor": 0.7},
+]
+
+
+@pytest.mark.parametrize("options", GATES, ids=str)
+def test_a_layer_replays_what_it_recorded(options: dict[str, Any]) -> None:
+    """After its gate has changed: the same rows, other weights, and a gradient for the gate."""
+    torch = pytest.importorskip("torch")
+    from moecomm.nn import MoE
+
+    def body(comm: Comm) -> None:
+        groups = build_groups(comm, Topology(comm.size, expert=comm.size))
+        layer = MoE(8, 12, 6, 2, groups=groups, key=(3,), **options)
+        x = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(comm.rank))
+        y, recorded = layer(x)
+        torch.testing.assert_close(layer(x, recorded.expert)[0], y)
+        with torch.no_grad():
+            layer.gate.neg_()
+            layer.bias.copy_(torch.arange(6.0))
+        replayed_y, replayed = layer(x, recorded.expert)
+        for name in ("expert", "slot", "row", "source"):
+            assert torch.equal(getattr(replayed, name), getattr(recorded, name))
+        assert not torch.equal(replayed.weight, recorded.weight)
+        replayed_y.square().sum().backward()
+        assert layer.gate.grad.abs().sum() > 0
+        wrong = recorded.expert.clone()
+        if comm.rank == 2:
+            wrong[5] = 1
+        with pytest.raises(ValueError, match="the gate of rank 2 had no answer: expert has ids of no expert"):
+            layer(x, wrong)
+
+    threads.run(3, body)
 
 
 def test_recomputed_and_replayed_rows_are_the_same() -> None:

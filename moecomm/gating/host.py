@@ -11,22 +11,25 @@ from numpy.typing import NDArray
 
 from moecomm import _core
 from moecomm.gating.choices import Choices, Fields, Gradients, Inputs, Saved, new_fields
-from moecomm.gating.routing import check_status
+from moecomm.gating.routing import MISRECORDED, check_status
 
 PLACES = ("expert", "slot", "row", "source")
 """The fields in which -1 means that an assignment was dropped or a row is empty."""
 
 
 def route(inputs: Inputs, choices: Choices) -> Fields:
-    """Raises ValueError for logits or a bias that nothing follows from, unless choices.unusable is "note".
+    """Raises ValueError for logits, a bias or recorded experts that nothing follows from, unless choices.unusable is
+    "note".
 
     Then every assignment is dropped, and status says why.
     """
     T, E = inputs.logits.shape
-    if inputs.recorded is not None:
-        check_recorded(inputs.recorded, E)
+    problem = "" if inputs.recorded is None else recorded_problem(inputs.recorded, E)
+    if problem and choices.unusable == "raise":
+        raise ValueError(f"route: {problem}")
     fields = new_fields(_ints, _floats, T, E, choices)
-    status = _core.route(inputs, choices, fields)
+    # The kernel on the CPU trusts recorded ids.
+    status = MISRECORDED if problem else _core.route(inputs, choices, fields)
     if status and choices.unusable == "raise":
         check_status(status)
     if status:
@@ -37,15 +40,19 @@ def route(inputs: Inputs, choices: Choices) -> Fields:
     return fields
 
 
-def check_recorded(recorded: NDArray, num_experts: int) -> None:
-    """Raise ValueError unless recorded [T, K] has expert ids or -1, and no token the same expert twice."""
-    sorted_ids = np.sort(recorded, axis=1)
-    is_repeated = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & (sorted_ids[:, 1:] >= 0)
-    is_outside = (recorded < -1) | (recorded >= num_experts)
-    for tokens, problem in ((is_outside, f"an id outside -1 .. {num_experts - 1}"), (is_repeated, "an expert twice")):
-        if tokens.any():
-            token = int(np.flatnonzero(tokens.any(axis=1))[0])
-            raise ValueError(f"route: expert[{token}] has {problem}")
+def recorded_problem(recorded: NDArray, num_experts: int) -> str:
+    """What is wrong with recorded [T, K], "" if each token has different experts or -1."""
+    ids = np.sort(recorded, axis=1)
+    is_outside = (ids < -1) | (ids >= num_experts)
+    is_repeated = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    for wrong, problem in (
+        (is_outside, f"an id outside -1 .. {num_experts - 1}"),
+        (is_repeated, "an expert twice"),
+    ):
+        tokens = np.flatnonzero(wrong.any(axis=1))
+        if len(tokens):
+            return f"expert[{tokens[0]}] has {problem}"
+    return ""
 
 
 def route_backward(grads: Gradients, saved: Saved, choices: Choices) -> NDArray:

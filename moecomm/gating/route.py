@@ -66,9 +66,10 @@ def route(
     noise       randomises the selection; needs generator
     generator   the only source of randomness
     align       without a capacity, each expert's rows start at a multiple of it
-    unusable    what NaN or +inf in logits do on the CPU, "raise": a ValueError. "note": as on a GPU, they are noted in
-                the Routing's status, here with every assignment dropped. For ranks that share experts: `dispatch` of
-                such a Routing raises on all of them, where one that raised alone would be waited for
+    unusable    what NaN or +inf in logits, and ids in expert that cannot be, do on the CPU, "raise": a ValueError.
+                "note": as on a GPU, they are noted in the Routing's status, here with every assignment dropped. For
+                ranks that share experts: `dispatch` of such a Routing raises on all of them, where one that raised
+                alone would be waited for
     threads     on the CPU, at most; the result does not depend on it. 1 suits one rank a core, as under MPI
     returns     a Routing of logits' kind and device, with slots in token order (drop="choice": in order of choice,
                 then token)

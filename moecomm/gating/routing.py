@@ -62,6 +62,8 @@ class Routing:
 
 STATUSES = 8
 """One more than the highest Routing.status: each problem has a bit."""
+MISRECORDED = 4
+"""The bit of recorded experts that cannot be."""
 
 
 def check_status(status: int) -> None:
@@ -75,7 +77,7 @@ def problem(status: int) -> str:
     problems = {
         1: "logits has a NaN or +inf, or a row of -inf alone",
         2: "bias has a number that is not finite",
-        4: "expert has ids of no expert, or of one expert twice in a token",
+        MISRECORDED: "expert has ids of no expert, or of one expert twice in a token",
     }
     return "; ".join(text for bit, text in problems.items() if status & bit)
 

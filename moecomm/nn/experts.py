@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,7 @@ class Experts(Part):
     activation   "gelu": gelu(x up + b) down + b'. "swiglu": (silu(x gate) * (x up)) down, without biases
     part         (i, n): hold slice i of n of each expert's inner width; the n answers are to be added. Slice 0 adds b'
     num_experts  of all ranks; None: those here are all
-    weights      weights(e, name) gives the whole weight of expert e, such as "up" [hidden, ffn]; None: drawn
-    key          seed and name of the layer, of those drawn
+    key          seed and name of the layer
     like         device, dtype
 
     Weights are [E', hidden, ffn / n] and [E', ffn / n, hidden]. Rows in bfloat16 go through torch's grouped GEMM, if
@@ -47,7 +46,6 @@ class Experts(Part):
         num_experts: int | None = None,
         std: float = 0.02,
         key: Key = (),
-        weights: Callable[[int, str], Tensor] | None = None,
         **like: Any,
     ) -> None:
         super().__init__()
@@ -67,10 +65,7 @@ class Experts(Part):
         def bank(name: str, rows: int, columns: int) -> nn.Parameter:
             matrices = []
             for expert in experts:
-                if weights is None:
-                    weight = draw((rows, columns), std, *key, "expert", expert, name)
-                else:
-                    weight = weights(expert, name)
+                weight = draw((rows, columns), std, *key, "expert", expert, name)
                 matrices.append(part_of(weight, SLICED[name], part))
             # A rank may have no expert at all; torch.stack needs one.
             return parameter(torch.stack(matrices) if matrices else torch.zeros(0, rows, columns), like)

@@ -69,6 +69,10 @@ def _slice_of_experts(groups: Groups) -> Portion:
     return topology.coords(groups.world.rank)["expert_tensor"], topology.expert_tensor
 
 
+SELECTING = ("num_groups", "top_groups", "best_in_group", "noise")
+"""The choices of `route` that say which experts a token gets."""
+
+
 class MoE(nn.Module):
     """x [..., hidden] -> (y [..., hidden], routing). Each token goes to the top_k experts that its gate chooses.
 
@@ -154,8 +158,12 @@ class MoE(nn.Module):
         bias = torch.zeros(num_experts, dtype=torch.float32, device=like.get("device"))
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Collective over the exchange's ranks, and so is the backward pass."""
+    def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Collective over the exchange's ranks, and so is the backward pass.
+
+        expert  [T, K] for the T tokens of x, what they are sent to in place of the gate's choices: routing.expert of an
+                earlier pass. Weights and losses are the gate's of now
+        """
         tokens = x.reshape(-1, x.shape[-1])
         device = x.device.type
         # The gate decides in float32 under autocast too.
@@ -169,7 +177,12 @@ class MoE(nn.Module):
         if factor is not None:
             capacity = expert_capacity(len(tokens), self.num_experts, self.top_k, factor=factor)
         choices = self._choices(x.device)
-        routing = route(logits, self.top_k, bias=self.bias.float(), capacity=capacity, **choices)
+        if expert is None:
+            choices["bias"] = self.bias.float()
+        else:
+            # Route refuses them: nothing is selected.
+            choices = {name: choice for name, choice in choices.items() if name not in SELECTING}
+        routing = route(logits, self.top_k, expert=expert, capacity=capacity, **choices)
         if self.groups is not None:
             check_wrapping(self.experts, self.groups.data)
         rows, plan = self.exchange.dispatch(tokens, routing)
