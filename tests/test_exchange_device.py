@@ -17,7 +17,7 @@ from moecomm import (
     build_groups,
     testing,
 )
-from moecomm.exchange import HierarchicalExchange, StaticExchange
+from moecomm.exchange import HierarchicalExchange, StaticExchange, StaticHierarchicalExchange
 from moecomm.transports import threads
 
 torch = pytest.importorskip("torch")
@@ -90,6 +90,14 @@ def test_static() -> None:
     testing.check_exchange(threads.run, make, make=torch.tensor)
 
 
+def test_static_hierarchical() -> None:
+    def make(comm: Comm, case: ExchangeCase) -> StaticExchange:
+        a2a = HierarchicalAllToAll(comm, _nodes(comm.size))
+        return StaticHierarchicalExchange(a2a, case.num_experts // comm.size, case.max_tokens)
+
+    testing.check_exchange(threads.run, make, sizes=(1, 2, 3, 4, 5), make=torch.tensor)
+
+
 @pytest.mark.parametrize(("nodes", "experts"), test_hierarchical_exchange.PLACES)
 def test_ragged_nodes_and_experts(nodes: list[list[int]], experts: object) -> None:
     p = sum(map(len, nodes))
@@ -120,18 +128,19 @@ def _nodes(size: int) -> Nodes:
 
 
 @pytest.mark.parametrize("output", ["replicated", "sequence"])
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("inner", [RoutedExchange, StaticExchange, StaticHierarchicalExchange])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_lanes(output: str, static: bool, top_k: int) -> None:
+def test_lanes(output: str, inner: type[RoutedExchange], top_k: int) -> None:
     """Against one rank's own sum, gradients too: 2 lanes of 2 expert ranks, 5 tokens that each pair of lanes shares."""
 
     def body(comm: Comm) -> None:
         groups = build_groups(comm, Topology(4, tensor=2, expert=4))
         lane = groups.topology.group_of(comm.rank, "expert_lane")
         held = [[2 * rank, 2 * rank + 1] for rank in lane]
-        flat = FlatAllToAll(groups.expert_lane)
-        inner = StaticExchange(flat, held, 5) if static else RoutedExchange(flat, held)
-        exchange = TensorParallelExchange(inner, groups.tensor, output=output)  # type: ignore[arg-type]
+        two_hops = HierarchicalAllToAll(groups.expert_lane, Nodes.of_size(1, groups.expert_lane.size))
+        a2a = two_hops if inner is StaticHierarchicalExchange else FlatAllToAll(groups.expert_lane)
+        sizes = () if inner is RoutedExchange else (5,)
+        exchange = TensorParallelExchange(inner(a2a, held, *sizes), groups.tensor, output=output)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(comm.rank // 2)
         x = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
         weight = torch.rand(5, top_k, generator=generator, dtype=torch.float64, requires_grad=True)

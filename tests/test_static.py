@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from conftest import gloo_run, mpi_run
@@ -9,7 +11,7 @@ from conftest import gloo_run, mpi_run
 from moecomm import Comm, FlatAllToAll, HierarchicalAllToAll, Nodes, RoutedExchange, Routing, testing
 from moecomm.arrays import Array
 from moecomm.conformance.exchanges import ExchangeCase
-from moecomm.exchange import StaticExchange
+from moecomm.exchange import HierarchicalExchange, StaticExchange, StaticHierarchicalExchange
 from moecomm.transports import threads
 from moecomm.transports.wrappers import Checked, Timed
 
@@ -20,13 +22,21 @@ def make(comm: Comm, case: ExchangeCase) -> StaticExchange:
     return StaticExchange(FlatAllToAll(comm), case.num_experts // comm.size, case.max_tokens)
 
 
-def make_hierarchical(comm: Comm, case: ExchangeCase) -> StaticExchange:
+def over_two_hops(comm: Comm) -> HierarchicalAllToAll:
+    """Two nodes, which differ in size where the number of ranks is odd."""
     nodes = [list(range(0, comm.size, 2)), list(range(1, comm.size, 2))]
-    all_to_all = HierarchicalAllToAll(comm, Nodes([node for node in nodes if node]))
-    return StaticExchange(all_to_all, case.num_experts // comm.size, case.max_tokens)
+    return HierarchicalAllToAll(comm, Nodes([node for node in nodes if node]))
 
 
-@pytest.mark.parametrize("exchange", [make, make_hierarchical])
+def make_over_two_hops(comm: Comm, case: ExchangeCase) -> StaticExchange:
+    return StaticExchange(over_two_hops(comm), case.num_experts // comm.size, case.max_tokens)
+
+
+def make_hierarchical(comm: Comm, case: ExchangeCase) -> StaticExchange:
+    return StaticHierarchicalExchange(over_two_hops(comm), case.num_experts // comm.size, case.max_tokens)
+
+
+@pytest.mark.parametrize("exchange", [make, make_over_two_hops, make_hierarchical])
 @pytest.mark.parametrize("array", [np.asarray, torch.tensor])
 def test_contract_over_threads(exchange: object, array: object) -> None:
     testing.check_exchange(threads.run, exchange, make=array)  # type: ignore[arg-type]
@@ -36,25 +46,36 @@ def test_contract_over_gloo() -> None:
     testing.check_exchange(gloo_run, make, sizes=(2,), make=torch.tensor, dtypes=("float32",))
 
 
+def test_contract_over_gloo_in_two_hops() -> None:
+    testing.check_exchange(gloo_run, make_hierarchical, sizes=(3,), make=torch.tensor, dtypes=("float32",))
+
+
 @pytest.mark.mpi(min_size=2)
 def test_contract_over_mpi() -> None:
     testing.check_exchange(mpi_run, make, sizes=(2,), dtypes=("float32",))
+    testing.check_exchange(mpi_run, make_hierarchical, sizes=(2,), dtypes=("float32",))
 
 
-def test_equals_routed_exchange_bit_for_bit() -> None:
-    """Rows, answers and gradients; behind the rows are zeros."""
+@pytest.mark.parametrize("nodes", [None, [[0, 2], [1]], [[0, 1, 2, 3]], [[0, 3], [1, 2]], [[0, 2, 4], [1], [3, 5]]])
+def test_equals_the_exchange_with_counts_bit_for_bit(nodes: list[list[int]] | None) -> None:
+    """Rows, answers and gradients; behind the rows are zeros. nodes: of a hierarchical exchange."""
+    size = 3 if nodes is None else sum(map(len, nodes))
+
+    def exchanges(comm: Comm) -> tuple[RoutedExchange, StaticExchange]:
+        if nodes is None:
+            flat = FlatAllToAll(comm)
+            return RoutedExchange(flat, 2, send="tokens"), StaticExchange(flat, 2, max_tokens=7)
+        a2a = HierarchicalAllToAll(comm, Nodes(nodes))
+        return HierarchicalExchange(a2a, 2), StaticHierarchicalExchange(a2a, 2, max_tokens=7)
 
     def body(comm: Comm) -> None:
         rng = np.random.default_rng(comm.rank)
-        T, K = 7 - 3 * comm.rank, 4  # noqa: N806
-        expert = rng.permuted(np.tile(np.arange(6), (T, 1)), axis=1)[:, :K] if T else np.zeros((0, K), np.int64)
+        T, K = max(7 - 3 * comm.rank, 0) if comm.rank < 3 else comm.rank, 4  # noqa: N806
+        expert = np.array([rng.permutation(2 * size)[:K] for _ in range(T)], np.int64).reshape(T, K)
         expert[rng.random((T, K)) < 0.2] = -1
         x, weight = rng.standard_normal((T, 5)).astype(np.float32), rng.random((T, K)).astype(np.float32)
         results = []
-        for exchange in (
-            RoutedExchange(FlatAllToAll(comm), 2, send="tokens"),
-            StaticExchange(FlatAllToAll(comm), 2, max_tokens=7),
-        ):
+        for exchange in exchanges(comm):
             inputs = torch.tensor(x, requires_grad=True), torch.tensor(weight, requires_grad=True)
             rows, plan = exchange.dispatch(inputs[0], Routing(torch.from_numpy(expert), inputs[1]))
             y = exchange.combine(rows * rows, plan)
@@ -68,7 +89,7 @@ def test_equals_routed_exchange_bit_for_bit() -> None:
             else:
                 assert np.array_equal(np.asarray(got.detach() if name != "count" else got), _numpy(wanted)), name
 
-    threads.run(3, body)
+    threads.run(size, body)
 
 
 def _numpy(array: Array) -> np.ndarray:
@@ -119,6 +140,56 @@ def test_rows_without_room_are_counted_and_the_others_are_right() -> None:
     threads.run(2, body)
 
 
+def test_rows_without_room_in_each_hop_are_counted() -> None:
+    """Nodes of ranks 0, 1 and 2, 3. All 3 tokens of ranks 0 and 1 want expert 2, whose relays are 2 and 3."""
+
+    def body(comm: Comm) -> None:
+        def lost(**room: Any) -> tuple[list[float], str]:
+            a2a = HierarchicalAllToAll(comm, Nodes.of_size(2, 4))
+            exchange = StaticHierarchicalExchange(a2a, 1, max_tokens=3, **room)
+            x = np.arange(1.0, 4)[:, None] + 10 * comm.rank
+            expert = np.full((3, 1), 2 if comm.rank < 2 else -1)
+            y = exchange.combine(*exchange.dispatch(x, Routing(expert, np.ones((3, 1)))))
+            try:
+                exchange.check()
+            except OverflowError as error:
+                return y[:, 0].tolist(), str(error)
+            return y[:, 0].tolist(), ""
+
+        x = [10 * comm.rank + 1, 10 * comm.rank + 2, 10 * comm.rank + 3] if comm.rank < 2 else [0, 0, 0]
+        assert lost() == (x, "")
+        assert lost(rows_per_relay=3, rows_inside=3, max_rows=6) == (x, "")
+        y, text = lost(rows_per_relay=2)
+        assert (y, "2 tokens found no room beyond rows_per_relay = 2" in text) == ([*x[:2], 0], True)
+        y, text = lost(rows_inside=1)
+        assert (y, "4 tokens found no room beyond rows_inside = 1" in text) == ([x[0], 0, 0], True)
+        _, text = lost(max_rows=4)
+        assert "2 rows found no room beyond max_rows = 4" in text
+
+    threads.run(4, body)
+
+
+def test_hops_send_blocks_of_one_size_alone() -> None:
+    def body(comm: Comm) -> None:
+        timed = Timed(comm)
+        a2a = HierarchicalAllToAll(timed, Nodes.of_size(2, 4))
+        exchange = StaticHierarchicalExchange(a2a, 1, max_tokens=5, rows_per_relay=4, rows_inside=3)
+        x, routing = np.ones((1, 8), np.float32), Routing(np.full((1, 2), -1), np.ones((1, 2), np.float32))
+        rows, plan = exchange.dispatch(x, routing)  # the first call compares arguments
+        for row_bytes, call in (
+            (8 * 4 + 2 * 4 + 3 * 4, lambda: exchange.dispatch(x, routing)),
+            (8 * 4, lambda: exchange.combine(rows, plan)),
+        ):
+            timed.clear()
+            call()
+            assert set(timed.record) == {"all_to_all"}
+            sent = timed.record["all_to_all"].bytes
+            other_node = ~a2a.nodes.same_node(comm.rank)
+            assert (sent[other_node].sum(), sent[~other_node].sum()) == (4 * row_bytes, 3 * row_bytes)
+
+    threads.run(4, body)
+
+
 def test_check_before_the_first_call_and_with_one_rank_that_lost() -> None:
     def body(comm: Comm) -> None:
         exchange = StaticExchange(FlatAllToAll(comm), 1, max_tokens=2, rows_per_pair=1)
@@ -143,6 +214,11 @@ def test_arguments_are_refused() -> None:
         ):
             with pytest.raises(ValueError, match=text):
                 StaticExchange(flat, 1, **arguments)  # type: ignore[arg-type]
+        for sizes in ({"rows_per_relay": 0}, {"rows_inside": -1}):
+            with pytest.raises(ValueError, match=r"rows_\w+ is -?\d, expected an integer >= 1"):
+                StaticHierarchicalExchange(HierarchicalAllToAll(comm, Nodes([[0]])), 1, 2, **sizes)
+        with pytest.raises(TypeError, match="StaticHierarchicalExchange: all_to_all is a FlatAllToAll"):
+            StaticHierarchicalExchange(flat, 1, 2)  # type: ignore[arg-type]
         exchange = StaticExchange(flat, 1, 2)
         with pytest.raises(ValueError, match="x has 3 tokens, expected 2 at most: max_tokens"):
             exchange.dispatch(np.ones((3, 1)), Routing(np.zeros((3, 1), np.int64), np.ones((3, 1))))

@@ -6,7 +6,7 @@ from moecomm.exchange.direct.plan import DirectPlan
 from moecomm.exchange.hierarchical import HierarchicalExchange, RelayPlan
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange
-from moecomm.exchange.static import StaticExchange
+from moecomm.exchange.static import StaticExchange, StaticHierarchicalExchange
 from moecomm.exchange.tensor_parallel import LanePlan, TensorParallelExchange
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "RelayPlan",
     "RoutedExchange",
     "StaticExchange",
+    "StaticHierarchicalExchange",
     "TensorParallelExchange",
 ]

@@ -19,10 +19,11 @@ from moecomm.exchange.routed import RoutedExchange
 from moecomm.exchange.table import (
     BlockOrder,
     Blocks,
+    Constant,
     Copies,
+    arange,
     as_int32,
     by_label,
-    constant,
     copies,
     num_copies,
     repeated,
@@ -70,25 +71,19 @@ class HierarchicalExchange(RoutedExchange):
         hop: Callable[[Comm], AllToAll] = FlatAllToAll,
         partial_sums: Literal["rows", "wide"] = "rows",
     ) -> None:
-        if not isinstance(all_to_all, HierarchicalAllToAll):
-            name = type(all_to_all).__name__
-            raise TypeError(f"HierarchicalExchange: all_to_all is a {name}, expected a HierarchicalAllToAll")
+        checked_hierarchical("HierarchicalExchange", all_to_all)
         super().__init__(all_to_all, experts_per_rank, send="tokens", partial_sums=partial_sums)
-        nodes, rank = all_to_all.nodes, self.comm.rank
+        nodes = all_to_all.nodes
         self._between, self._inside = hop(all_to_all.cross), hop(all_to_all.local)
         with collective("HierarchicalExchange", self.comm):
-            sources = all_to_all.cross.all_gather(np.array([rank]))
+            sources, relay_place = relay_places(all_to_all)
             self._sources = sources
             """[ranks of cross] their ranks."""
             reach = np.full((1, self.comm.size), -1)
             reach[0, : len(sources)] = sources
             reaches = all_to_all.local.all_gather(reach)
-        relays = [node[nodes.local_rank[rank] % len(node)] for node in nodes.ranks]
-        places = np.searchsorted(sources, relays)[nodes.node_of]
-        self._relay_place = np.append(places, len(sources))
-        """[p + 1] by the rank that holds an expert: where in cross the way to it begins; the last one: nowhere."""
-        self._local_rank = nodes.local_rank
-        by_relay = np.lexsort((nodes.local_rank, places))
+        self._relay_place, self._local_rank = Constant(relay_place), Constant(nodes.local_rank)
+        by_relay = np.lexsort((nodes.local_rank, relay_place[:-1]))
         self._holders = Holders.of(self.experts, by_relay.tolist())
         self._make_orders(int(nodes.sizes().max()), reaches)
 
@@ -113,7 +108,7 @@ class HierarchicalExchange(RoutedExchange):
         source = table.source
         token = source // max(num_choices, 1)
         rank = self._holders.on(place).rank[place.reshape(-1)[source]]
-        relay = constant(self._relay_place, place)[rank]
+        relay = self._relay_place.at(place)[rank]
         rows = copies(relay, token, self._between.comm.size, place.shape)
         num_inside = num_copies(rank, token, self.comm.size, place.shape[0])
         between = self._count_between(count, rows.count, num_inside, self._alarm(status, count))
@@ -138,7 +133,7 @@ class HierarchicalExchange(RoutedExchange):
         count [P + 1] assignments of each place, num_rows [relays], num_inside [p] rows for each rank behind its relay
         """
         holders = self._holders.on(count)
-        relay_place, local_rank = constant(self._relay_place, count), constant(self._local_rank, count)
+        relay_place, local_rank = self._relay_place.at(count), self._local_rank.at(count)
         num_relays, rank = self._between.comm.size, holders.rank[:-2]
         assignments = zeros((num_relays, self._largest_node, holders.widest), "int64", count)
         assignments[relay_place[rank], local_rank[rank], holders.local[:-2]] = count[:-1]
@@ -162,7 +157,7 @@ class HierarchicalExchange(RoutedExchange):
     def _relay(self, between: BlockCounts, choice: Array, shape: tuple[int, int]) -> Copies:
         """The rows that this relay sends on. choice [N]: of each assignment its row and choice, by local rank."""
         num_assignments = between.assignments.reshape(len(self._sources), self._largest_node, -1).sum(2).sum(0)
-        local_rank = constant(np.arange(self._largest_node), choice)
+        local_rank = arange(self._largest_node, choice)
         local_rank = repeated(local_rank, num_assignments, len(choice))
         return copies(local_rank, choice // max(shape[1], 1), self._inside.comm.size, shape)
 
@@ -170,3 +165,22 @@ class HierarchicalExchange(RoutedExchange):
         if not isinstance(plan, RelayPlan):
             raise TypeError(f"plan is a {type(plan).__name__}, expected the RelayPlan that dispatch returned")
         return super()._combine_arguments(rows, plan)
+
+
+def checked_hierarchical(exchange: str, all_to_all: AllToAll) -> None:
+    """TypeError for another all-to-all than the exchange of that name takes."""
+    if not isinstance(all_to_all, HierarchicalAllToAll):
+        name = type(all_to_all).__name__
+        raise TypeError(f"{exchange}: all_to_all is a {name}, expected a HierarchicalAllToAll")
+
+
+def relay_places(all_to_all: HierarchicalAllToAll) -> tuple[Counts, Counts]:
+    """The ranks of `cross`, and [p + 1] by the rank that holds an expert where in cross the way to it begins.
+
+    The last entry: nowhere, the size of cross. Collective over cross.
+    """
+    nodes = all_to_all.nodes
+    local_rank = nodes.local_rank[all_to_all.comm.rank]
+    sources = all_to_all.cross.all_gather(np.array([all_to_all.comm.rank]))
+    relays = [node[local_rank % len(node)] for node in nodes.ranks]
+    return sources, np.append(np.searchsorted(sources, relays)[nodes.node_of], len(sources))

@@ -42,6 +42,22 @@ class RowTable:
 
 
 @dataclass(frozen=True, eq=False)
+class Constant:
+    """A numpy array that does not change, brought to each device once."""
+
+    array: NDArray[Any]
+    on_devices: dict[Any, Array] = field(default_factory=dict)
+
+    def at(self, like: Array) -> Array:
+        """Of the kind of `like`, where that is."""
+        if isinstance(like, np.ndarray):
+            return self.array
+        if like.device not in self.on_devices:
+            self.on_devices[like.device] = constant(self.array, like)
+        return self.on_devices[like.device]
+
+
+@dataclass(frozen=True, eq=False)
 class BlockOrder:
     """Blocks of rows in another order.
 
@@ -49,26 +65,24 @@ class BlockOrder:
     inverse  [B] the order that undoes it
     """
 
-    order: Counts
-    inverse: Counts
+    order: Constant
+    inverse: Constant
 
     changes: bool
     """Whether any block changes its place."""
-    on_devices: dict[Any, tuple[Array, Array]] = field(default_factory=dict)
 
     def at(self, rows: Array) -> tuple[Array, Array]:
         """order and inverse where the rows are."""
         if on_host(rows):
-            return self.order, self.inverse
-        if rows.device not in self.on_devices:
-            self.on_devices[rows.device] = constant(self.order, rows), constant(self.inverse, rows)
-        return self.on_devices[rows.device]
+            return self.order.array, self.inverse.array
+        return self.order.at(rows), self.inverse.at(rows)
 
     @classmethod
     def sorted_by(cls, *keys: NDArray[Any]) -> BlockOrder:
         """Ascending by the first key [B], equal ones by the next."""
         order = np.lexsort(keys[::-1])
-        return cls(order, np.argsort(order), bool((order != np.arange(len(order))).any()))
+        is_changed = order != np.arange(len(order))
+        return cls(Constant(order), Constant(np.argsort(order)), bool(is_changed.any()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,13 +211,21 @@ def padded_copies(
     return RowTable(table[:-1].reshape(shape), source[:-1]), lost
 
 
-def padded_by_label(label: Array, num_labels: int, max_rows: int) -> tuple[RowTable, Array, Array]:
+def padded_by_label(
+    label: Array, num_labels: int, max_rows: int, order_of_rows: Array | None = None
+) -> tuple[RowTable, Array, Array]:
     """`by_label` with max_rows copies, the last ones empty: also the count of each label, and rows without room.
 
-    label  [M, K] 0 .. num_labels; num_labels: none
+    label          [M, K] 0 .. num_labels; num_labels: none
+    order_of_rows  [M] in which those of a label come; None: in theirs
     """
     flat = label.reshape(-1)
-    order, ends = _sorted_labels(flat, num_labels)
+    if order_of_rows is None:
+        order, ends = _sorted_labels(flat, num_labels)
+    else:
+        choice = arange(len(flat), flat).reshape(label.shape)[order_of_rows].reshape(-1)
+        order, ends = _sorted_labels(flat[choice], num_labels)
+        order = choice[order]
     num_rows = ends[-1] if num_labels else zeros((), "int64", flat)
     ends = ends.clip(None, max_rows)
     place = empty_rows(len(flat), order)
@@ -253,7 +275,7 @@ def constant(array: NDArray[Any], like: Array) -> Array:
         return array
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
+    return torch.from_numpy(array.copy()).to(like.device)
 
 
 def arange(length: int, like: Array) -> Array:
@@ -268,6 +290,15 @@ def arange(length: int, like: Array) -> Array:
 def where(condition: Array, chosen: Array, other: Array | int) -> Array:
     """np.where, torch.where."""
     return np.where(condition, chosen, other) if isinstance(chosen, np.ndarray) else chosen.where(condition, other)
+
+
+def concatenated(left: Array, right: Array) -> Array:
+    """[N, A] and [N, B] -> [N, A + B]"""
+    if isinstance(left, np.ndarray):
+        return np.concatenate([left, right], axis=1)
+    import torch
+
+    return torch.cat([left, right], dim=1)
 
 
 def as_int32(array: Array) -> Array:

@@ -16,7 +16,7 @@ from moecomm.exchange.contract import Exchange
 from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
 from moecomm.exchange.routed import RoutedExchange, expert_ids, on_host
-from moecomm.exchange.table import arange, constant, where
+from moecomm.exchange.table import Constant, arange, where
 from moecomm.failures import Failing, collective, refused
 from moecomm.gating import Routing
 from moecomm.together import together
@@ -92,9 +92,8 @@ class TensorParallelExchange(Exchange[LanePlan]):
             slices, reach = _gather_reach(inner, tensor, part)
         self.num_experts = reach.shape[1]
         """E, one more than the highest id that some lane reaches."""
-        self._turn, self._num_replicas = _turns(slices, reach)
-        self._turns: dict[Any, tuple[Array, Array]] = {}
-        """The same where expert ids are: by device, None for the host."""
+        turn, num_replicas = _turns(slices, reach)
+        self._turn, self._num_replicas = Constant(turn), Constant(num_replicas)
 
     @property
     def comms(self) -> tuple[Failing, ...]:
@@ -148,10 +147,7 @@ class TensorParallelExchange(Exchange[LanePlan]):
 
     def _goes_by(self, lane: int, expert: Array) -> Array:
         """[T, K] whether an assignment goes by the lane. So does an id of no expert, which inner then refuses."""
-        key = expert.device if is_torch(expert) else None
-        if key not in self._turns:
-            self._turns[key] = constant(self._turn, expert), constant(self._num_replicas, expert)
-        turn, num_replicas = self._turns[key]
+        turn, num_replicas = self._turn.at(expert), self._num_replicas.at(expert)
         is_known = (expert >= -1) & (expert < self.num_experts)
         ids = where(is_known, expert, -1)
         number = arange(ids.shape[0] * ids.shape[1], ids).reshape(ids.shape)
