@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from moecomm.arrays import Array, as_dtype, sum_dtype
-from moecomm.comm import Comm
+from moecomm.comm import Comm, CommLike
 from moecomm.failures import collective, refused
 from moecomm.identity import Identity
 from moecomm.nodes import Nodes
 from moecomm.topology import AXES, Topology
+from moecomm.transports import as_comm
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ SPLIT_AXES = tuple(field.name for field in fields(Groups) if field.name in AXES)
 """The axes along which `build_groups` splits the world, in the order in which all ranks split it."""
 
 
-def build_groups(comm: Comm, topology: Topology, nodes: Nodes | None = None) -> Groups:
+def build_groups(comm: CommLike, topology: Topology, nodes: Nodes | None = None) -> Groups:
     """Split `comm` along each axis of `topology`. Collective over comm; nothing else in moecomm splits the world.
 
     comm   all ranks: topology.world_size of them
@@ -55,6 +56,7 @@ def build_groups(comm: Comm, topology: Topology, nodes: Nodes | None = None) -> 
     Warns, on rank 0, if a tensor group spans nodes: its all-reduces and all-gathers would cross the network.
     Raises ValueError, on all ranks, if the topology has another size or differs among the ranks.
     """
+    comm = as_comm(comm)
     with collective("build_groups", comm):
         comm.agree("build_groups: topology", repr(topology))
         if topology.world_size != comm.size:

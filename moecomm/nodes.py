@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm.arrays import Counts
-from moecomm.comm import Comm
+from moecomm.comm import CommLike
+from moecomm.transports import as_comm
 
 
 class Nodes:
@@ -59,12 +60,13 @@ class Nodes:
         return cls(world[start : start + ranks_per_node] for start in world[::ranks_per_node])
 
     @classmethod
-    def discover(cls, comm: Comm) -> Nodes:
+    def discover(cls, comm: CommLike) -> Nodes:
         """The nodes on which the ranks of `comm` run. Collective over comm.
 
         MPI: ranks that can share memory. torch: ranks with the same host name and boot. Threads: one node.
         """
-        keys = comm.all_gather(np.array([comm.node_key()], np.int64))
+        ranks = as_comm(comm)
+        keys = ranks.all_gather(np.array([ranks.node_key()], np.int64))
         nodes = defaultdict(list)
         for rank, key in enumerate(keys.tolist()):
             nodes[key].append(rank)

@@ -95,6 +95,26 @@ def _gloo_rank(rank: int, size: int, folder: str, body: Body) -> None:
     dist.destroy_process_group()
 
 
+def check_group_of_a_library(ranks: Any) -> None:
+    """All that takes a Comm takes `ranks`, a group of four of another library, and does the same with it."""
+    from moecomm import FlatAllToAll, Nodes, RoutedExchange, TensorParallelExchange, Topology, build_groups
+    from moecomm.cost import measure
+    from moecomm.transports import as_comm
+
+    comm = as_comm(ranks)
+    nodes = Nodes.discover(ranks)
+    assert nodes == Nodes.discover(comm)
+    groups = build_groups(ranks, Topology(comm.size, tensor=2))
+    assert [groups.tensor.size, groups.world.size] == [2, comm.size]
+    assert measure(ranks, nodes).copy_bandwidth > 0
+    # All ranks have the same tokens; each is a lane of its own, with all experts.
+    alone = comm.split(comm.rank)
+    exchange = TensorParallelExchange(RoutedExchange(FlatAllToAll(alone), 2), ranks)
+    assert exchange.tensor.size == comm.size
+    groups.free()
+    alone.free()
+
+
 def mpirun(num_ranks: int, *command: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
     """`mpirun -n num_ranks python command...`, and what it printed."""
     launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -8,7 +8,7 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import LIMIT, PROGRAMS, check_limits, mpi_run, mpirun
+from conftest import LIMIT, PROGRAMS, check_group_of_a_library, check_limits, mpi_run, mpirun
 
 from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, Nodes, testing
 from moecomm.transports.wrappers import Checked, Timed
@@ -27,6 +27,11 @@ def sizes() -> tuple[int, ...]:
 @pytest.mark.parametrize("limit", [None, LIMIT])
 def test_conformance(limit: float | None) -> None:
     testing.check_comm(lambda size, body: mpi_run(size, body, limit), sizes=sizes())
+
+
+@pytest.mark.mpi(min_size=4)
+def test_all_that_takes_a_comm_takes_a_communicator() -> None:
+    mpi_run(4, lambda comm: check_group_of_a_library(comm._comm))  # type: ignore[attr-defined]
 
 
 @pytest.mark.mpi(min_size=4)

@@ -10,7 +10,7 @@ from subprocess import PIPE
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, check_limits, gloo_run
+from conftest import PROGRAMS, check_group_of_a_library, check_limits, gloo_run
 
 from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, Nodes, testing
 from moecomm.transports.wrappers import Checked, Timed
@@ -31,6 +31,15 @@ def test_all_to_all_conformance() -> None:
             for ranks_per_node in (1, 2, 3, 4):
                 nodes = Nodes.of_size(ranks_per_node, comm.size)
                 testing.check_all_to_all_on(wrapped, HierarchicalAllToAll(wrapped, nodes), make=torch.from_numpy)
+
+    gloo_run(4, body)
+
+
+def test_all_that_takes_a_comm_takes_a_process_group() -> None:
+    def body(comm: Comm) -> None:
+        import torch.distributed as dist
+
+        check_group_of_a_library(dist.group.WORLD)
 
     gloo_run(4, body)
 

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm.arrays import Counts, copy_blocks
-from moecomm.comm import Comm
+from moecomm.comm import Comm, CommLike
 from moecomm.cost.links import Link, Links
 from moecomm.nodes import Nodes
+from moecomm.transports import as_comm
 
 # Bytes a pair. Known libraries send blocks of SINGLE and LARGE bytes without combining them, all at once.
 SMALL = 16
@@ -42,7 +43,7 @@ LEAST_WORK = 1e-9
 Body = Callable[[], object]
 
 
-def measure(comm: Comm, nodes: Nodes) -> Links:
+def measure(comm: CommLike, nodes: Nodes) -> Links:
     """The Links of the machine that `comm` runs on, the same on all ranks.
 
     First one rank or a pair works while the other ranks sleep: counting, waking a thread, exchanges inside a node and
@@ -53,6 +54,7 @@ def measure(comm: Comm, nodes: Nodes) -> Links:
     Takes about 5 seconds for 64 ranks on 2 cores, 1 where each rank has a core. Collective over comm.
     Raises ValueError on all ranks unless nodes is the same partition of at least two ranks on all of them.
     """
+    comm = as_comm(comm)
     comm.agree("measure: nodes", repr(nodes))
     if nodes.world_size != comm.size or comm.size == 1:
         raise ValueError(f"measure: nodes has {nodes.world_size} ranks, expected {max(2, comm.size)}{comm.where()}")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecomm.arrays import Array, Counts, as_dtype, is_torch, num_axes, sum_dtype
-from moecomm.comm import Comm, rows_text
+from moecomm.comm import Comm, CommLike, rows_text
 from moecomm.exchange.contract import Exchange
 from moecomm.exchange.lanes import Share, replicated, share
 from moecomm.exchange.plan import Plan
@@ -20,6 +20,7 @@ from moecomm.exchange.table import Constant, arange, where
 from moecomm.failures import Failing, collective, refused
 from moecomm.gating import Routing
 from moecomm.together import together
+from moecomm.transports import as_comm
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ class TensorParallelExchange(Exchange[LanePlan]):
     def __init__(
         self,
         inner: RoutedExchange,
-        tensor: Comm,
+        tensor: CommLike,
         *,
         output: Literal["replicated", "sequence"] = "replicated",
         part: tuple[int, int] = (0, 1),
@@ -79,6 +80,7 @@ class TensorParallelExchange(Exchange[LanePlan]):
             if not (isinstance(part, tuple) and len(part) == 2 and 0 <= part[0] < part[1]):
                 raise ValueError(f"part is {part!r}, expected (i, n), slice i of n")
 
+        tensor = as_comm(tensor)
         self.inner = inner
         self.tensor: Comm = tensor
         self.output = output

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from moecomm.comm import Comm
+from moecomm.comm import CommLike
 from moecomm.groups import Groups, build_groups
 from moecomm.topology import Topology
+from moecomm.transports import as_comm
 
 Shape = Literal["pyramid", "first-half", "second-half", "standard"]
 
@@ -68,13 +69,14 @@ def layer_topologies(
     return [Topology(world_size, expert_tensor=expert_tensor, expert=size, **dense) for size in sizes]
 
 
-def layer_groups(comm: Comm, num_experts: Sequence[int], **sizes: Any) -> list[Groups]:
+def layer_groups(comm: CommLike, num_experts: Sequence[int], **sizes: Any) -> list[Groups]:
     """The groups of each layer's topology, built once for each different one. Collective over comm.
 
     sizes  of `layer_topologies`
 
     Layers of the same topology share their groups.
     """
+    comm = as_comm(comm)
     topologies = layer_topologies(comm.size, num_experts, **sizes)
     groups: dict[Topology, Groups] = {}
     for topology in topologies:
