@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import lru_cache
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -19,6 +18,10 @@ Array: TypeAlias = Any
 """A numpy array, a torch tensor or a cupy array. A function that makes one makes it like its argument."""
 
 Counts: TypeAlias = NDArray[np.int64]
+
+
+NAMES: dict[Any, str] = {}
+"""Of dtypes; numpy takes 2 us to make one anew."""
 
 
 class ArrayLike(Protocol):
@@ -109,13 +112,10 @@ def row_bytes(rows: Array) -> int:
 
 
 def dtype_name(array: Array) -> str:
-    return _name(array.dtype)
-
-
-@lru_cache
-def _name(dtype: Any) -> str:
-    # numpy takes 2 us to make the name anew.
-    return str(dtype).removeprefix("torch.")
+    dtype = array.dtype
+    if dtype not in NAMES:
+        NAMES[dtype] = str(dtype).removeprefix("torch.")
+    return NAMES[dtype]
 
 
 def as_bytes(rows: Array) -> Array:

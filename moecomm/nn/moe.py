@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from moecomm.all_to_all import AllToAll, FlatAllToAll
 from moecomm.comm import Comm
-from moecomm.exchange import Exchange, RoutedExchange, TensorParallelExchange
+from moecomm.exchange import BalancedExchange, Exchange, RoutedExchange, TensorParallelExchange
 from moecomm.failures import collective
 from moecomm.gating import Generator, Routing, expert_capacity, route
 from moecomm.groups import Groups
@@ -26,6 +27,7 @@ def exchange_over(
     groups: Groups | None,
     num_experts: int,
     all_to_all: Callable[[Comm], AllToAll] = FlatAllToAll,
+    slots: int = 0,
     **options: Any,
 ) -> Exchange:
     """The exchange that fits the groups of a layer. Collective over the tensor group.
@@ -33,6 +35,7 @@ def exchange_over(
     groups      None, or groups without expert and tensor parallelism: LocalExchange. With tensor parallelism:
                 TensorParallelExchange. Otherwise RoutedExchange
     all_to_all  made over the ranks that the exchange sends to
+    slots       0, or room on each rank for so many copies of hot experts: BalancedExchange. Not with tensor parallelism
     options     of RoutedExchange
 
     Raises ValueError if the experts cannot be divided evenly, or expert slices not be held by a tensor group.
@@ -48,6 +51,10 @@ def exchange_over(
     # Tensor ranks have the same tokens, so each sends over its own lane what its lane's experts need.
     axis = "expert_lane" if sliced else "expert"
     experts = _experts_along(groups, axis, num_experts // topology.expert)
+    if slots and sliced:
+        raise ValueError(f"MoE: slots is {slots}, expected 0: slices of experts cannot be copied")
+    if slots:
+        return BalancedExchange(all_to_all(groups.expert), experts, slots, **options)
     routed = RoutedExchange(all_to_all(getattr(groups, axis)), experts, **options)
     if not sliced:
         return routed
@@ -81,7 +88,8 @@ class MoE(nn.Module):
     top_k            K
     groups           who holds which experts: rank i of the expert group holds the i-th E / expert of them. None: this
                      rank alone holds all
-    exchange         moves the tokens; None: `exchange_over(groups, num_experts)`
+    exchange         moves the tokens; None: `exchange_over(groups, num_experts, slots=slots)`
+    slots            room on each rank for copies of hot experts, which are placed anew for each batch
     capacity_factor  while training, an expert takes at most so many times its even share of this call's tokens; None:
                      nothing is dropped
     eval_capacity_factor  the same in evaluation. DeepSpeed-MoE's scripts have 1.0 for both
@@ -120,6 +128,7 @@ class MoE(nn.Module):
         *,
         groups: Groups | None = None,
         exchange: Exchange | None = None,
+        slots: int = 0,
         capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None,
         activation: Activation = "gelu",
@@ -129,7 +138,7 @@ class MoE(nn.Module):
         **like: Any,
     ) -> None:
         super().__init__()
-        self.exchange = exchange_over(groups, num_experts) if exchange is None else exchange
+        self.exchange = exchange_over(groups, num_experts, slots=slots) if exchange is None else exchange
         local, portion = _check_exchange(self.exchange, num_experts, groups)
         self.groups = groups
         self.num_experts = num_experts
@@ -188,9 +197,23 @@ class MoE(nn.Module):
         rows, plan = self.exchange.dispatch(tokens, routing)
         # Experts that fail on this rank must not leave the other ranks waiting in combine.
         with collective("MoE", *self.exchange.comms):
-            rows = self.experts(rows, plan.rows_per_expert)
+            rows = self._answers(rows, plan)
         answers = self.exchange.combine(rows, plan)
         return answers.to(dtype).reshape(x.shape), routing
+
+    def _answers(self, rows: Tensor, plan: Any) -> Tensor:
+        """Of this rank's experts, and of the copies of others that a BalancedExchange has here. Then collective."""
+        if not isinstance(self.exchange, BalancedExchange):
+            answers: Tensor = self.experts(rows, plan.rows_per_expert)
+            return answers
+        count = self.exchange.num_local_experts
+        num_rows = int(plan.rows_per_expert[:count].sum())
+        copies = {}
+        for name, weight in self.experts.named_parameters():
+            copies[name] = self.exchange.copied(weight, plan)
+        own = self.experts(rows[:num_rows], plan.rows_per_expert[:count])
+        of_copies = functional_call(self.experts, copies, (rows[num_rows:], plan.rows_per_expert[count:]))
+        return torch.cat([own, of_copies])
 
     def extra_repr(self) -> str:
         """Sizes, the experts of this rank and the exchange, for `repr`."""
