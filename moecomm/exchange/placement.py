@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from moecomm.arrays import Counts
 from moecomm.nodes import Nodes
 
+PRECISION = 500
+"""The load of the fullest rank is found to this part of it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
@@ -59,12 +62,14 @@ def balance(
     most = int(own.max(initial=0))
     least = -(-int(num_rows.sum()) // len(experts))
     best = _Moves(num_rows, holder, node_of, slots, most)
-    while slots and least < most:
+    # Closer than this, another copy would cost more than it saves.
+    while slots and most - least > least // PRECISION:
         bound = (least + most) // 2
-        moves = [_Moves(num_rows, holder, node_of, slots, bound, fills) for fills in (False, True)]
-        fitting = [move for move in moves if move.run()]
-        if fitting:
-            best, most = fitting[0], bound
+        for fills in (False, True):
+            moves = _Moves(num_rows, holder, node_of, slots, bound, fills)
+            if moves.run():
+                best, most = moves, bound
+                break
         else:
             least = bound + 1
     return Placement(best.slots, best.rows)
