@@ -23,11 +23,12 @@ from moecomm.transports import threads
 torch = pytest.importorskip("torch")
 
 import test_exchange  # noqa: E402
+import test_exchange_float8  # noqa: E402
 import test_hierarchical_exchange  # noqa: E402
 
 from moecomm import arrays  # noqa: E402
 from moecomm.conformance.exchanges import ExchangeCase  # noqa: E402
-from moecomm.exchange import autograd, routed, table  # noqa: E402
+from moecomm.exchange import autograd, float8, routed, table  # noqa: E402
 from moecomm.gating import row_tensors, rows  # noqa: E402
 
 
@@ -46,6 +47,7 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(routed, "is_on_host", lambda array: isinstance(array, np.ndarray))
     monkeypatch.setattr(table, "copy_rows", on_cpu(rows.copy_rows))
+    monkeypatch.setattr(float8, "copy_rows_fp8", on_cpu(rows.copy_rows_fp8))
     monkeypatch.setattr(table, "sum_rows", on_cpu(rows.sum_rows))
     monkeypatch.setattr(autograd, "sum_rows", on_cpu(rows.sum_rows))
     monkeypatch.setattr(autograd, "spread_rows", spread)
@@ -96,6 +98,11 @@ def test_static_hierarchical() -> None:
         return StaticHierarchicalExchange(a2a, case.num_experts // comm.size, case.max_tokens)
 
     testing.check_exchange(threads.run, make, sizes=(1, 2, 3, 4, 5), make=torch.tensor)
+
+
+@pytest.mark.parametrize("kind", test_exchange_float8.EXCHANGES)
+def test_float8(kind: str) -> None:
+    test_exchange_float8.test_tensors(kind, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("nodes", "experts"), test_hierarchical_exchange.PLACES)

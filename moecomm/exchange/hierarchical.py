@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class HierarchicalExchange(RoutedExchange):
     experts_per_rank  as for RoutedExchange
     hop               makes the all-to-all of each hop, over the group of that hop
     partial_sums      as for RoutedExchange; "rows" rounds at each rank, relay and at home: three times
+    fp8               as for RoutedExchange; rows are quantised once, at home
 
     With every row go its K weights, and four bytes for each of its assignments. Pays where top-k is large beside the
     number of nodes and the network is slower than the node. Memory beside input and output: the rows sent, relayed and
@@ -70,9 +71,10 @@ class HierarchicalExchange(RoutedExchange):
         *,
         hop: Callable[[Comm], AllToAll] = FlatAllToAll,
         partial_sums: Literal["rows", "wide"] = "rows",
+        fp8: Any = None,
     ) -> None:
         checked_hierarchical("HierarchicalExchange", all_to_all)
-        super().__init__(all_to_all, experts_per_rank, send="tokens", partial_sums=partial_sums)
+        super().__init__(all_to_all, experts_per_rank, send="tokens", partial_sums=partial_sums, fp8=fp8)
         nodes = all_to_all.nodes
         self._between, self._inside = hop(all_to_all.cross), hop(all_to_all.local)
         with collective("HierarchicalExchange", self.comm):

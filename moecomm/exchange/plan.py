@@ -17,6 +17,8 @@ class Plan:
     rows_per_expert  [local experts] int64: the rows that dispatch returned for each expert of this rank, in their
                      order. numpy; where the rows are for a StaticExchange
     num_rows         rows that dispatch returned
+    scales           [num_rows, ceil(H / 128)] float32 where these rows are float8: a number is its value times the
+                     scale of its 128; None otherwise
     """
 
     rows_per_expert: Array
@@ -31,3 +33,4 @@ class Plan:
     """[T, K], or [rows that came, K] where rows are summed at the experts' ranks."""
     thread: Thread
     """What ties combine's backward pass to dispatch's (torch), or None."""
+    scales: Array | None = None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moecomm.all_to_all import AllToAll
 from moecomm.arrays import Array, Counts, as_dtype, as_rows, dtype_name, is_torch, num_axes, sum_dtype, zeros
 from moecomm.arrays import on_host as is_on_host
+from moecomm.exchange import float8
 from moecomm.exchange.adjoint import new_thread, weighted_sum
 from moecomm.exchange.block_counts import ALARMS, UNKNOWN_EXPERT, BlockCounts
 from moecomm.exchange.contract import Exchange
@@ -42,6 +43,8 @@ class RoutedExchange(Exchange[Plan]):
                       row back, weighted and summed there. Saves bytes where top-k is large beside p.
     partial_sums      how such sums travel. "rows": rounded to the dtype of the rows, and their sum at home once more.
                       "wide": as they are added, in float32 (float64 for float64 rows), and rounded at home alone
+    fp8               the type in which dispatch sends and returns rows. None: that of x; torch.float8_e4m3fn, or its
+                      name: quantised at home, with a scale for every 128 numbers (`plan.scales`), and without gradients
 
     Making one is not collective. Equal on all ranks: all arguments.
     Raises ValueError for experts that are held twice or lists that are not one per rank.
@@ -57,6 +60,7 @@ class RoutedExchange(Exchange[Plan]):
         *,
         send: Literal["assignments", "tokens"] = "assignments",
         partial_sums: Literal["rows", "wide"] = "rows",
+        fp8: Any = None,
     ) -> None:
         if not isinstance(all_to_all, AllToAll):
             raise TypeError(f"RoutedExchange: all_to_all is a {type(all_to_all).__name__}, expected an AllToAll")
@@ -65,6 +69,7 @@ class RoutedExchange(Exchange[Plan]):
         if partial_sums not in ("rows", "wide"):
             raise ValueError(f"RoutedExchange: partial_sums is {partial_sums!r}, expected 'rows' or 'wide'")
         self.partial_sums = partial_sums
+        self.fp8 = float8.checked_dtype(type(self).__name__, fp8)
         self.all_to_all = all_to_all
         self.comm = all_to_all.comm
         self.send = send
@@ -110,17 +115,21 @@ class RoutedExchange(Exchange[Plan]):
         """
         with collective("dispatch", self.comm):
             expert, status = self._opened(x, routing)
-            thread = new_thread(x)
+            thread = new_thread(x) if self.fp8 is None else None
             way = self._way(self._holders.on(expert).places(expert), status)
             away = way.away()
             weight = routing.weight
             if away is not None:
                 # The experts' ranks weight the answers: the weights end where the rows arrive, before they are copied.
                 weight, thread = way.path.part(0, -1).carry(weight, thread)
-            rows, thread = way.path.carry(x, thread)
+            scales = None
+            if self.fp8 is None:
+                rows, thread = way.path.carry(x, thread)
+            else:
+                rows, scales = float8.send(x, way.path)
             way.path.agree()
-            rows_per_expert = way.rows_per_expert()[: self.num_local_experts]
-            return rows, self._plan_type(rows_per_expert, len(rows), way.path, way.at_home(), away, weight, thread)
+            count = way.rows_per_expert()[: self.num_local_experts]
+            return rows, self._plan_type(count, len(rows), way.path, way.at_home(), away, weight, thread, scales)
 
     def combine(self, rows: Array, plan: Plan, dtype: Any = None) -> Array:
         """Bring the experts' answers home: for each token, their weighted sum.
@@ -213,7 +222,8 @@ class RoutedExchange(Exchange[Plan]):
 
     def _sizes_text(self) -> str:
         """What was given to the constructor, which must be the same on all ranks."""
-        return f"send={self.send!r}, partial_sums={self.partial_sums!r}, experts on each rank {self.experts}"
+        options = f"send={self.send!r}, partial_sums={self.partial_sums!r}, fp8={self.fp8}"
+        return f"{options}, experts on each rank {self.experts}"
 
     def _dispatch_arguments(self, x: Array, routing: Routing) -> tuple[Array, Array]:
         if num_axes(x, "x") < 2:
@@ -235,6 +245,8 @@ class RoutedExchange(Exchange[Plan]):
         if tuple(routing.weight.shape) != tuple(expert.shape):
             raise ValueError(f"routing.weight has shape {tuple(routing.weight.shape)}, expected {tuple(expert.shape)}")
         check_size(*expert.shape)
+        if self.fp8 is not None:
+            float8.check_tokens(x, routing.weight)
         if is_torch(expert):
             return expert, 0 if routing.status is None else routing.status
         self._check_ids(expert)
@@ -260,6 +272,8 @@ class RoutedExchange(Exchange[Plan]):
             )
         if "float" not in dtype_name(rows):
             raise TypeError(f"rows has dtype {dtype_name(rows)}, expected floats, which can be weighted and summed")
+        if self.fp8 is not None:
+            float8.check_gradients(rows=rows)
         return rows, plan
 
 

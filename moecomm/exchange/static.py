@@ -59,6 +59,7 @@ class StaticExchange(RoutedExchange):
     rows_per_pair     room for the tokens of one rank that have experts on another, R. None: max_tokens, always enough
     max_rows          the rows that dispatch returns, N. None: p R min(K, experts of the rank), always enough
     partial_sums      as for RoutedExchange
+    fp8               as for RoutedExchange
 
     Tokens that find no room are not sent, or not processed: they are counted, and `check` raises.
 
@@ -81,8 +82,9 @@ class StaticExchange(RoutedExchange):
         rows_per_pair: int | None = None,
         max_rows: int | None = None,
         partial_sums: Literal["rows", "wide"] = "rows",
+        fp8: Any = None,
     ) -> None:
-        super().__init__(all_to_all, experts_per_rank, send="tokens", partial_sums=partial_sums)
+        super().__init__(all_to_all, experts_per_rank, send="tokens", partial_sums=partial_sums, fp8=fp8)
         self.max_tokens = _size("max_tokens", max_tokens)
         self.rows_per_pair = self.max_tokens if rows_per_pair is None else _size("rows_per_pair", rows_per_pair)
         self._max_rows = None if max_rows is None else _size("max_rows", max_rows)
@@ -189,6 +191,7 @@ class StaticHierarchicalExchange(StaticExchange):
     max_rows          the rows that dispatch returns, N. None: always enough
     hop               makes the all-to-all of each hop, over the group of that hop
     partial_sums      as for HierarchicalExchange
+    fp8               as for RoutedExchange
 
     What StaticExchange says holds, with these two rooms in place of rows_per_pair: the same rows, and behind them
     zeros; the answers are those of HierarchicalExchange, bit for bit. With nodes of G, p / G of them, a rank sends
@@ -212,9 +215,12 @@ class StaticHierarchicalExchange(StaticExchange):
         max_rows: int | None = None,
         hop: Callable[[Comm], AllToAll] = FlatAllToAll,
         partial_sums: Literal["rows", "wide"] = "rows",
+        fp8: Any = None,
     ) -> None:
         checked_hierarchical(type(self).__name__, all_to_all)
-        super().__init__(all_to_all, experts_per_rank, max_tokens, max_rows=max_rows, partial_sums=partial_sums)
+        super().__init__(
+            all_to_all, experts_per_rank, max_tokens, max_rows=max_rows, partial_sums=partial_sums, fp8=fp8
+        )
         nodes, rank = all_to_all.nodes, self.comm.rank
         node = nodes.ranks[nodes.node_of[rank]]
         num_sources = int(np.bincount(nodes.local_rank % len(node)).max())

@@ -27,6 +27,16 @@ def copy_rows(x: Tensor, row: Array, source: Array) -> Tensor:
     return torch.from_numpy(rows).view(x.dtype)
 
 
+def copy_rows_fp8(x: Tensor, row: Array, source: Array) -> tuple[Tensor, Tensor]:
+    """x [T, H] -> bits [N, H] and scales [N, ceil(H / 128)]."""
+    flat = x.detach().contiguous()
+    if x.is_cuda:
+        rows, scales = ops.permute_fp8.kernel(flat, row, source, 1)
+        return rows.view(torch.uint8), scales
+    bits, scales = host.permute_fp8(_memory(flat), row, source, 1)
+    return torch.from_numpy(bits), torch.from_numpy(scales)
+
+
 def sum_rows(rows: Tensor, row: Array, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """rows [N, H] -> [T, H] of that dtype. weight is of the dtype in which rows are summed."""
     if not rows.is_cuda:

@@ -31,6 +31,18 @@ def copy_rows(x: Array, row: Array, source: Array) -> Array:
     return row_tensors.copy_rows(x, row, source).reshape(shape)
 
 
+def copy_rows_fp8(x: Array, row: Array, source: Array) -> tuple[Array, Array]:
+    """`copy_rows` of x [T, H] as 8-bit floats: the bits [N, H] uint8, and scales [N, ceil(H / 128)] float32.
+
+    x  float32, float16 or bfloat16
+    """
+    if is_torch(x):
+        from moecomm.gating import row_tensors
+
+        return row_tensors.copy_rows_fp8(x, row, source)
+    return host.permute_fp8(np.ascontiguousarray(x), row, source, 1)
+
+
 # ---- sums ----------------------------------------------------------------------------------------------------------
 
 
