@@ -13,7 +13,7 @@ ACTIVATE := . $(BIN)/activate &&
 NEW_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1) || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
-.PHONY: alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize lint figures clean
+.PHONY: alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize lint figures docs clean
 
 alltoall: $(VENV)/.run
 	$(ACTIVATE) mpirun -n $(RANKS) python bench/alltoall.py $(ARGS)
@@ -64,6 +64,11 @@ lint: $(VENV)/.test
 figures: $(VENV)/.test
 	$(ACTIVATE) python docs/make_figures.py
 
+# The site, in build/docs. What Sphinx warns of is an error, and so is a link of the site to a place that it does not have.
+docs: $(VENV)/.docs
+	$(ACTIVATE) python -m sphinx --builder html --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	$(ACTIVATE) python docs/check_site.py build/docs
+
 $(VENV)/.run: $(BUILD_FROM)
 	$(call NEW_VENV,$(VENV))
 	$(BIN)/python -m pip install -e '.[mpich,bench]'
@@ -79,6 +84,10 @@ $(OPENMPI)/.run: $(BUILD_FROM)
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install torch==2.13.0
 	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	$(BIN)/python -m pip install -e '.[docs]'
 	touch $@
 
 clean:

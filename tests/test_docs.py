@@ -16,6 +16,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Block(NamedTuple):
 def blocks(page: Path) -> Iterator[Block]:
     source = page.read_text()
     found = list(BLOCK.finditer(source))
-    for match, following in zip(found, [*found[1:], None], strict=True):
+    for match, following in zip_longest(found, found[1:]):
         below = following is not None and following[1] == "text" and not source[match.end() : following.start()].strip()
         text = following[2] if below and following is not None else None
         yield Block(match[1], match[2], text, source.count("\n", 0, match.start()) + 2)
