@@ -13,7 +13,21 @@ ACTIVATE := . $(BIN)/activate &&
 NEW_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1) || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
-.PHONY: alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize lint figures docs clean
+.DEFAULT_GOAL := help
+.PHONY: help alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize lint figures docs clean
+
+help:
+	@echo 'make alltoall    the main job: mpirun -n $(RANKS) python bench/alltoall.py (RANKS=..., ARGS="--skew zipf")'
+	@echo 'make quick       the tests that take a second or less, and MPI on 4 ranks'
+	@echo 'make test        the whole test suite: threads, MPI, torch'
+	@echo 'make lint        style, types, imports'
+	@echo 'make list-gpu    what needs a GPU; make test-gpu runs the checks of it'
+	@echo 'make campaign    failures at random places (SECONDS=...); make sanitize the C++ alone'
+	@echo 'make figures     draw the figures of docs/'
+	@echo 'make docs        the site of the pages'
+	@echo 'make clean       remove what the others have made'
+	@echo
+	@echo 'What is needed is installed into $(VENV) by the first call.'
 
 alltoall: $(VENV)/.run
 	$(ACTIVATE) mpirun -n $(RANKS) python bench/alltoall.py $(ARGS)

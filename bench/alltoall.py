@@ -25,6 +25,7 @@ from harness import Column, Record
 from numpy.typing import NDArray
 
 from moecomm import AllToAll, AutoAllToAll, Comm, FlatAllToAll, HierarchicalAllToAll, Nodes, SharedAllToAll
+from moecomm.cli.tables import rounded
 from moecomm.transports import threads
 from moecomm.transports.wrappers import Timed
 
@@ -71,20 +72,20 @@ ALGORITHMS: dict[str, Callable[[Comm, Nodes], Algorithm]] = {
 """What is compared. The first is what the others are held against."""
 
 COLUMNS = [
-    Column("p", "p", "", 6),
-    Column("nodes", "nodes", "", 7),
-    Column("bytes_per_pair", "bytes", "(a pair)", 10),
+    Column("p", "p", "", 6, wide=True),
+    Column("nodes", "nodes", "", 7, wide=True),
+    Column("bytes_per_pair", "bytes", "(a pair)", 9),
     Column("algorithm", "algorithm", "", 14),
-    Column("messages_intra", "messages", "(inside)", 10),
-    Column("messages_inter", "messages", "(between)", 11),
-    Column("bytes_intra", "bytes", "(inside)", 11),
-    Column("bytes_inter", "bytes", "(between)", 11),
-    Column("time_us", "time", "(us)", 11, ".1f"),
-    Column("p10_us", "p10", "(us)", 11, ".1f"),
-    Column("p90_us", "p90", "(us)", 11, ".1f"),
-    Column("algbw_GBps", "algbw", "(GB/s)", 9, ".3f"),
-    Column("busbw_GBps", "busbw", "(GB/s)", 9, ".3f"),
-    Column("wrong", "wrong", "(rows)", 8),
+    Column("messages_intra", "messages", "(inside)", 10, wide=True),
+    Column("messages_inter", "messages", "(between)", 10),
+    Column("bytes_intra", "bytes", "(inside)", 11, wide=True),
+    Column("bytes_inter", "bytes", "(between)", 11, wide=True),
+    Column("time_us", "time", "(us)", 8),
+    Column("p10_us", "p10", "(us)", 8),
+    Column("p90_us", "p90", "(us)", 8),
+    Column("algbw_GBps", "algbw", "(GB/s)", 9, wide=True),
+    Column("busbw_GBps", "busbw", "(GB/s)", 11),
+    Column("wrong", "wrong", "(rows)", 7),
 ]
 
 
@@ -230,8 +231,6 @@ def measure(
         traffic = Traffic(comm.rank, row_counts(comm.size, size, options.skew), even=options.skew is None)
         calls = {name: partial(timed_call, comm, traffic, plain[name]) for name in names}
         timings = harness.interleaved(comm, calls, options.reps, progress.update if progress else int)
-        if progress:
-            progress.clear()  # some time before the rows: the two go different ways to the terminal
         for name in names:
             yield {
                 "bench": "alltoall" if num_hosts == 1 else "cluster",
@@ -260,11 +259,11 @@ def measure(
 
 ONE_HOST = [
     "",
-    " All ranks are on one host: the nodes are mere groups of ranks, and no message crosses a network. What the",
-    " hierarchical all-to-all saves, messages between nodes, costs little here, while it copies everything once more:",
-    " without a network expect it to be slower from about 1 KiB a pair up (at 64 KiB it depends on the MPI library).",
-    " The shared one sends no messages inside a node, and so few here. auto was tuned in this very run.",
-    " Measure over a network, real or emulated on this machine by bench/cluster.py: docs/benchmarks.md, Across nodes.",
+    " All ranks are on one host: the nodes are mere groups of ranks, and no message crosses a network. What the "
+    "hierarchical all-to-all saves, messages between nodes, costs little here, while it copies everything once more: "
+    "without a network expect it to be slower from about 1 KiB a pair up (at 64 KiB it depends on the MPI library). "
+    "The shared one sends no messages inside a node, and so few here. auto was tuned in this very run. "
+    "Measure over a network, real or emulated on this machine by bench/cluster.py: docs/benchmarks.md, Across nodes.",
 ]
 
 
@@ -277,7 +276,7 @@ def benchmark(comm: Comm, options: argparse.Namespace) -> int:
     records = harness.report(
         comm,
         lambda progress: measure(comm, nodes, num_hosts, names, options, progress),
-        COLUMNS,
+        harness.shown(COLUMNS, options.wide),
         setting(options, nodes, num_hosts),
         options.out,
         num_calls=len(options.sizes) * len(names) * options.reps,
@@ -301,25 +300,29 @@ def setting(options: argparse.Namespace, nodes: Nodes, num_hosts: int) -> list[s
         "  messages and bytes: what a rank sends in a call, inside its node and between nodes; the most of any rank",
         "  time, p10, p90: median and percentiles of the slowest rank's time",
     ]
-    if options.transport == "mpi" and nodes.world_size == 1:
-        lines.append("  one rank moves nothing; start more: mpirun -n 64 python bench/alltoall.py")
     return lines
 
 
 def speeds(records: list[Record]) -> list[str]:
     """How fast each algorithm was against the first of them, and which was the fastest, size by size."""
-    times: dict[int, dict[str, float]] = {}
+    by_size: dict[int, dict[str, Record]] = {}
     for record in records:
-        times.setdefault(record["bytes_per_pair"], {})[record["algorithm"]] = record["time_us"]
-    names = list(times[records[0]["bytes_per_pair"]])
+        by_size.setdefault(record["bytes_per_pair"], {})[record["algorithm"]] = record
+    names = list(by_size[records[0]["bytes_per_pair"]])
     owner = "MPI library" if names[0] == "mpi" else "transport"
-    lines = ["", f" Speed against {names[0]}, the {owner}'s own all-to-all (its median time / theirs); * the fastest"]
-    lines.append(f"{'bytes a pair':>17}" + " ".join(f"{size:>10}" for size in times))
-    for name in names:
-        stars = ["*" if name == min(row, key=row.__getitem__) else " " for row in times.values()]
-        ratios = [row[names[0]] / row[name] for row in times.values()]
-        cells = [f"{ratio:>10.2f}{star}" for ratio, star in zip(ratios, stars, strict=True)]
-        lines.append(f"{name:>17}{''.join(cells)}".rstrip())
+    lines = [
+        "",
+        f" Speed against {names[0]}, the {owner}'s own all-to-all (its median time / theirs)",
+        " * The fastest: its spread, p10 to p90, overlaps with that of none of the others",
+        f"{'bytes a pair':>13}" + "".join(f"{name:>13}" for name in names),
+    ]
+    for size, row in by_size.items():
+        cells = f"{size:>13}"
+        for name in names:
+            others = [record for other, record in row.items() if other != name]
+            star = "*" if others and harness.is_fastest(row[name], others) else " "
+            cells += f"{rounded(row[names[0]]['time_us'] / row[name]['time_us']):>12}{star}"
+        lines.append(cells.rstrip())
     return lines
 
 
@@ -336,6 +339,7 @@ def algorithm_names(text: str) -> list[str]:
 
 def parse_options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
+    harness.add_wide(parser)
     harness.add_sizes(parser, "16,64,256,1KiB,4KiB,16KiB,64KiB")
     parser.add_argument(
         "--skew",
@@ -352,7 +356,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tune",
-        type=float,
+        type=harness.seconds,
         metavar="SECONDS",
         default=5.0,
         help="how long auto measures before it is measured (default: %(default)s)",

@@ -35,26 +35,27 @@ from numpy.typing import NDArray
 from moecomm import Comm, Nodes, Topology
 from moecomm.transports.wrappers import Timed
 
+USUAL_TENSOR = (1, 2, 4, 8)
 COLUMNS = [
-    Column("tensor", "tensor", "(L)", 8),
-    Column("algorithm", "algorithm", "", 14),
-    Column("exchange", "exchange", "", 10),
-    Column("send", "send", "", 13),
-    Column("peers", "peers", "", 7),
-    Column("messages_intra", "messages", "(inside)", 10),
-    Column("messages_inter", "messages", "(between)", 10),
-    Column("messages_counts", "messages", "(counts)", 10),
-    Column("bytes_intra", "bytes", "(inside)", 10),
-    Column("bytes_inter", "bytes", "(between)", 10),
-    Column("share_bytes", "bytes", "(shared)", 10),
-    Column("rows", "rows", "(sent)", 8),
-    Column("rows_saved", "rows", "(saved)", 8),
-    Column("time_us", "time", "(us)", 11, ".1f"),
-    Column("p10_us", "p10", "(us)", 11, ".1f"),
-    Column("p90_us", "p90", "(us)", 11, ".1f"),
-    Column("dispatch_us", "dispatch", "(us)", 11, ".1f"),
-    Column("combine_us", "combine", "(us)", 11, ".1f"),
-    Column("wrong", "wrong", "(rows)", 8),
+    Column("tensor", "tensor", "(L)", 7),
+    Column("algorithm", "algorithm", "", 13),
+    Column("exchange", "exchange", "", 9),
+    Column("send", "send", "", 12),
+    Column("peers", "peers", "", 6),
+    Column("messages_intra", "messages", "(inside)", 10, wide=True),
+    Column("messages_inter", "messages", "(between)", 10, wide=True),
+    Column("messages_counts", "messages", "(counts)", 10, wide=True),
+    Column("bytes_intra", "bytes", "(inside)", 10, wide=True),
+    Column("bytes_inter", "bytes", "(between)", 10, wide=True),
+    Column("share_bytes", "bytes", "(shared)", 10, wide=True),
+    Column("rows", "rows", "(sent)", 8, wide=True),
+    Column("rows_saved", "rows", "(saved)", 8, wide=True),
+    Column("time_us", "time", "(us)", 8),
+    Column("p10_us", "p10", "(us)", 8),
+    Column("p90_us", "p90", "(us)", 8),
+    Column("dispatch_us", "dispatch", "(us)", 11, wide=True),
+    Column("combine_us", "combine", "(us)", 11, wide=True),
+    Column("wrong", "wrong", "(rows)", 7),
 ]
 
 
@@ -109,8 +110,6 @@ def measure(comm: Comm, nodes: Nodes, options: argparse.Namespace, progress: Any
         traffic = Traffic(plain.groups, options)
         calls = {case: partial(timed_call, comm, traffic, exchange) for case, exchange in plain.cases.items()}
         timings = harness.interleaved(comm, calls, options.reps, progress.update if progress else int)
-        if progress:
-            progress.clear()  # some time before the rows: the two go different ways to the terminal
         for case, timing in timings.items():
             dispatch_us, combine_us = np.median(timing.samples_us, axis=0).round(3).tolist()
             yield {
@@ -139,14 +138,15 @@ def measure(comm: Comm, nodes: Nodes, options: argparse.Namespace, progress: Any
 
 ONE_HOST = [
     "",
-    " All ranks are on one host: the nodes are mere groups of ranks, nothing crosses a network, and ranks that share",
-    " a core take turns. So what fewer peers save here is the work for each message, not a network's latency. Peers,",
-    " messages, bytes and answers would be the same on a cluster; the times would not.",
+    " All ranks are on one host: the nodes are mere groups of ranks, nothing crosses a network, and ranks that share "
+    "a core take turns. So what fewer peers save here is the work for each message, not a network's latency. Peers, "
+    "messages, bytes and answers would be the same on a cluster; the times would not.",
 ]
 
 
 def benchmark(comm: Comm, options: argparse.Namespace) -> int:
     """Measure and report. The exit status: 1 if a row was wrong, 2 if an option does not fit or --out is no use."""
+    options.tensor = options.tensor or usual_tensor(comm.size, options)
     if problem := misfit(comm.size, options):
         if comm.rank == 0:
             print(f"error: {problem}", file=sys.stderr, flush=True)
@@ -158,7 +158,7 @@ def benchmark(comm: Comm, options: argparse.Namespace) -> int:
     records = harness.report(
         comm,
         lambda progress: measure(comm, nodes, options, progress),
-        COLUMNS,
+        harness.shown(COLUMNS, options.wide),
         about(options, nodes, num_hosts),
         options.out,
         num_calls=sum(cases) * len(ways(options.send)) * options.reps,
@@ -170,6 +170,16 @@ def benchmark(comm: Comm, options: argparse.Namespace) -> int:
     return int(any(record["wrong"] for record in records))
 
 
+def usual_tensor(world_size: int, options: argparse.Namespace) -> list[int]:
+    """Those of USUAL_TENSOR that fit so many ranks and the other options."""
+    fitting = [
+        size
+        for size in USUAL_TENSOR
+        if not misfit(world_size, argparse.Namespace(**vars(options) | {"tensor": [size]}))
+    ]
+    return fitting or [1]
+
+
 def misfit(world_size: int, options: argparse.Namespace) -> str:
     """What is wrong with the options for that many ranks, the same on all of them; empty: nothing."""
     expert = options.expert or world_size
@@ -179,7 +189,7 @@ def misfit(world_size: int, options: argparse.Namespace) -> str:
         try:
             Topology(world_size, tensor=tensor, expert=expert)
         except ValueError as error:
-            return str(error)
+            return f"--tensor {tensor} on {world_size} ranks: {error}"
         if max(expert, tensor) % min(expert, tensor):
             return f"--expert {expert} and --tensor {tensor}: one must divide the other, or a lane misses experts"
     return ""
@@ -194,10 +204,11 @@ def about(options: argparse.Namespace, nodes: Nodes, num_hosts: int) -> list[str
         f"ranks per node: {per_node}   hosts: {num_hosts}   reps: {options.reps}",
         f"  tokens of a tensor group: {options.tokens} x {options.hidden} float32   top-k: {options.top_k}   "
         f"experts: {expert * options.experts_per_rank}, {options.experts_per_rank} a rank, expert parallel {expert}",
-        "  peers, messages, bytes: what a rank sends in dispatch and combine, to ranks of its node and of other nodes;",
-        "  (counts): how many rows will come; (shared): answers, among the tensor ranks; the most of any rank",
-        "  rows: sent in dispatch by all ranks, and saved by sending a token once to a rank or node of several of its",
-        "  experts;  time, p10, p90: median and percentiles of the slowest rank's time for dispatch and combine",
+        "  peers, messages, bytes: what a rank sends in dispatch and combine, to ranks of its node and of other nodes; "
+        "(counts): how many rows will come; (shared): answers, among the tensor ranks; the most of any rank",
+        "  rows: sent in dispatch by all ranks, and saved by sending a token once to a rank or node of several of its "
+        "experts",
+        "  time, p10, p90: median and percentiles of the slowest rank's time for dispatch and combine",
     ]
 
 
@@ -253,7 +264,8 @@ def parse_options() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     parser.set_defaults(reps=10)
     add = parser.add_argument
-    add("--tensor", type=numbers, metavar="L,...", default="1,2,4,8", help="tensor ranks (default: %(default)s)")
+    harness.add_wide(parser)
+    add("--tensor", type=numbers, metavar="L,...", help="tensor ranks (default: those of 1, 2, 4, 8 that fit)")
     add("--tokens", type=harness.positive, default=128, help="T, of a tensor group (default: %(default)s)")
     add("--hidden", type=harness.positive, default=256, help="H, float32 numbers a token (default: %(default)s)")
     add("--top-k", type=harness.positive, default=2, help="K, experts a token (default: %(default)s)")

@@ -349,8 +349,8 @@ def link_rate(comm: Comm) -> float:
 COLUMNS = [
     Column("T", "T", "", 7), Column("H", "H", "", 6), Column("k", "k", "", 3), Column("E", "E", "", 5),
     Column("dtype", "travels as", "", 15), Column("sms", "SMs", "", 6), Column("path", "path", "", 8),
-    Column("stage", "stage", "", 19), Column("how", "", "", 7), Column("time_us", "time", "us", 11, ".2f"),
-    Column("floor_us", "floor", "us", 9, ".2f"), Column("wire_GBps", "rate", "GB/s", 8, ".1f"),
+    Column("stage", "stage", "", 19), Column("how", "", "", 7), Column("time_us", "time", "us", 11),
+    Column("floor_us", "floor", "us", 9), Column("wire_GBps", "rate", "GB/s", 8),
     Column("wrong", "#wrong", "", 8),
 ]  # fmt: skip
 

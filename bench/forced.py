@@ -17,7 +17,11 @@ import sys
 from pathlib import Path
 
 from cluster import mpi_family
-from tqdm import tqdm
+from cluster_hosts import ClusterError
+from cluster_hosts import find as find_cluster
+from harness import refused
+
+from moecomm.train.progress import progress_of
 
 BENCH = Path(__file__).parent
 
@@ -59,13 +63,23 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="append the rows as JSON Lines")
     parser.add_argument("rest", nargs="*", help="after --: options of bench/alltoall.py")
     options = parser.parse_args()
-    known = FORCED[mpi_family("mpirun")]
+    try:
+        find_cluster("moecomm")
+        known = FORCED[mpi_family("mpirun")]
+    except (ClusterError, OSError) as error:
+        return refused(f"{error}")
     names = {"all": list(known), "none": []}.get(options.forced, options.forced.split(","))
     if unknown := set(names) - set(known):
         parser.error(f"--forced {', '.join(sorted(unknown))}: this library can be made to do {', '.join(known)}")
     launches: list[tuple[str | None, dict[str, str]]] = [(None, {})] * options.launches
     launches += [(name, known[name]) for name in names]
-    return max(launch(options, name, settings) for name, settings in tqdm(launches, unit=" launches"))
+    progress = progress_of(len(launches), "launches")
+    statuses = []
+    for name, settings in launches:
+        statuses.append(launch(options, name, settings))
+        progress.update()
+    progress.close()
+    return max(statuses)
 
 
 if __name__ == "__main__":

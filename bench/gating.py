@@ -29,7 +29,7 @@ import torch
 from environment import environment, environment_lines
 from gating_cases import STAGES, Inputs, Shape, call, wrong
 from gating_ceiling import stream
-from harness import Column, Record, append, positive, print_comment, print_header, print_row
+from harness import Column, Record, append, positive, print_comment, print_header, print_row, refused
 
 COLD_BYTES = 256 * 2**20
 """Between two uses of a set of inputs. The H200's second cache holds 50 MiB."""
@@ -149,14 +149,20 @@ def measure(shape: Shape, peer: Any, stage: str, rate: float, options: argparse.
 
 COLUMNS = [
     Column("impl", "impl", "", 18), Column("stage", "stage", "", 15), Column("T", "T", "", 7), Column("E", "E", "", 5),
-    Column("k", "k", "", 3), Column("inputs", "inputs", "", 8), Column("time_us", "time", "us", 11, ".2f"),
-    Column("eager_us", "eager", "us", 11, ".1f"), Column("floor_us", "floor", "us", 10, ".2f"),
+    Column("k", "k", "", 3), Column("inputs", "inputs", "", 8), Column("time_us", "time", "us", 11),
+    Column("eager_us", "eager", "us", 11), Column("floor_us", "floor", "us", 10),
     Column("shown_ceiling", "ceiling", "us", 10), Column("wrong", "#wrong", "", 7),
 ]  # fmt: skip
 
 
 def main() -> int:
     options = parse()
+    if not torch.cuda.is_available():
+        return refused("no GPU that torch can use; for the gate on CPU cores: python bench/gating_cpu.py")
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        return refused(f"the gate's kernels need cupy ({error}): pip install 'moecomm[cuda12]' or 'moecomm[cuda13]'")
     rate = copy_rate()
     ran_on = environment()
     gpu = torch.cuda.get_device_name()

@@ -41,12 +41,12 @@ COLUMNS = [
     Column("stage", "stage", "", 11),
     Column("memory", "memory", "", 8),
     Column("impl", "impl", "", 9),
-    Column("time_us", "time", "(us)", 11, ".1f"),
-    Column("p10_us", "p10", "(us)", 11, ".1f"),
-    Column("p90_us", "p90", "(us)", 11, ".1f"),
-    Column("GBps", "rate", "(GB/s)", 9, ".1f"),
-    Column("of_torch", "torch's", "time / ours", 12, ".2f"),
-    Column("of_copy", "rate /", "copy's", 8, ".2f"),
+    Column("time_us", "time", "(us)", 11),
+    Column("p10_us", "p10", "(us)", 11),
+    Column("p90_us", "p90", "(us)", 11),
+    Column("GBps", "rate", "(GB/s)", 9),
+    Column("of_torch", "torch's", "time / ours", 12),
+    Column("of_copy", "rate /", "copy's", 8),
     Column("wrong", "wrong", "", 7),
 ]
 SAMPLE_SECONDS = 1e-3

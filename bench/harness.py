@@ -8,18 +8,23 @@ import json
 import os
 import random
 import re
+import signal
 import sys
+import textwrap
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 from environment import environment, environment_lines
 from numpy.typing import ArrayLike, NDArray
 
 from moecomm import Comm, Nodes
+from moecomm.cli.tables import WIDTH, rounded
+from moecomm.train.progress import Progress, progress_of
 from moecomm.transports import threads
 from moecomm.transports.wrappers import Timed
 
@@ -29,16 +34,26 @@ Record = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 
 SEED = 1
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status after Ctrl-C."""
 
 
 # ---- options and ranks ---------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse has it, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """With what a module's docstring says, and the options that every benchmark has."""
     description, _, rest = (doc or "").partition("\n\n")
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=rest, formatter_class=raw)
+    parser = Parser(description=description, epilog=rest, formatter_class=raw)
     add = parser.add_argument
     add("--transport", choices=("mpi", "threads", "torch"), default="mpi", help="what carries the rows (default: mpi)")
     add("-n", type=positive, metavar="RANKS", help="number of ranks, with --transport threads")
@@ -54,8 +69,18 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_sizes(parser: argparse.ArgumentParser, default: str) -> None:
-    text = "bytes a pair of ranks, multiples of 16 (default: %(default)s)"
-    parser.add_argument("--sizes", type=byte_sizes, metavar="BYTES,...", default=default, help=text)
+    """--sizes, or a sweep by the options of nccl-tests; `parse` makes one list of both."""
+    add = parser.add_argument
+    add("--sizes", type=byte_sizes, metavar="BYTES,...", help=f"bytes a pair of ranks, multiples of 16 ({default})")
+    add("-b", type=byte_size, metavar="BYTES", help="a sweep in place of --sizes, as nccl-tests has it: from -b")
+    add("-e", type=byte_size, metavar="BYTES", help="to -e, such as 8 and 64K; each is rounded up to 16 bytes")
+    add("-f", type=factor, metavar="FACTOR", help="each size so many times the one before (default: 2)")
+    parser.set_defaults(usual_sizes=byte_sizes(default))
+
+
+def add_wide(parser: argparse.ArgumentParser) -> None:
+    """For a benchmark that has more columns than a terminal."""
+    parser.add_argument("--wide", action="store_true", help="all columns, however wide the table becomes")
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -64,7 +89,34 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--transport threads needs -n, the number of ranks")
     if options.transport != "threads" and options.n:
         parser.error("-n is for --transport threads; elsewhere mpirun or torchrun says how many ranks there are")
+    if "usual_sizes" in options:
+        try:
+            options.sizes = sizes_of(options)
+        except ValueError as error:
+            parser.error(str(error))
     return options
+
+
+def sizes_of(options: argparse.Namespace) -> list[int]:
+    """The sizes that --sizes or -b, -e and -f ask for. Raises ValueError for both."""
+    if options.b is None and options.e is None and options.f is None:
+        return options.sizes or options.usual_sizes
+    if options.sizes:
+        raise ValueError("--sizes and -b, -e, -f exclude each other")
+    if options.b is None or options.e is None or options.b > options.e or not options.b:
+        raise ValueError("a sweep needs its first and its last size: -b 8 -e 64K -f 2")
+    return sweep(options.b, options.e, options.f or 2)
+
+
+def sweep(first: int, last: int, factor: int, row_bytes: int = 16) -> list[int]:
+    """first, first * factor, ... up to last, each rounded up to whole rows; a size that two become comes once."""
+    sizes: list[int] = []
+    while first <= last:
+        size = -(-first // row_bytes) * row_bytes
+        if size not in sizes:
+            sizes.append(size)
+        first *= factor
+    return sizes
 
 
 def said_once(parse: Callable[[], argparse.Namespace]) -> argparse.Namespace:
@@ -98,13 +150,29 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def factor(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 2")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+([.][0-9]*)?|[.][0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds >= 0, such as 5 or 0.5")
+    return float(text)
+
+
 def byte_sizes(text: str) -> list[int]:
     """16,4KiB,1MiB -> [16, 4096, 1048576]"""
-    units = {"": 1, "KiB": 2**10, "MiB": 2**20}
-    matches = [re.fullmatch(r"([0-9]+)(|KiB|MiB)", part) for part in text.split(",")]
-    if not all(matches):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes such as 16,4096,64KiB")
-    return [int(match[1]) * units[match[2]] for match in matches if match]
+    return [byte_size(part) for part in text.split(",")]
+
+
+def byte_size(text: str) -> int:
+    """4096, or 4KiB, or 4K as nccl-tests has it -> 4096"""
+    match = re.fullmatch(r"([0-9]+)(|[KMG](iB)?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 16, 4096, 64KiB or 64K")
+    return int(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[match[2][:1]]
 
 
 def run(options: argparse.Namespace, benchmark: Callable[[Comm, argparse.Namespace], int]) -> int:
@@ -113,17 +181,34 @@ def run(options: argparse.Namespace, benchmark: Callable[[Comm, argparse.Namespa
     def body(comm: Comm) -> int:
         return benchmark(comm, options)
 
-    if options.transport == "threads":
-        return max(threads.run(options.n, body))
-    if options.transport == "mpi":
-        return run_mpi(body)
-    return run_torch(body, "nccl" if vars(options).get("device") == "cuda" else "gloo")
+    try:
+        if options.transport == "threads":
+            return max(threads.run(options.n, body))
+        if options.transport == "mpi":
+            return run_mpi(body)
+        return run_torch(body, "nccl" if vars(options).get("device") == "cuda" else "gloo")
+    except ImportError as error:
+        return refused(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def refused(problem: str) -> int:
+    """Say why a benchmark does not run. The exit status."""
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    return 2
 
 
 def run_mpi(body: Callable[[Comm], int]) -> int:
     from moecomm.transports.mpi import MpiComm  # before mpi4py: it says what to install if that is missing
 
     world = _mpi_world()
+    program = " ".join([sys.argv[0], *sys.argv[1:]])
+    if world.size == 1:
+        alone = "one rank has nobody to send to. Start several"
+        return refused(f"{alone}: mpirun -n 64 python {program}; or without MPI: --transport threads -n 16")
+    end_at_interrupt(world.rank)
 
     def end_all_ranks(*error: Any) -> None:
         sys.__excepthook__(*error)
@@ -134,12 +219,33 @@ def run_mpi(body: Callable[[Comm], int]) -> int:
     return body(MpiComm(world))
 
 
+def end_at_interrupt(rank: int) -> None:
+    """Ctrl-C ends this process at once, inside of MPI too, where no handler of Python runs. Rank 0 says so."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    # Python's C handler writes there at once, on whatever thread the signal comes to.
+    signal.set_wakeup_fd(writing)
+    signal.signal(signal.SIGINT, lambda *_: None)
+
+    def wait() -> None:
+        while os.read(reading, 1) != bytes([signal.SIGINT]):
+            pass
+        if rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def run_torch(body: Callable[[Comm], int], backend: str) -> int:
-    import torch
-    import torch.distributed as dist
+    from moecomm.transports.torch import TorchComm  # before torch: it says what to install if that is missing
 
-    from moecomm.transports.torch import TorchComm
+    import torch  # isort: skip
+    import torch.distributed as dist  # isort: skip
 
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        program = " ".join([sys.argv[0], *sys.argv[1:]])
+        return refused(f"--transport torch needs ranks: torchrun --nproc-per-node 4 {program}")
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend)
@@ -266,17 +372,17 @@ def report(
     """The records of measure(progress). Rank 0 prints each and appends it to `out` as soon as it comes. Collective."""
     if comm.rank > 0:
         return list(measure(None))
-    from tqdm import tqdm  # here, because one rank of many needs it
-
     ran_on = environment()
     print_header([*about, *environment_lines(ran_on)], columns)
     records = []
-    with tqdm(total=num_calls, unit=" calls", leave=False, file=sys.stderr) as progress:
-        for record in measure(progress):
-            print_row(record, columns)
-            if out:
-                append(out, record | ran_on)
-            records.append(record)
+    progress: Progress = progress_of(num_calls, "calls")
+    for record in measure(progress):
+        progress.clear()  # the bar and the rows go different ways to the terminal
+        print_row(record, columns)
+        if out:
+            append(out, record | ran_on)
+        records.append(record)
+    progress.close()
     return records
 
 
@@ -285,22 +391,42 @@ class Column(NamedTuple):
     name: str
     unit: str
     width: int
-    format: str = ""
+    wide: bool = False  # left out of a table that has to fit a terminal
+
+
+def shown(columns: list[Column], wide: bool) -> list[Column]:
+    """The columns of a table: all of them, or those that a terminal has room for."""
+    return [column for column in columns if wide or not column.wide]
 
 
 def print_header(lines: Iterable[str], columns: list[Column]) -> None:
     """Lines about the run, then two lines over the columns: names and units."""
     names = "".join(f"{column.name:>{column.width}}" for column in columns)
     units = "".join(f"{column.unit:>{column.width}}" for column in columns)
-    print_comment([*lines, "", names[1:], units[1:]])
+    print_comment([*lines, ""])
+    print(f"#{names[1:]}\n#{units[1:]}", flush=True)
 
 
 def print_row(record: Record, columns: list[Column]) -> None:
-    print("".join(f"{record[key]:>{width}{format}}" for key, _, _, width, format in columns), flush=True)
+    cells = []
+    for key, _, _, width, _ in columns:
+        value = record[key]
+        text = rounded(value) if isinstance(value, float) else str(value)
+        cells.append(f" {text:>{width - 1}}")
+    print("".join(cells), flush=True)
 
 
 def print_comment(lines: Iterable[str]) -> None:
-    print("\n".join(f"#{line}" for line in lines), flush=True)
+    """Lines after a #; a long one goes on below, indented as it began."""
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()))
+        broken = textwrap.wrap(line, WIDTH - 1, subsequent_indent=indent, break_on_hyphens=False) or [""]
+        print("\n".join(f"#{part}" for part in broken), flush=True)
+
+
+def is_fastest(record: Record, others: Iterable[Record]) -> bool:
+    """Whether the run says so: its spread, p10 to p90, ends below those of all others."""
+    return all(record["p90_us"] < other["p10_us"] for other in others)
 
 
 def append(path: str, record: Record) -> None:

@@ -23,8 +23,8 @@ PREDICTED_AS = {"mpi": "library", "hierarchical": "hierarchical", "shared": "sha
 COLUMNS = [
     harness.Column("algorithm", "algorithm", "", 14),
     harness.Column("bytes_per_pair", "bytes", "(a pair)", 10),
-    harness.Column("time_us", "time", "(us)", 11, ".1f"),
-    harness.Column("predicted_us", "predicted", "(us)", 11, ".1f"),
+    harness.Column("time_us", "time", "(us)", 11),
+    harness.Column("predicted_us", "predicted", "(us)", 11),
     harness.Column("wrong", "wrong", "(rows)", 8),
 ]
 

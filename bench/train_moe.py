@@ -73,7 +73,9 @@ def balance(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             config = balanced(config_named(options.config), way)
             text = Text(source, config.context, seed)
             trainer = Trainer(TransformerLM(config, seed=seed), text, TrainingPlan(balance=way, seed=seed))
-            losses = [trainer.step(step) for step in tqdm(range(options.steps), desc=f"{way}, seed {seed}")]
+            losses = [
+                trainer.step(step) for step in tqdm(range(options.steps), desc=f"{way}, seed {seed}", disable=None)
+            ]
             validation = trainer.validate(16)
             reports = routing_report(trainer.model, text.validation(64)[:, :-1])
             yield {
