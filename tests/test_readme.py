@@ -1,4 +1,4 @@
-"""The README's program runs as printed, over threads and under mpirun."""
+"""The README's programs run as printed, the first one over threads and under mpirun."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import pytest
 from conftest import ROOT, mpirun
 
-from moecomm import Comm
-from moecomm.transports import threads
-
-THREADS, MPI, EXCHANGE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+THREADS, MPI = re.findall(r"```python program=first\n(.*?)```", README, re.DOTALL)
+ALONE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PRINTED = {f"rank {rank}: blocks from [0 1 2 3], rows from [1 2 2 3 3 3]" for rank in range(4)}
 
 
@@ -29,15 +28,11 @@ def test_over_threads(tmp_path: Path) -> None:
     assert printed(job.stdout) == PRINTED
 
 
-def test_the_exchange() -> None:
-    names = {"x": np.ones((3, 2)), "logits": np.eye(3, 8, 1, np.float32)}
-
-    def body(comm: Comm) -> None:
-        mine = dict(names, comm=comm, my_experts=lambda rows, rows_per_expert: 2 * rows)
-        exec(EXCHANGE, mine)
-        np.testing.assert_allclose(mine["y"], 2, rtol=1e-6)
-
-    threads.run(4, body)
+@pytest.mark.parametrize("program", ALONE, ids=lambda program: re.findall(r"import (\w+)", program)[-1])
+def test_programs_that_run_alone(program: str) -> None:
+    if "import torch" in program:
+        pytest.importorskip("torch")
+    exec(program, {"__name__": "__main__"})
 
 
 def test_under_mpirun(tmp_path: Path) -> None:
