@@ -81,8 +81,13 @@ def timed_call(comm: Comm, traffic: Traffic, exchange: Exchange, check: bool) ->
     return (dispatch, combine), traffic.num_wrong(y) if check else 0
 
 
-def count_sent(timed: Timed, traffic: Traffic, exchange: Exchange, tensor: int, same_node: NDArray[np.bool_]) -> Record:
-    """Messages, bytes and rows of one dispatch and combine. `exchange` was made on `timed`."""
+def count_sent(
+    timed: Timed, traffic: Traffic, exchange: Exchange, tensor: int, same_node: NDArray[np.bool_], static: bool
+) -> Record:
+    """Messages, bytes and rows of one dispatch and combine. `exchange` was made on `timed`.
+
+    static  it sends no counts, and rows in blocks of one size. Their padding is in the bytes, and not in the rows
+    """
     timed.clear()
     rows, plan = exchange.dispatch(traffic.x, traffic.routing)
     y = exchange.combine(traffic.answer(rows, innermost(plan).rows_per_expert), plan)
@@ -92,10 +97,12 @@ def count_sent(timed: Timed, traffic: Traffic, exchange: Exchange, tensor: int, 
     shared = int(record["all_gather"].bytes.sum()) if "all_gather" in record else 0
     shared += 2 * (tensor - 1) * y.nbytes // tensor if "all_reduce" in record else 0
     peers, share_bytes = harness.largest(timed.inner, [int(np.count_nonzero(sum(messages))), shared]).tolist()
-    num_rows, num_copies = timed.inner.all_reduce(np.array([len(innermost(plan).at_home.source), len(rows)])).tolist()
+    num_rows = int((innermost(plan).at_home.source >= 0).sum())
+    num_copies = int(innermost(plan).rows_per_expert.sum())
+    num_rows, num_copies = timed.inner.all_reduce(np.array([num_rows, num_copies])).tolist()
     return {
         "peers": peers,
-        **harness.most_sent(timed, same_node, {"all_to_allv"}),
+        **harness.most_sent(timed, same_node, {"all_to_all"} if static else {"all_to_allv"}),
         "share_bytes": share_bytes,
         "rows": num_rows,
         "rows_saved": num_copies - num_rows,
@@ -112,6 +119,7 @@ def measure(comm: Comm, nodes: Nodes, options: argparse.Namespace, progress: Any
         timings = harness.interleaved(comm, calls, options.reps, progress.update if progress else int)
         for case, timing in timings.items():
             dispatch_us, combine_us = np.median(timing.samples_us, axis=0).round(3).tolist()
+            static = case.send.startswith("static")
             yield {
                 "bench": "exchange",
                 **case._asdict(),
@@ -127,7 +135,7 @@ def measure(comm: Comm, nodes: Nodes, options: argparse.Namespace, progress: Any
                 **timing.record(),
                 "dispatch_us": dispatch_us,
                 "combine_us": combine_us,
-                **count_sent(timed, traffic, counted.cases[case], tensor, nodes.same_node(comm.rank)),
+                **count_sent(timed, traffic, counted.cases[case], tensor, nodes.same_node(comm.rank), static),
                 "date": harness.utc_now(),
             }
         plain.free()
@@ -277,7 +285,7 @@ def parse_options() -> argparse.Namespace:
         metavar="WHAT,...",
         default="assignments",
         help="assignments: a row for each; tokens: one row for all experts of a rank; nodes: for all of a node, in two "
-        "hops (default: %(default)s)",
+        "hops; static, static_nodes: as tokens and nodes, in blocks of one size (default: %(default)s)",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where tokens are; cuda: NCCL (default: %(default)s)")
     options = harness.parse(parser)

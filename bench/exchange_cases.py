@@ -24,25 +24,29 @@ from moecomm import (
     Topology,
     build_groups,
 )
-from moecomm.exchange import HierarchicalExchange
+from moecomm.exchange import HierarchicalExchange, StaticExchange, StaticHierarchicalExchange
 
 ALGORITHMS: dict[str, Callable[[Comm, Nodes], AllToAll]] = {
     "flat": lambda comm, nodes: FlatAllToAll(comm),
     "hierarchical": HierarchicalAllToAll,
 }
 
-SENDS = ("assignments", "tokens", "nodes")
+SENDS = ("assignments", "tokens", "nodes", "static", "static_nodes")
 
 
 def ways(sends: list[str]) -> list[tuple[str, str]]:
     """(algorithm, send) to compare: one row for each token and node takes two hops."""
-    return [(name, send) for name in ALGORITHMS for send in sends if (name, send) != ("flat", "nodes")]
+    return [(name, send) for name in ALGORITHMS for send in sends if name != "flat" or "nodes" not in send]
 
 
-def exchange_over(all_to_all: AllToAll, experts: list[list[int]], send: Any) -> RoutedExchange:
-    """What sends a row for each assignment, for each token and rank, or for each token and node."""
-    if send == "nodes":
+def exchange_over(all_to_all: AllToAll, experts: list[list[int]], send: Any, max_tokens: int) -> RoutedExchange:
+    """What sends a row for each assignment, for each token and rank, or node; "static": in blocks of one size."""
+    if send == "static":
+        return StaticExchange(all_to_all, experts, max_tokens)
+    if send in ("nodes", "static_nodes"):
         assert isinstance(all_to_all, HierarchicalAllToAll)
+        if send == "static_nodes":
+            return StaticHierarchicalExchange(all_to_all, experts, max_tokens)
         return HierarchicalExchange(all_to_all, experts)
     return RoutedExchange(all_to_all, experts, send=send)
 
@@ -97,6 +101,7 @@ class Setting:
         topology = Topology(comm.size, tensor=tensor, expert=options.expert or comm.size)
         self.groups = build_groups(comm, topology, nodes)
         self.experts_per_rank = options.experts_per_rank
+        self._max_tokens = options.tokens
         self.cases: dict[Case, Exchange] = {}
         self._all_to_alls: list[AllToAll] = []
         everywhere = {name: self._over("expert", make, nodes) for name, make in ALGORITHMS.items()}
@@ -113,12 +118,13 @@ class Setting:
         return self._all_to_alls[-1]
 
     def _exchanges(self, everywhere: AllToAll, on_lane: AllToAll | None, send: str) -> dict[str, Exchange]:
-        unrestricted = exchange_over(everywhere, self._experts("expert"), send)
+        unrestricted = exchange_over(everywhere, self._experts("expert"), send, self._max_tokens)
         if on_lane is None:  # one tensor rank: there is only one way
             return {"all": unrestricted}
         tensor = self.groups.tensor
+        inner = exchange_over(on_lane, self._experts("expert_lane"), send, self._max_tokens)
         return {
-            "lane": TensorParallelExchange(exchange_over(on_lane, self._experts("expert_lane"), send), tensor),
+            "lane": TensorParallelExchange(inner, tensor),
             "all": SlicedExchange(unrestricted, tensor),
             "naive": unrestricted,
         }
@@ -182,9 +188,12 @@ class Traffic:
         self._num_calls += 1
         self.x = self._placed(((self._tokens + self._num_calls) % 128).astype(np.float32))
 
-    def answer(self, rows: Any, rows_per_expert: NDArray[np.int64]) -> Any:
-        """What the experts of this rank make of their rows."""
-        return rows * self._placed(np.repeat(self._factors, rows_per_expert)[:, None])
+    def answer(self, rows: Any, rows_per_expert: Any) -> Any:
+        """What the experts of this rank make of their rows, and zeros of what lies behind them."""
+        count = rows_per_expert if isinstance(rows_per_expert, np.ndarray) else rows_per_expert.cpu().numpy()
+        factors = np.zeros((len(rows), 1), np.float32)
+        factors[: count.sum(), 0] = np.repeat(self._factors, count)
+        return rows * self._placed(factors)
 
     def num_wrong(self, y: Any) -> int:
         if y.shape != self.x.shape:

@@ -1,4 +1,4 @@
-"""Time dispatch and combine between GPUs: DirectExchange, NCCL's all-to-all and RoutedExchange over it.
+"""Time dispatch and combine between GPUs: DirectExchange, NCCL's all-to-all and the exchanges over it.
 
     torchrun --nproc-per-node 2 bench/exchange_gpu.py --tokens 1,8,128,4096 --out exchange_gpu.jsonl
     torchrun --nproc-per-node 2 bench/exchange_gpu.py --tokens 4096 --sms 4,8,12,16,24,32,64
@@ -12,9 +12,13 @@ the pair. "in place": the tokens lie in `DirectExchange.tokens`. "dispatch, gemm
 matrix product [T, H] x [H, 2048], "dispatch + gemm" both at once, by `DirectExchange.start`: give --sms for both to
 have room.
 
+Over NCCL: "routed" sends a row for each choice, "tokens" for each token and rank, "nodes" for each token and node, with
+the first and the second half of the ranks as nodes; "static" and "static nodes" are the last two in blocks of one size,
+from Python and in a CUDA graph. "nccl" moves as many rows as there are choices, and nothing else.
+
 Columns: floor is the time for the bytes that must leave a rank, one row for each token and other rank that needs it, at
 the rate of a large copy between the GPUs, all ranks sending at once, measured in the same run; rate is what did leave
-(for NCCL and RoutedExchange a row for each choice) over time, of rank 0. A "dispatch" of DirectExchange is everything
+over time, of rank 0, padding and what stays inside a node included. A "dispatch" of DirectExchange is everything
 from expert ids to rows; NCCL's is the movement of rows alone, and its time counts for dispatch and for combine.
 """
 
@@ -28,6 +32,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +41,8 @@ import torch.distributed as dist
 from environment import environment, environment_lines
 from harness import SEED, Column, Record, append, can_append, positive, print_header, print_row
 
-from moecomm import Comm, FlatAllToAll, RoutedExchange, Routing
-from moecomm.exchange import DirectExchange
+from moecomm import Comm, FlatAllToAll, HierarchicalAllToAll, Nodes, RoutedExchange, Routing
+from moecomm.exchange import DirectExchange, HierarchicalExchange, StaticExchange, StaticHierarchicalExchange
 from moecomm.transports.torch import TorchComm
 
 Call = Callable[[], Any]
@@ -142,8 +147,8 @@ def paths(comm: Comm, case: Case, peers: bool) -> Iterator[tuple[int, list[Path]
     wrong_pair = lambda: int((pair() != counted).any(1).sum())  # noqa: E731
     back = others * H * 2
     mine.append(Path("direct", "dispatch, combine", True, pair, wrong_pair, floor + back, floor + back))
+    sums = weight.sum(1, keepdim=True) * x.float()
     if fp8 is None:
-        sums = weight.sum(1, keepdim=True) * x.float()
         mine += [
             Path(
                 "direct", "combine", True, lambda: exchange.combine(everyone, compact_rows[1]),
@@ -155,8 +160,13 @@ def paths(comm: Comm, case: Case, peers: bool) -> Iterator[tuple[int, list[Path]
             ),
         ]  # fmt: skip
         mine += list(_overlap(exchange, x, routing, mine[1].wrong, floor))
-    if peers and fp8 is None:
-        mine += list(_peers(comm, x, routing, sums, case, floor))
+    if peers:
+        order = _order(comm, routing, E // p, T)
+        if fp8 is None:
+            mine += list(_nccl(comm, case, floor))
+        for name, peer in _peers(comm, case, fp8).items():
+            checks = [lambda got: wrong_rows(got, order, slice(0, len(order))), lambda y: _far(y, sums)]
+            mine += list(_over_nccl(name, peer, x, routing, checks, row_bytes, floor))
     yield exchange.shape.num_sms, mine
     exchange.check()
     exchange.free()
@@ -180,42 +190,75 @@ def _overlap(exchange: DirectExchange, x: Any, routing: Routing, wrong: Call, fl
     yield Path("direct", "dispatch + gemm", True, under, wrong, floor, floor)
 
 
-def _peers(comm: Comm, x: Any, routing: Routing, sums: Any, case: Case, floor: int) -> Iterator[Path]:
-    p, rank, (T, H, k, E, _, _) = comm.size, comm.rank, case
-    if T * k % p == 0:
-        generator = torch.Generator("cuda").manual_seed(SEED + rank)  # else all ranks send the same
-        sent = torch.randn((T * k, H), device="cuda", generator=generator).bfloat16()
-        got = torch.empty_like(sent)
-        moved = sent.nbytes // p * (p - 1)
-        expected = _meant_for(comm, sent)
+def _nccl(comm: Comm, case: Case, floor: int) -> Iterator[Path]:
+    """NCCL's own all-to-all of as many rows as there are choices."""
+    p, (T, H, k, *_) = comm.size, case
+    if T * k % p:
+        return
+    generator = torch.Generator("cuda").manual_seed(SEED + comm.rank)  # else all ranks send the same
+    sent = torch.randn((T * k, H), device="cuda", generator=generator).bfloat16()
+    got = torch.empty_like(sent)
+    moved = sent.nbytes // p * (p - 1)
+    expected = _meant_for(comm, sent)
 
-        def all_to_all() -> Any:
-            dist.all_to_all_single(got, sent)
-            return got
+    def all_to_all() -> Any:
+        dist.all_to_all_single(got, sent)
+        return got
 
-        for graph in (True, False):
-            yield Path(
-                "nccl",
-                "all_to_all",
-                graph,
-                all_to_all,
-                lambda: int((all_to_all() != expected).any(1).sum()),
-                moved,
-                floor,
-            )
-    routed = RoutedExchange(FlatAllToAll(comm), E // p)
-    rows, plan = routed.dispatch(x, routing)
-    away = int((routing.expert // (E // p) != rank).sum()) * H * 2
-    tokens = comm.all_gather(x)
-    order = _order(comm, routing, E // p, T)
-    yield Path(
-        "routed", "dispatch_expanded", False, lambda: routed.dispatch(x, routing),
-        lambda: int((routed.dispatch(x, routing)[0] != tokens[order]).any(1).sum()), away, floor,
-    )  # fmt: skip
-    yield Path(
-        "routed", "combine_expanded", False, lambda: routed.combine(rows, plan),
-        lambda: _far(routed.combine(rows, plan), sums), away, floor,
-    )  # fmt: skip
+    def wrong() -> int:
+        return int((all_to_all() != expected).any(1).sum())
+
+    for graph in (True, False):
+        yield Path("nccl", "all_to_all", graph, all_to_all, wrong, moved, floor)
+
+
+def _peers(comm: Comm, case: Case, fp8: Any) -> dict[str, RoutedExchange]:
+    """The exchanges over NCCL."""
+    held, two_hops, flat = case.E // comm.size, _two_hops(comm), FlatAllToAll(comm)
+    return {
+        "routed": RoutedExchange(flat, held, fp8=fp8),
+        "tokens": RoutedExchange(flat, held, send="tokens", fp8=fp8),
+        "nodes": HierarchicalExchange(two_hops, held, fp8=fp8),
+        "static": StaticExchange(flat, held, case.T, fp8=fp8),
+        "static nodes": StaticHierarchicalExchange(two_hops, held, case.T, fp8=fp8),
+    }
+
+
+@cache
+def _two_hops(comm: Comm) -> HierarchicalAllToAll:
+    """With two nodes. Its groups serve all cases: each costs NCCL memory. Collective."""
+    return HierarchicalAllToAll(comm, Nodes.of_size(-(-comm.size // 2), comm.size))
+
+
+def _over_nccl(
+    name: str,
+    exchange: RoutedExchange,
+    x: Any,
+    routing: Routing,
+    checks: list[Callable[[Any], int]],
+    row_bytes: int,
+    floor: int,
+) -> Iterator[Path]:
+    """Dispatch and combine from Python, and in a graph where one can hold them. checks: the wrong rows of each."""
+    rows, plan = exchange.dispatch(x, routing)
+
+    def dispatch() -> Any:
+        return exchange.dispatch(x, routing)
+
+    def combine() -> Any:
+        return exchange.combine(rows, plan)
+
+    stages = {"dispatch_expanded": (dispatch, checks[0])}
+    if exchange.fp8 is None:  # otherwise these rows are no answers
+        stages["combine_expanded"] = (combine, checks[1])
+    sent = exchange.rows_sent(plan) // 2 * row_bytes
+    for stage, (call, check) in stages.items():
+        for graph in (True, False) if isinstance(exchange, StaticExchange) else (False,):
+            yield Path(name, stage, graph, call, partial(_checked, call, check), sent, floor)
+
+
+def _checked(call: Call, check: Callable[[Any], int]) -> int:
+    return check(call())
 
 
 def _meant_for(comm: Comm, sent: Any) -> Any:
@@ -236,9 +279,9 @@ def _order(comm: Comm, routing: Routing, experts: int, T: int) -> Any:
 
 
 def _far(y: Any, sums: Any) -> int:
-    """Rows off by more than bfloat16's rounding explains: once of a rank's part, once of the sum, each by less than
-    2^-8 of it. All terms have one sign, so the sum is as large as they are, and float32's roundings do not count."""
-    return int(((y.float() - sums).abs() > 2**-7 * sums.abs()).any(1).sum())
+    """Rows off by more than bfloat16's rounding explains: of a rank's part, of a relay's and of the sum, each by 2^-8
+    of it. All terms have one sign, so the sum is as large as they are, and float32's roundings do not count."""
+    return int(((y.float() - sums).abs() > ((1 + 2**-8) ** 3 - 1) * sums.abs()).any(1).sum())
 
 
 def _quantised(x: Any) -> tuple[Any, Any]:
@@ -348,7 +391,7 @@ def link_rate(comm: Comm) -> float:
 
 COLUMNS = [
     Column("T", "T", "", 7), Column("H", "H", "", 6), Column("k", "k", "", 3), Column("E", "E", "", 5),
-    Column("dtype", "travels as", "", 15), Column("sms", "SMs", "", 6), Column("path", "path", "", 8),
+    Column("dtype", "travels as", "", 15), Column("sms", "SMs", "", 6), Column("path", "path", "", 13),
     Column("stage", "stage", "", 19), Column("how", "", "", 7), Column("time_us", "time", "us", 11),
     Column("floor_us", "floor", "us", 9), Column("wire_GBps", "rate", "GB/s", 8),
     Column("wrong", "#wrong", "", 8),
@@ -370,7 +413,12 @@ def parse() -> argparse.Namespace:
     add("--experts", type=positive, default=256, help="(default: %(default)s)")
     add("--dtypes", default="bfloat16,float8_e4m3fn", help="what dispatch's rows travel as (default: %(default)s)")
     add("--sms", type=whole, default=[None], metavar="N,..", help="blocks of a kernel (default: DirectExchange's)")
-    add("--peers", choices=("yes", "no"), default="yes", help="NCCL and RoutedExchange too (default: %(default)s)")
+    add(
+        "--peers",
+        choices=("yes", "no"),
+        default="yes",
+        help="NCCL and the exchanges over it too (default: %(default)s)",
+    )
     add("--reps", type=positive, default=15, help="timed turns (default: %(default)s)")
     add("--out", metavar="FILE.jsonl", help="append the rows as JSON Lines, with all samples")
     options = parser.parse_args()

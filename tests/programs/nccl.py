@@ -41,7 +41,8 @@ from moecomm import (
     build_groups,
     testing,
 )
-from moecomm.exchange import HierarchicalExchange
+from moecomm.conformance.exchanges import ExchangeCase
+from moecomm.exchange import HierarchicalExchange, StaticExchange, StaticHierarchicalExchange
 from moecomm.transports.nccl import NcclComm
 from moecomm.transports.torch import TorchComm
 from moecomm.transports.wrappers import Checked, Timed
@@ -177,38 +178,95 @@ def check_batch(comm: Comm, timed: Timed, a2a: HierarchicalAllToAll, seed: int) 
 
     def outcome(exchange: RoutedExchange) -> torch.Tensor:
         rows, plan = exchange.dispatch(x, routing)
-        expert = np.repeat(2 * comm.rank + np.arange(2), plan.rows_per_expert)  # multiplies by a number of its own
-        y = exchange.combine(answer(rows) * on_gpu((expert + 1).astype(np.float32))[:, None], plan)
+        count = torch.as_tensor(plan.rows_per_expert).cuda()
+        expert = torch.repeat_interleave(2 * comm.rank + torch.arange(2, device="cuda"), count)
+        factor = torch.zeros(len(rows), 1, device="cuda")  # each expert multiplies by a number of its own
+        factor[: len(expert), 0] = expert + 1.0
+        y = exchange.combine(answer(rows) * factor, plan)
         grads = torch.autograd.grad(y, (x, routing.weight), direction)
         near_answers(comm, (y, *grads), x, routing, direction, routing.expert + 1)
-        return rows
+        return rows[: len(expert)]
 
     wanted = outcome(RoutedExchange(FlatAllToAll(comm), 2))
     exchange = HierarchicalExchange(a2a, 2)
-    for other in (RoutedExchange(a2a, 2), RoutedExchange(a2a, 2, send="tokens"), exchange):
+    static = StaticExchange(FlatAllToAll(comm), 2, 33), StaticHierarchicalExchange(a2a, 2, 33)
+    for other in (RoutedExchange(a2a, 2), RoutedExchange(a2a, 2, send="tokens"), exchange, *static):
         assert torch.equal(outcome(other), wanted)
+    for each in static:
+        each.check()
     timed.clear()
     with torch.no_grad():
         exchange.combine(*exchange.dispatch(x, routing))
     assert timed.record["all_to_all"].calls == 2
-    check_rows(comm, routing.expert.cpu().numpy() // 2, a2a.nodes, timed.record["all_to_allv"].bytes, 12 * top_k + 512)
+    check_rows(comm, routing.expert.cpu().numpy() // 2, a2a.nodes, timed.record["all_to_allv"].bytes, 4 * top_k + 512)
+
+
+def check_contract(comm: Comm, ranks_per_node: int) -> None:
+    """Two hops, with counts and in blocks of one size, against loops over tokens and choices."""
+    with HierarchicalAllToAll(comm, Nodes.of_size(ranks_per_node, comm.size)) as a2a:
+
+        def counted(comm: Comm, case: ExchangeCase) -> HierarchicalExchange:
+            return HierarchicalExchange(a2a, case.num_experts // comm.size)
+
+        def static(comm: Comm, case: ExchangeCase) -> StaticExchange:
+            return StaticHierarchicalExchange(a2a, case.num_experts // comm.size, case.max_tokens)
+
+        for make in (counted, static):
+            testing.check_exchange(lambda size, body: body(comm), make, sizes=[comm.size], make=on_gpu)
+
+
+def check_graph(comm: Comm, exchange: StaticExchange, seed: int) -> None:
+    """Forward and backward in a CUDA graph have the bits of the calls without one, for other tokens too."""
+    num_experts, top_k = 2 * comm.size, min(8, 2 * comm.size)
+    x, routing, direction = batch(seed, num_experts, top_k)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        rows, plan = exchange.dispatch(x, routing)
+        y = exchange.combine(answer(rows), plan)
+        return (y.detach(), *torch.autograd.grad(y, (x, routing.weight), direction))
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is made once is made before
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    comm.barrier()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for again_seed in (seed, seed + 1000):
+        tokens, other, along = batch(again_seed, num_experts, top_k)
+        with torch.no_grad():
+            for kept, new in ((x, tokens), (routing.weight, other.weight), (routing.expert, other.expert)):
+                kept.copy_(new)
+            direction.copy_(along)
+        wanted = step()
+        graph.replay()
+        torch.cuda.synchronize()
+        for name, got, correct in zip(("y", "gradient of x", "gradient of weight"), captured, wanted, strict=True):
+            assert torch.equal(got, correct), f"{name} of the graph"
+    exchange.check()
 
 
 def check_rows(comm: Comm, holder: np.ndarray, nodes: Nodes, sent: np.ndarray, bytes_of_row: int) -> None:
-    """sent [p] bytes by this rank to each; holder [T, K] of each expert, -1: dropped."""
+    """sent [p] bytes by this rank to each; holder [T, K] of each expert, -1: dropped.
+
+    bytes_of_row  there and back, with its weights; beside it go 4 bytes for each of its assignments
+    """
     node, local = nodes.node_of[comm.rank], nodes.local_rank[comm.rank]
     between = inside = 0
     for holders in holder.tolist():
-        holders = set(holders) - {-1}
-        needed = {int(nodes.node_of[other]) for other in holders}
-        between += len(needed - {int(node)})
+        needed = {int(nodes.node_of[other]) for other in holders if other >= 0}
         for there in needed:
+            near = [other for other in holders if other in nodes.ranks[there]]
             relay = nodes.ranks[there][local % len(nodes.ranks[there])]
-            inside += len((holders & set(nodes.ranks[there])) - {relay})
+            between += bytes_of_row + 4 * len(near) if there != node else 0
+            sent_on = [other for other in near if other != relay]
+            inside += bytes_of_row * len(set(sent_on)) + 4 * len(sent_on)
     same_node = nodes.same_node(comm.rank)
     counted = comm.all_reduce(np.array([sent[~same_node].sum(), sent[same_node].sum()]))
     wanted = comm.all_reduce(np.array([between, inside]))
-    assert (counted == wanted * bytes_of_row).all(), f"{counted} bytes, expected {wanted} rows of {bytes_of_row}"
+    assert (counted == wanted).all(), f"{counted} bytes, expected {wanted}"
 
 
 # ---- what is checked -----------------------------------------------------------------------------------------------
@@ -219,6 +277,7 @@ done("cupy's NCCL")
 for comm in (through_cupy, through_torch):
     for ranks_per_node in {2: (1, 2), 4: (2, 3)}.get(comm.size, (2,)):
         check_exchanges(comm, ranks_per_node)
+        check_contract(comm, ranks_per_node)
     done(f"exchanges over {type(comm).__name__}")
 if shares_gpu or not over_mpi:
     check_transport(through_torch, [on_gpu] if shares_gpu else everything)
@@ -231,14 +290,22 @@ if not shares_gpu:
             groups = build_groups(comm, topology)
             members = topology.group_of(rank, "expert_lane")
             experts = [[2 * topology.coords(member)["expert"] + i for i in (0, 1)] for member in members]
-            inner = RoutedExchange(FlatAllToAll(groups.expert_lane), experts)
-            exchange = TensorParallelExchange(inner, groups.tensor)
-            for seed in seeds:  # the ranks of a tensor group have the same tokens
-                with again(seed):
-                    own = seed * comm.size + topology.coords(rank)["data"]
-                    check_exchange(comm, exchange, 2 * topology.expert, own)
+            flat = FlatAllToAll(groups.expert_lane)
+            for inner in (RoutedExchange(flat, experts), StaticExchange(flat, experts, 33)):
+                exchange = TensorParallelExchange(inner, groups.tensor)
+                for seed in seeds:  # the ranks of a tensor group have the same tokens
+                    with again(seed):
+                        own = seed * comm.size + topology.coords(rank)["data"]
+                        check_exchange(comm, exchange, 2 * topology.expert, own)
             groups.free()
     done("streams, tensor-parallel exchange")
+    for comm in (through_torch,) if over_mpi else (through_torch, through_cupy):  # a limit waits on the host
+        with HierarchicalAllToAll(comm, Nodes.of_size(-(-comm.size // 2), comm.size)) as a2a:
+            for exchange in (StaticExchange(FlatAllToAll(comm), 2, 33), StaticHierarchicalExchange(a2a, 2, 33)):
+                for seed in seeds:
+                    with again(seed):
+                        check_graph(comm, exchange, seed * comm.size + rank)
+    done("CUDA graphs")
 
 if over_mpi and not shares_gpu:  # rank 1 comes, but sends nothing: the others' kernels wait for it
     limited = NcclComm(MpiComm(world.Dup(), limit=2))
