@@ -27,12 +27,12 @@ from moecomm.exchange import StaticExchange
 from moecomm.transports import threads
 
 COLUMNS = [
-    Column("impl", "impl", "", 14),
-    Column("dispatch_us", "dispatch", "(us)", 11),
-    Column("combine_us", "combine", "(us)", 11),
-    Column("time_us", "time", "(us)", 11),
-    Column("p10_us", "p10", "(us)", 11),
-    Column("p90_us", "p90", "(us)", 11),
+    Column("impl", "impl", "", 13),
+    Column("dispatch_us", "dispatch", "(us)", 9),
+    Column("combine_us", "combine", "(us)", 9),
+    Column("time_us", "time", "(us)", 9),
+    Column("p10_us", "p10", "(us)", 9),
+    Column("p90_us", "p90", "(us)", 9),
     Column("of_numpy", "numpy's", "time / ours", 12),
     Column("wrong", "wrong", "(rows)", 8),
 ]
