@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from moecomm.draw.svg import INK, MARGIN, MUTED, Box, Canvas, Key, Point, color_of
 
-PLOT = Box(90, 84, 640, 360)
+PLOT = Box(90, 98, 640, 360)
 GRID = "#e3e7eb"
 
 
@@ -24,6 +24,14 @@ class Axis(NamedTuple):
         """How far along the axis, 0 .. 1."""
         first, last = math.log(self.marks[0]), math.log(self.marks[-1])
         return (math.log(value) - first) / (last - first)
+
+
+class Linear(Axis):
+    """An axis with even steps."""
+
+    def share(self, value: float) -> float:
+        """How far along the axis, 0 .. 1."""
+        return (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
 
 
 class Chart:
@@ -42,7 +50,7 @@ class Chart:
             self.canvas.rect(Box(PLOT.x, at, PLOT.width, 0.5), GRID)
             self.canvas.text((PLOT.x - 8, at + 4), y.words(mark), 12, "end")
         self.canvas.text((PLOT.x + PLOT.width / 2, PLOT.y + PLOT.height + 42), x.name, color=MUTED, anchor="middle")
-        self.canvas.text((MARGIN, PLOT.y - 8), y.name, color=MUTED)
+        self.canvas.text((MARGIN, PLOT.y - 13), y.name, color=MUTED)
 
     def curve(self, name: str, points: Sequence[Point]) -> None:
         """Dots, and lines between them."""
@@ -55,6 +63,14 @@ class Chart:
     def scatter(self, name: str, points: Sequence[Point]) -> None:
         """Dots alone."""
         self._dots([self._place(point) for point in points], self._key(name))
+
+    def band(self, name: str, points: Sequence[Point], low: Sequence[Point], high: Sequence[Point]) -> None:
+        """A line, and an area of its colour from `low` to `high` behind it."""
+        color = self._key(name)
+        edge = [f"{x:.1f} {y:.1f}" for x, y in map(self._place, [*high, *reversed(low)])]
+        self.canvas.parts.append(f'<path d="M{"L".join(edge)}Z" fill="{color}" fill-opacity="0.15"/>')
+        for before, after in pairwise(map(self._place, points)):
+            self._segment(before, after, color)
 
     def line(self, start: Point, end: Point) -> None:
         """A grey line from point to point."""

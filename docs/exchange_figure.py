@@ -12,6 +12,7 @@ CURVES = {
     "dispatch_compact": ("direct", "dispatch", "bfloat16", "graph"),
     "dispatch_compact, float8": ("direct", "dispatch", "float8_e4m3fn", "graph"),
     "combine": ("direct", "combine", "bfloat16", "graph"),
+    "dispatch": ("direct", "dispatch_expanded", "bfloat16", "graph"),
     "NCCL's all-to-all": ("nccl", "all_to_all", "bfloat16", "graph"),
     "RoutedExchange, dispatch": ("routed", "dispatch_expanded", "bfloat16", "eager"),
 }

@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from moecomm.draw.svg import INK, MARGIN, MUTED, PALETTE, Box, Canvas, Key
+from moecomm.draw.svg import INK, MARGIN, MUTED, PALETTE, Box, Canvas, Key, text_width
 
 IMPLEMENTATIONS = ("moecomm", "torch.compile", "torch", "deepspeed", "deepspeed einsum")
-LEFT, DECADE, BAR, GAP = 150, 170, 17, 26
-"""px: where the bars start, ten times as long, the height of a bar, between two shapes."""
+DECADE, BAR, GAP = 170, 17, 26
+"""px: ten times as long, the height of a bar, between two shapes."""
+LEFT = MARGIN + text_width("131072 tokens, k = 8", bold=True) + 10
+"""px: where the bars start."""
 
 
 def gating_svg(results: Path, experts: int = 128) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moecomm import Topology
-from moecomm.draw.svg import INK, MARGIN, MUTED, PALE, Box, Canvas, color_of, mixed
+from moecomm.draw.svg import INK, MARGIN, MUTED, PALE, Box, Canvas, color_of, mixed, text_width
 from moecomm.draw.words import topology_in_words
 
-LEFT, WIDTH, HEIGHT, GAP = 210, 74, 34, 8
-"""px: where the first rank's column starts, a box, and between two."""
+WIDTH, HEIGHT, GAP = 74, 34, 8
+"""px: a box, and between two."""
+ABOUT = 11
+"""px: the size of the letters below a row's name."""
 Look = tuple[str, int]
 """What is written in a box, and its colour: the same in a row where ranks have the same."""
 
@@ -38,8 +40,10 @@ def models_svg(topology: Topology, num_experts: int) -> str:
 
     canvas = Canvas("What lives where", f"{topology_in_words(topology)}, {num_experts} experts")
     top = canvas.bottom + 34
+    widths = [max(text_width(name, bold=True), text_width(about, ABOUT)) for name, about, _ in rows]
+    left = MARGIN + max(widths) + GAP
     for rank in range(topology.world_size):
-        x = LEFT + rank * (WIDTH + GAP)
+        x = left + rank * (WIDTH + GAP)
         canvas.text((x + WIDTH / 2, top - 10), f"rank {rank}", anchor="middle", bold=True)
         for number, (name, _, look) in enumerate(rows):
             words, index = look(rank)
@@ -49,7 +53,7 @@ def models_svg(topology: Topology, num_experts: int) -> str:
     for number, (name, about, _) in enumerate(rows):
         y = top + number * (HEIGHT + 2 * GAP)
         canvas.text((MARGIN, y + 14), name, bold=True)
-        canvas.text((MARGIN, y + 30), about, 11, color=MUTED)
+        canvas.text((MARGIN, y + 30), about, ABOUT, color=MUTED)
     y = canvas.bottom + 26
     for line in (
         "One colour in a row: the same there. Gradients and the states of the optimizer lie beside their weights.",

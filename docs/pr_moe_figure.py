@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from charts import Axis, Chart
+from charts import Axis, Chart, Linear
 
 from moecomm import Topology
 from moecomm.draw.svg import MARGIN, MUTED, Box, Canvas, Key, color_of, mixed
@@ -17,10 +17,12 @@ ROW = 24
 MODEL = (32, 32, 64, 64, 128, 128)
 """Experts of each MoE layer."""
 SPLITS = {
-    "one rank": {"ranks": 1},
-    "four ranks: expert 4": {"ranks": 4, "expert": 4},
-    "four ranks: expert 2, tensor 2": {"ranks": 4, "expert": 2, "tensor": 2},
+    "expert 4": {"expert": 4},
+    "expert 2, tensor 2": {"expert": 2, "tensor": 2},
+    "expert 2, tensor 2, experts sliced": {"expert": 2, "tensor": 2, "expert-tensor": 2},
 }
+"""How four ranks are split -> what its record has, and no other option of a split."""
+OPTIONS = ("expert", "tensor", "expert-tensor")
 
 
 def draw(results: Path) -> dict[str, str]:
@@ -60,19 +62,20 @@ def pyramid_svg(topologies: list[Topology]) -> str:
 
 
 def losses_svg(results: Path) -> str:
-    """The loss of each fifth step, for each split."""
+    """How far each step's loss is from that of one rank, for each split; equal losses have no place on the axis."""
     records = [json.loads(line) for line in results.read_text().splitlines()]
-    marks = (2, 2.5, 3, 4, 5, 6)
-    x = Axis("step", (1, 10, 100, 200), lambda step: f"{step:g}")
-    y = Axis("loss, nats per byte", marks, lambda loss: f"{loss:g}")
+    splits = {tuple(record.get(name) for name in OPTIONS): record["losses"] for record in records}
+    alone = splits[None, None, None]
     first = records[0]
-    about = f'"{first["config"]}", {first["steps"]} steps on the sources of Python\'s standard library'
-    chart = Chart("The same losses on one rank and on four", about, x, y)
-    for number, (name, split) in enumerate(SPLITS.items()):
-        losses = next(r["losses"] for r in records if split.items() <= r.items() and "expert-tensor" not in r)
-        points = [(step, loss) for step, loss in enumerate(losses, 1)]
-        if number == 0:
-            chart.curve(name, points)
-        else:
-            chart.scatter(name, points[number * 4 :: 12])
+    x = Linear("step", range(0, first["steps"] + 1, 25), lambda step: f"{step:g}")
+    y = Axis("difference / loss", [10.0**power for power in range(-8, 0)], lambda share: f"{share:.0e}")
+    about = f'"{first["config"]}", {first["steps"]} steps on the sources of Python\'s standard library, float32'
+    chart = Chart("How far losses on four ranks are from those on one", about, x, y)
+    for name, split in SPLITS.items():
+        losses = splits[tuple(split.get(option) for option in OPTIONS)]
+        points = []
+        for step, (loss, loss_alone) in enumerate(zip(losses, alone, strict=True), 1):
+            if loss != loss_alone:
+                points.append((step, abs(loss - loss_alone) / loss_alone))
+        chart.scatter(name, points)
     return chart.svg()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from charts import Axis, Chart
+from charts import Chart, Linear
 
 from moecomm.draw.svg import INK, MARGIN, MUTED, Box, Canvas, Key, color_of, mixed
 
@@ -78,23 +78,15 @@ def layers_svg(experts: Sequence[int], kept: Sequence[int]) -> str:
     return canvas.svg()
 
 
-class Linear(Axis):
-    """An axis with even steps."""
-
-    def share(self, value: float) -> float:
-        """How far along the axis, 0 .. 1."""
-        return (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
-
-
 class Curves(Chart):
     """A chart of rows that have a curve for each seed."""
 
-    def curves(self, name: str, curves: Iterable[Sequence[tuple[float, float]]]) -> None:
-        """Lines of one colour without dots."""
-        color = self._key(name)
-        for curve in curves:
-            for before, after in pairwise(map(self._place, curve)):
-                self._segment(before, after, color)
+    def runs(self, name: str, curves: Sequence[Sequence[tuple[float, float]]]) -> None:
+        """The mean of several curves over the same steps, and a band from the lowest to the highest."""
+        steps = [step for step, _ in curves[0]]
+        values = list(zip(*[[value for _, value in curve] for curve in curves], strict=True))
+        mean, low, high = ([function(column) for column in values] for function in (fmean, min, max))
+        self.band(name, *(list(zip(steps, line, strict=True)) for line in (mean, low, high)))
 
     def step(self, step: float, words: str) -> None:
         """A grey line at a step, and what happens there."""
@@ -107,7 +99,7 @@ class Curves(Chart):
 def curves_svg(
     title: str, records: Sequence[dict[str, Any]], rows: Mapping[str, str], base: str, marks: Sequence[float]
 ) -> str:
-    """Held-out losses in training less those of the row called `base` with the same seed: a curve for each run.
+    """Held-out losses in training less those of the row called `base` with the same seed: mean and range of the seeds.
 
     rows   name -> row of the records
     marks  of the losses
@@ -115,14 +107,15 @@ def curves_svg(
     steps, text = records[0]["steps"], records[0]["text"]
     found = {(record["row"], record["seed"]): record["validation_curve"] for record in records}
     seeds = sorted({seed for _, seed in found})
-    about = f"held-out loss less that of the {base} with the same seed, nats per byte; {len(seeds)} seeds, {text}"
+    compared = f"held-out loss less that of the {base} with the same seed, nats per byte"
+    about = f"{compared}; mean and range of {len(seeds)} seeds, {text}"
     x = Linear("step", range(0, steps + 1, steps // 5), lambda step: f"{step:g}")
     chart = Curves(title, about, x, Linear("", marks, lambda loss: f"{loss:+g}" if loss else "0"))
     chart.line((0, 0), (steps, 0))
     for name, row in rows.items():
         if name != base:
             pairs = [zip(found[row, seed], found[rows[base], seed], strict=True) for seed in seeds]
-            chart.curves(name, [[(step, loss - least) for (step, loss), (_, least) in pair] for pair in pairs])
+            chart.runs(name, [[(step, loss - least) for (step, loss), (_, least) in pair] for pair in pairs])
     if "student, staged" in rows:
         stop = next(record["schedule"]["stop"] for record in records if record["row"] == "student, staged")
         chart.step(stop, "staged: from here alone")
