@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+import warnings
 import weakref
 
 import numpy as np
@@ -217,3 +218,15 @@ def test_mpirun_of_another_library_is_noticed() -> None:
     job = mpirun(1, str(PROGRAMS / "alone.py"))
     assert job.returncode != 0
     assert "Open MPI's mpirun started 2 processes, but each is alone in the MPI library that Python loads" in job.stderr
+
+
+def test_processes_of_torchrun_are_told_that_mpi_sees_none_of_them() -> None:
+    check_launch = pytest.importorskip("moecomm.transports.mpi").check_launch
+    for rank, size, num_warnings in (("0", "4", 1), ("1", "4", 0), ("0", "1", 0)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            check_launch(1, {"WORLD_SIZE": size, "RANK": rank})
+        assert ["mpirun -n 4 python" in str(warning.message) for warning in told] == [True] * num_warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_launch(4, {"WORLD_SIZE": "4", "RANK": "0"})

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from conftest import PROGRAMS
 
 torch = pytest.importorskip("torch")
 
-from moecomm import Comm  # noqa: E402
+from moecomm import Comm, Nodes  # noqa: E402
 from moecomm.nn import CONFIGS, TransformerLM, checkpoint  # noqa: E402
 from moecomm.train.__main__ import main, parser  # noqa: E402
 from moecomm.train.loop import Trainer, TrainingPlan, balanced  # noqa: E402
-from moecomm.train.run import Log, alone, build, restore, run  # noqa: E402
+from moecomm.train.run import Log, alone, build, restore, run, share_cores, warn_of_lone_ranks  # noqa: E402
 from moecomm.train.text import Text, read_text  # noqa: E402
 from moecomm.transports import threads  # noqa: E402
 
@@ -65,7 +66,9 @@ def test_a_run(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(records(out)) == len(found)
 
 
-def test_interrupted(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(
+    book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ctrl-C: the step is finished and saved, and the log and pictures are written."""
     whole_step, before = Trainer.step, signal.getsignal(signal.SIGINT)
 
@@ -75,12 +78,66 @@ def test_interrupted(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return whole_step(self, number)
 
     monkeypatch.setattr(Trainer, "step", step)
-    assert main([*TINY, "--text", str(book), "--out", str(tmp_path / "out")]) == 0
+    assert main([*TINY, "--text", str(book), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted after step 5: --resume goes on from there\n"
     last = checkpoint.last(tmp_path / "out")
     assert last is not None and last.name == "step-000005"
     assert records(tmp_path / "out")[-1]["step"] == 5
     assert (tmp_path / "out" / "loss.png").exists()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interrupted_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moecomm.train.run.run", interrupted)
+    assert main([*TINY, "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("steps", ["2", "1"])
+def test_resumed_with_no_more_steps(steps: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = [*TINY, "--text", str(book), "--out", str(out)]
+    assert main([*options, "--steps", "2"]) == 0
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    capsys.readouterr()
+    assert main([*options, "--steps", steps, "--resume"]) == 0
+    assert capsys.readouterr().out == f"nothing to do: the run in {out} has made 2 steps, and --steps is {steps}\n"
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+
+
+@pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_ranks_that_know_nothing_of_each_other_are_told(variable: str) -> None:
+    with pytest.warns(RuntimeWarning, match=r"started 2 processes, and each trains alone.*torchrun --nproc-per-node 2"):
+        warn_of_lone_ranks({variable: "2"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_lone_ranks({variable: "1", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(("cores", "before", "after"), [(9, 4, 3), (9, 2, 2), (1, 4, 1)])
+def test_ranks_of_a_host_share_its_cores(
+    cores: int, before: int, after: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Never more threads than there were, and at least one."""
+
+    def body(comm: Comm) -> int:
+        if comm.rank > 0:
+            # Ranks are threads here, and torch's number is that of the process or of the thread that has set it.
+            Nodes.discover(comm)
+            return after
+        torch.set_num_threads(before)
+        share_cores(comm, cores)
+        return torch.get_num_threads()
+
+    assert threads.run(3, body) == [after] * 3
+    torch.set_num_threads(1)
+    said = capsys.readouterr().err
+    assert said.count(f"uses {after} thread(s) a rank, not {before}") == (after < before)
 
 
 def test_begun_again_after_no_checkpoint(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 1 for a lost rank, 2 for bad input."""
+    """Run the command line and return the exit status: 0, 1 for a lost rank, 2 for bad input, 130 after Ctrl-C."""
     return train.launch(parser().parse_args(arguments), "moecomm.distill.trainer")
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status of a program that Ctrl-C has ended."""
 DESCRIPTION = "Train a language model with Mixture-of-Experts layers on text, byte by byte."
 EXAMPLES = """examples:
   python -m moecomm.train --steps 200 --out run
@@ -79,7 +83,7 @@ def positive(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 1 for a lost rank, 2 for bad input."""
+    """Run the command line and return the exit status: 0, 1 for a lost rank, 2 for bad input, 130 after Ctrl-C."""
     return launch(parser().parse_args(arguments), "moecomm.train.run")
 
 
@@ -87,7 +91,16 @@ def launch(options: argparse.Namespace, source: str) -> int:
     """Train what `build` of the module `source` makes; the exit status."""
     # Here and not above: --help must work without torch, and come at once.
     try:
-        from moecomm.train.run import run, world
+        return _launch(options, source)
+    except KeyboardInterrupt:
+        # Before the first step or after the last: a step in between ends with a checkpoint.
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _launch(options: argparse.Namespace, source: str) -> int:
+    try:
+        from moecomm.train.run import run, warn_of_lone_ranks, world
 
         build = import_module(source).build
         # Needed when a run ends; what is missing is said before it begins.
@@ -99,9 +112,10 @@ def launch(options: argparse.Namespace, source: str) -> int:
     from moecomm.errors import CommError
     from moecomm.nn import checkpoint
 
+    warn_of_lone_ranks(os.environ)
     try:
         with world() as (comm, device):
-            run(options, comm, device, build)
+            interrupted = run(options, comm, device, build)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,7 +125,7 @@ def launch(options: argparse.Namespace, source: str) -> int:
         advice = f"the last checkpoint is {path}" if path else "there is no checkpoint yet"
         print(f"error: a rank was lost: {error}\n{advice}", file=sys.stderr)
         return 1
-    return 0
+    return INTERRUPTED if interrupted else 0
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import time
+import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -19,9 +22,12 @@ import torch.distributed as dist
 from moecomm.comm import Comm
 from moecomm.nn import Config, LayerReport, TransformerLM, checkpoint, config_named, layer_groups, plot_routing
 from moecomm.nn.files import locked, regular, replacing
+from moecomm.nodes import Nodes
 from moecomm.together import together
 from moecomm.train.loop import Trainer, TrainingPlan, balanced
+from moecomm.train.progress import Progress, progress_of
 from moecomm.train.text import Text, read_text
+from moecomm.transports.launchers import started_by
 
 LIMIT = 120.0
 """Seconds after which a rank that does not come counts as lost."""
@@ -44,10 +50,43 @@ def world() -> Iterator[tuple[Comm | None, torch.device]]:
         torch.cuda.set_device(device)
     # Numbers of the host go through gloo also where the model is on GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    yield TorchComm(dist.group.WORLD, limit=LIMIT), device
+    comm = TorchComm(dist.group.WORLD, limit=LIMIT)
+    share_cores(comm, len(os.sched_getaffinity(0)))
+    yield comm, device
     # NCCL's groups go with the process: torch 2.11 was seen to wait for ever in destroying them.
     if not cuda:
         dist.destroy_process_group()
+
+
+def warn_of_lone_ranks(environ: Mapping[str, str]) -> None:
+    """Warn if a launcher started several processes that know nothing of each other: the ranks are torchrun's alone."""
+    if dist.is_torchelastic_launched():
+        return
+    launcher, started = started_by(environ, "MPICH's or Intel's mpirun", "Open MPI's mpirun", "srun")
+    if started > 1:
+        warnings.warn(
+            f"{launcher} started {started} processes, and each trains alone; ranks that train together are started by "
+            f"torchrun --nproc-per-node {started} -m moecomm.train",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def share_cores(comm: Comm, cores: int) -> None:
+    """Give each rank of this host its share of the host's cores as threads of torch, at least one. Collective.
+
+    Threads that take turns on a core wait for each other in every product. Never more threads than there were: who has
+    set fewer meant it. Rank 0 says what was changed.
+    """
+    neighbors = int(Nodes.discover(comm).same_node(comm.rank).sum())
+    share = max(1, cores // neighbors)
+    before = torch.get_num_threads()
+    if before <= share:
+        return
+    torch.set_num_threads(share)
+    if comm.rank == 0:
+        text = f"{neighbors} ranks share {cores} cores of this host: torch uses {share} thread(s) a rank, not {before}"
+        print(text, file=sys.stderr)
 
 
 def build(options: Namespace, comm: Comm | None, device: torch.device, config: Config | None = None) -> Trainer:
@@ -90,8 +129,8 @@ def run(
     comm: Comm | None,
     device: torch.device,
     make: Callable[[Namespace, Comm | None, torch.device], Trainer] = build,
-) -> None:
-    """Train what `make` makes as the options say; rank 0 writes. Collective.
+) -> bool:
+    """Train what `make` makes as the options say; rank 0 writes. Returns whether a signal ended it. Collective.
 
     A signal to any rank ends the run after its step, with a checkpoint. Raises ValueError for options that do not fit
     together, if another run is using options.out, or if options.out has a checkpoint already that is not to be resumed,
@@ -111,6 +150,10 @@ def run(
         if options.resume:
             done, values = restore(out, trainer.model, comm, trainer.optimizer)
             together(comm, "resume", lambda: check_settings(out, settings, values) if writes else None)
+        if done >= steps:
+            if writes:
+                print(f"nothing to do: the run in {out} has made {done} steps, and --steps is {steps}")
+            return False
         log = together(comm, "log", lambda: Log(out, steps, settings, writes, done))
         signals = stack.enter_context(stop_signals())
         for step in range(done + 1, steps + 1):
@@ -125,6 +168,11 @@ def run(
             if stopped:
                 break
         log.end()
+    # One that comes in the last step ends nothing.
+    is_interrupted = stopped and step < steps
+    if is_interrupted and writes:
+        print(f"interrupted after step {step}: --resume goes on from there", file=sys.stderr)
+    return is_interrupted
 
 
 def _logged_step(
@@ -232,7 +280,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Log:
-    """out/log.jsonl, a progress bar, and pictures at the end.
+    """out/log.jsonl, progress, and pictures at the end.
 
     writes  whether this rank does: all others are silent
     done    steps that an earlier run has made: what its log says of them stays
@@ -246,18 +294,11 @@ class Log:
         writes: bool,
         done: int = 0,
     ) -> None:
-        from tqdm import tqdm
-
         self.out = out
         self.writes = writes
         self.records: list[Settings] = []
         self.reports: list[LayerReport] = []
-        self.bar = tqdm(
-            total=steps,
-            initial=done,
-            unit=" steps",
-            disable=not writes,
-        )
+        self.progress: Progress | None = progress_of(steps, "steps", done) if writes else None
         if not writes:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -271,8 +312,9 @@ class Log:
     def step(self, record: Settings) -> None:
         """A step, for the file and the bar."""
         self._write(record)
-        self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"})
-        self.bar.update()
+        if self.progress is not None:
+            self.progress.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"})
+            self.progress.update()
 
     def checkpoint(self, record: Settings, reports: list[LayerReport], path: Path) -> None:
         """What was measured at a checkpoint, for the file; where that is, above the bar."""
@@ -280,15 +322,16 @@ class Log:
         self._write(record)
         for report in reports:
             self._write({"step": record["step"], **asdict(report)})
-        if self.writes:
-            # Not print, which would write into the bar.
-            self.bar.write(f"step {record['step']}: validation loss {record['validation_loss']:.3f}, saved in {path}")
+        if self.progress is not None:
+            # Not print, which would write into a bar.
+            validation = f"validation loss {record['validation_loss']:.3f}"
+            self.progress.write(f"step {record['step']}: {validation}, saved in {path}")
 
     def end(self) -> None:
         """Draw the losses and the last routing report. Needs matplotlib."""
-        self.bar.close()
-        if not self.writes:
+        if self.progress is None:
             return
+        self.progress.close()
         if self.reports:
             with replacing(self.out / "routing.png") as picture:
                 plot_routing(self.reports, picture)

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from moecomm.arrays import Array, Counts, as_bytes, is_torch, row_bytes
 from moecomm.comm import Comm, Started
 from moecomm.errors import CommError
 from moecomm.failures import Sharers, refused
+from moecomm.transports.launchers import started_by
 from moecomm.transports.limit import check_limit, wait
 
 try:
@@ -322,13 +324,22 @@ def _end_job(why: str) -> None:
 def check_launch(world_size: int, environ: Mapping[str, str]) -> None:
     """Raise CommError if mpirun started several processes and MPI sees one: they belong to different MPI libraries.
 
-    The launchers tell their processes the number through the environment. It is compared here and not used.
+    Warns, on rank 0 of torchrun, if torchrun did, of which MPI knows nothing.
     """
-    for launcher, variable in (("MPICH's or Intel's", "PMI_SIZE"), ("Open MPI's", "OMPI_COMM_WORLD_SIZE")):
-        started = int(environ.get(variable, "1"))
-        if world_size == 1 and started > 1:
-            library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
-            raise CommError(
-                f"{launcher} mpirun started {started} processes, but each is alone in the MPI library that Python "
-                f"loads ({library}): use the mpirun that belongs to that library"
-            )
+    if world_size > 1:
+        return
+    launcher, started = started_by(environ, "MPICH's or Intel's mpirun", "Open MPI's mpirun")
+    if started > 1:
+        library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+        raise CommError(
+            f"{launcher} started {started} processes, but each is alone in the MPI library that Python "
+            f"loads ({library}): use the mpirun that belongs to that library"
+        )
+    launcher, started = started_by(environ, "torchrun")
+    if started > 1 and environ.get("RANK") == "0":
+        warnings.warn(
+            f"MpiComm: torchrun started {started} processes, but MPI sees each of them alone: start this program with "
+            f"mpirun -n {started} python, or take TorchComm",
+            RuntimeWarning,
+            stacklevel=3,
+        )
