@@ -68,11 +68,24 @@ def test_a_transport_says_which_extra_is_missing(missing: str, transport: str, e
     assert f"pip install 'moecomm[{extra}]'" in job.stderr
 
 
+def test_what_needs_an_extra_says_which() -> None:
+    """`from moecomm.nn import MoE` without torch, and kernels for CUDA tensors without cupy."""
+    programs = {
+        "torch": "from moecomm.nn import MoE",
+        "cupy": "from moecomm.gating.kernel import Kernel, _load; _load('permute.cu', 'permute', (), 0)",
+    }
+    for missing, program in programs.items():
+        program = f"import sys; sys.modules[{missing!r}] = None; {program}"
+        job = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        last = job.stderr.splitlines()[-1]
+        assert job.returncode == 1 and "pip install 'moecomm[" in last and missing in last, last
+
+
 def test_no_environment_variable_steers_the_library() -> None:
-    """The MPI transport alone looks at the environment, to say that mpirun and libmpi do not fit."""
+    """It is read to tell that a launcher has started ranks that know nothing of each other, and for nothing else."""
     readers = []
     for file in sorted((ROOT / "moecomm").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
-                readers.append(file.name)
-    assert readers == ["mpi.py"]
+                readers.append(file.relative_to(ROOT / "moecomm").as_posix())
+    assert readers == ["train/__main__.py", "transports/mpi.py"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moecomm.comm import Comm
-from moecomm.gating.kernel import libcuda
+from moecomm.gating.kernel import libcuda, load_cupy
 from moecomm.together import together
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def torch_memory(comm: Comm, num_bytes: int) -> SymmetricMemory:
 
 def _allocated(num_bytes: int, undo: ExitStack) -> tuple[int, int, bytes]:
     """The current device, zeros on it, and what other processes open them by."""
-    import cupy
+    cupy = load_cupy()
     import torch
     from cupy.cuda import runtime
 

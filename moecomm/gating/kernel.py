@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 Macros = tuple[tuple[str, object], ...]
@@ -90,9 +91,20 @@ def libcuda() -> ctypes.CDLL:
 
 
 @cache
+def load_cupy() -> ModuleType:
+    """cupy. Raises ImportError, which says what to install, where it is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        install = "pip install 'moecomm[cuda13]' or 'moecomm[cuda12]'"
+        raise ImportError(f"moecomm's kernels for CUDA tensors need cupy ({error}): {install}") from error
+    return cupy
+
+
+@cache
 def _load(source: str, name: str, macros: Macros, device: int) -> tuple[int, bool, Any]:
     """The driver's handle of a kernel, whether it may start early, and the module that must live as long."""
-    import cupy
+    cupy = load_cupy()
     import torch
     from cupy_backends.cuda.api import driver
 

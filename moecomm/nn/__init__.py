@@ -1,5 +1,6 @@
 """PR-MoE layers and a language model, on top of the exchanges. Needs torch: pip install 'moecomm[torch]'."""
 
+import moecomm.nn.requirements  # noqa: F401 - first: it says what to install where torch is missing
 from moecomm.nn.balance import loss_carried, update_bias
 from moecomm.nn.configs import CONFIGS, Config, config_named
 from moecomm.nn.ddp import exclude_experts
