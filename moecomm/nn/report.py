@@ -131,6 +131,7 @@ def _report(number: int, routing: Routing, measured: _Measured, data: Comm | Non
 def plot_routing(reports: Sequence[LayerReport], path: str | Path) -> None:
     """Draw the load of each layer, expert by expert, as a picture. Needs matplotlib: pip install 'moecomm[train]'."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     # Figure and not pyplot: it needs no display and keeps no figures open.
     figure = Figure(figsize=(8, 1 + 1.8 * len(reports)), layout="constrained")
@@ -144,4 +145,8 @@ def plot_routing(reports: Sequence[LayerReport], path: str | Path) -> None:
             fontsize=9,
         )
         axes.set_ylabel("tokens")
+        axes.set_xlabel("expert")
+        # No mark between two experts, nor before the first.
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(-0.6, len(report.load) - 0.4)
     figure.savefig(path)
