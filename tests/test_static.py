@@ -228,9 +228,14 @@ def test_arguments_are_refused() -> None:
 
 def test_ranks_with_other_sizes_are_refused_by_all() -> None:
     def body(comm: Comm) -> None:
-        exchange = StaticExchange(FlatAllToAll(comm), 1, 2 + comm.rank)
-        with pytest.raises(ValueError, match=r"the ranks differ: .*max_tokens=2.*max_tokens=3"):
-            exchange.dispatch(np.ones((1, 1)), Routing(np.zeros((1, 1), np.int64), np.ones((1, 1))))
+        a2a = over_two_hops(comm)
+        for exchange, text in (
+            (StaticExchange(FlatAllToAll(comm), 1, 2 + comm.rank), r"max_tokens=2.*max_tokens=3"),
+            (StaticHierarchicalExchange(a2a, 1, 2, rows_per_relay=1 + comm.rank), r"per_relay=1.*per_relay=2"),
+            (StaticHierarchicalExchange(a2a, 1, 2, rows_inside=1 + comm.rank), r"rows_inside=1.*rows_inside=2"),
+        ):
+            with pytest.raises(ValueError, match=rf"the ranks differ: .*{text}"):
+                exchange.dispatch(np.ones((1, 1)), Routing(np.zeros((1, 1), np.int64), np.ones((1, 1))))
 
     threads.run(2, body)
 

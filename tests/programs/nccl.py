@@ -79,6 +79,9 @@ if rank == 0:
 began = time.monotonic()
 
 
+E4M3 = torch.float8_e4m3fn
+
+
 def on_gpu(array: np.ndarray) -> torch.Tensor:
     """A copy with the same strides, so that non-contiguous arrays stay so."""
     return torch.from_numpy(array).cuda()
@@ -194,11 +197,27 @@ def check_batch(comm: Comm, timed: Timed, a2a: HierarchicalAllToAll, seed: int) 
         assert torch.equal(outcome(other), wanted)
     for each in static:
         each.check()
+    flat = FlatAllToAll(comm)
+    check_eight_bits(RoutedExchange(flat, 2, fp8=E4M3), x, routing, wanted)
+    check_eight_bits(RoutedExchange(flat, 2, send="tokens", fp8=E4M3), x, routing, wanted)
+    check_eight_bits(HierarchicalExchange(a2a, 2, fp8=E4M3), x, routing, wanted)
+    check_eight_bits(StaticHierarchicalExchange(a2a, 2, 33, fp8=E4M3), x, routing, wanted)
     timed.clear()
     with torch.no_grad():
         exchange.combine(*exchange.dispatch(x, routing))
     assert timed.record["all_to_all"].calls == 2
     check_rows(comm, routing.expert.cpu().numpy() // 2, a2a.nodes, timed.record["all_to_allv"].bytes, 4 * top_k + 512)
+
+
+def check_eight_bits(exchange: RoutedExchange, x: torch.Tensor, routing: Routing, wanted: torch.Tensor) -> None:
+    """wanted [N, 64]: the rows that are quantised, each of less than 128 numbers."""
+    largest = wanted.detach().abs().amax(1, keepdim=True)
+    # By a tensor: a number's reciprocal would be multiplied with.
+    scale = torch.where(largest > 0, largest.clamp(min=2.0**-100) / torch.full_like(largest, 448), 1.0)
+    with torch.no_grad():
+        rows, plan = exchange.dispatch(x, routing)
+    assert torch.equal(rows[: len(wanted)].view(torch.uint8), (wanted / scale).to(E4M3).view(torch.uint8))
+    assert torch.equal(plan.scales[: len(wanted)], scale)
 
 
 def check_contract(comm: Comm, ranks_per_node: int) -> None:
