@@ -89,6 +89,7 @@ class BalancedExchange(Exchange[BalancedPlan]):
             self._holder[ids] = rank
             self._local[ids] = np.arange(len(ids))
         self.tells_unusable = self._inner.tells_unusable
+        self.fp8 = self._inner.fp8
 
     @property
     def comms(self) -> tuple[Failing, ...]:

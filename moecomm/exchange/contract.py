@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from moecomm.arrays import Array
 from moecomm.comm import Comm
@@ -47,6 +47,8 @@ class Exchange(ABC, Generic[P]):
     """The ranks that must call dispatch with the same tokens and the same routing, or None: this one alone."""
     needs_table: bool = False
     """Whether dispatch needs the tables of rows that `route` makes. Otherwise expert and weight are enough."""
+    fp8: Any = None
+    """The 8-bit floats in which dispatch returns rows, with scales in its plan; None: the dtype of the tokens."""
     tells_unusable: bool = False
     """Whether dispatch raises on all ranks where the status of one rank's routing is not 0: a gate that notes its
     status then needs not raise on that rank alone, which would leave the others waiting."""

@@ -88,6 +88,7 @@ class TensorParallelExchange(Exchange[LanePlan]):
         self.num_local_experts = inner.num_local_experts
         """Experts of this rank."""
         self.tells_unusable = inner.tells_unusable
+        self.fp8 = inner.fp8
         with collective("TensorParallelExchange", tensor):
             together(tensor, "TensorParallelExchange", checked)
             tensor.agree("TensorParallelExchange: output and the number of slices", f"{output}, {part[1]}")

@@ -262,6 +262,8 @@ def _check_exchange(exchange: Exchange, num_experts: int, groups: Groups | None)
     """
     if not isinstance(exchange, Exchange):
         raise TypeError(f"MoE: exchange is a {type(exchange).__name__}, expected an Exchange")
+    if exchange.fp8 is not None:
+        raise ValueError(f"MoE: the exchange's rows are {exchange.fp8}, expected those of the tokens: fp8=None")
     if exchange.num_experts != num_experts:
         raise ValueError(f"MoE: num_experts is {num_experts}, but the exchange has {exchange.num_experts}")
     count = exchange.num_local_experts
