@@ -105,7 +105,7 @@ def test_a_layer_refuses_such_an_exchange() -> None:
     from moecomm.nn import MoE
 
     def body(comm: Comm) -> None:
-        with pytest.raises(ValueError, match="MoE: the exchange.s rows are float8_e4m3fn, expected those of"):
+        with pytest.raises(ValueError, match=r"MoE: the exchange.s rows are float8_e4m3fn, expected those of"):
             MoE(4, 8, 2, 1, exchange=RoutedExchange(FlatAllToAll(comm), 2, fp8=E4M3))
 
     threads.run(1, body)
