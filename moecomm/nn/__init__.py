@@ -4,7 +4,7 @@ import moecomm.nn.requirements  # noqa: F401 - first: it says what to install wh
 from moecomm.nn.balance import loss_carried, update_bias
 from moecomm.nn.configs import CONFIGS, Config, config_named
 from moecomm.nn.ddp import exclude_experts
-from moecomm.nn.experts import Experts
+from moecomm.nn.experts import Experts, ModuleBank
 from moecomm.nn.gradients import agree_on_overflow, gradient_norm, parameter_groups, reduce_gradients
 from moecomm.nn.linear import MLP, ColumnLinear, RowLinear
 from moecomm.nn.local import LocalExchange
@@ -25,6 +25,7 @@ __all__ = [
     "LocalExchange",
     "Memory",
     "MoE",
+    "ModuleBank",
     "Output",
     "ResidualMoE",
     "RowLinear",

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moecomm.comm import Comm
-from moecomm.nn.experts import FSDP, Experts
+from moecomm.nn.experts import FSDP, ExpertBank
 
 Model = TypeVar("Model", bound=nn.Module)
 IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -28,21 +28,20 @@ def exclude_experts(model: Model) -> Model:
     names = set(getattr(model, IGNORED, ()))
     # A layer that is used twice has two names, and the wrapper may know it by either.
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Experts):
+        if isinstance(module, ExpertBank):
             names.update(name for name, _ in module.named_parameters(path))
     setattr(model, IGNORED, sorted(names))
     return model
 
 
-def check_wrapping(experts: Experts, data: Comm) -> None:
+def check_wrapping(experts: ExpertBank, data: Comm) -> None:
     """ValueError in a forward pass of a wrapper that takes the experts of other ranks for this one's.
 
     data  the ranks that have the same dense weights
 
     Called by each layer in each pass: it looks once at each DistributedDataParallel.
     """
-    # FullyShardedDataParallel puts a view into its flat parameter in the place of a weight.
-    if experts.split and "up" in vars(experts):
+    if experts.split and experts.is_flattened():
         raise ValueError(f"Experts: {FSDP}")
     wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if wrapper is None or experts.wrapper == id(wrapper):

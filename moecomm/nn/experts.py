@@ -12,14 +12,92 @@ from torch import Tensor, nn
 
 from moecomm.nn.linear import Activation, check_activation
 from moecomm.nn.part import Part
-from moecomm.nn.seeds import Key, Portion, Slice, draw, parameter, part_of
+from moecomm.nn.seeds import Key, Portion, Slice, check_keywords, draw, parameter, part_of
 
 FSDP = "FSDP would mix the experts of its ranks as shards of one bank: expected none where ranks share experts"
 SLICED = {"up": 1, "gate": 1, "up_bias": 0, "down": 0}
 """The dimension of an expert's weight that is its inner width."""
 
 
-class Experts(Part):
+class ExpertBank(Part):
+    """The weights of the E' experts of a rank, each with the experts as its first dimension: rows to rows.
+
+    experts      global ids of the experts here
+    split        whether other ranks hold other experts, or other slices of them
+    """
+
+    weights: frozenset[str] = frozenset({"up"})
+    """Names of parameters, in whatever module of the bank they are."""
+
+    def __init__(self, experts: Sequence[int], split: bool) -> None:
+        super().__init__()
+        self.experts = tuple(experts)
+        self.split = split
+        self.slices = {}
+        self.wrapper = 0
+        """id of the DistributedDataParallel that was seen to leave the experts alone."""
+
+    def place(self) -> list[int]:
+        """As Part has it."""
+        place = super().place() if self.slices else [0, 1]
+        if self.split:
+            place += self.experts
+        return place
+
+    def is_flattened(self) -> bool:
+        """Whether FullyShardedDataParallel has put a view into its flat parameter in the place of a weight."""
+        return any(name in vars(module) for module in self.modules() for name in self.weights)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Torch's fully_shard puts its shards here."""
+        # Compared by name, so that torch.distributed.tensor need not be imported.
+        if self.__dict__.get("split") and type(value).__name__ == "DTensor":
+            raise ValueError(f"Experts: {FSDP}")
+        super().__setattr__(name, value)
+
+
+class ModuleBank(ExpertBank):
+    """Experts of any kind, given as a module, in the place of `Experts`.
+
+    module   called with rows [N, hidden] that lie expert by expert, and rows_per_expert [E'], how many rows each expert
+             has, int64: numpy, or a tensor on the rows' device where the exchange keeps counts there. Their running sum
+             is where each expert's rows end. Returns [N, hidden]. Rows behind those of the last expert are no expert's:
+             a static exchange has some, and ignores what comes back for them. N may be 0
+    experts  global ids of the E' experts here, in the order of the module's
+    split    whether other ranks hold other experts
+
+    Each parameter and each buffer that is saved has E' as its first dimension, one entry for each expert: so ranks add
+    up the gradients of the same experts, and a checkpoint has each expert by its global id, for any split. The module
+    draws its own first weights; copies of an expert on several ranks must get the same. Raises ValueError for a weight
+    of another shape.
+    """
+
+    def __init__(self, module: nn.Module, experts: Sequence[int], split: bool) -> None:
+        super().__init__(experts, split)
+        count = len(self.experts)
+        for name, weight in module.state_dict(keep_vars=True).items():
+            if isinstance(weight, Tensor) and tuple(weight.shape[:1]) != (count,):
+                raise ValueError(
+                    f"MoE: {name} of experts has shape {tuple(weight.shape)}, expected ({count}, ...): one entry for "
+                    f"each of the experts {list(self.experts)} of this rank"
+                )
+        self.module = module
+        self.weights = frozenset(name.rpartition(".")[2] for name, _ in module.named_parameters())
+
+    def extra_repr(self) -> str:
+        """The experts of this rank, for `repr`."""
+        return f"experts={list(self.experts)}"
+
+    def forward(self, rows: Tensor, rows_per_expert: np.ndarray | Tensor) -> Tensor:
+        """What the module makes of the rows. Not collective. Raises ValueError for an answer of another shape."""
+        answers: Tensor = self.module(rows, rows_per_expert)
+        if not isinstance(answers, Tensor) or answers.shape != rows.shape:
+            shape = tuple(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__
+            raise ValueError(f"MoE: experts returned {shape}, expected {tuple(rows.shape)}, as the rows that they got")
+        return answers
+
+
+class Experts(ExpertBank):
     """E' feed-forward networks: rows [N, hidden] -> [N, hidden], each row through its own expert.
 
     hidden, ffn  width of the rows, and inside
@@ -48,19 +126,15 @@ class Experts(Part):
         key: Key = (),
         **like: Any,
     ) -> None:
-        super().__init__()
-        check_activation("Experts", activation)
         number, slices = part
+        super().__init__(experts, split=slices > 1 or num_experts not in (None, len(experts)))
+        check_activation("Experts", activation)
+        check_keywords("Experts", like)
         if ffn % slices:
             raise ValueError(f"Experts: ffn is {ffn}, which {slices} slices cannot share")
-        self.experts = tuple(experts)
         self.activation = activation
         self.slices = {name: Slice(dim, part) for name, dim in SLICED.items()}
         """Of one expert's weights."""
-        self.split = slices > 1 or num_experts not in (None, len(self.experts))
-        """Whether other ranks hold other experts, or other slices."""
-        self.wrapper = 0
-        """id of the DistributedDataParallel that was seen to leave the experts alone."""
 
         def bank(name: str, rows: int, columns: int) -> nn.Parameter:
             matrices = []
@@ -84,20 +158,6 @@ class Experts(Part):
         number, slices = self.slices["up"].portion
         shape = f"{tuple(self.up.shape[1:])}, activation={self.activation!r}, experts={list(self.experts)}"
         return shape if slices == 1 else f"{shape}, part={(number, slices)}"
-
-    def place(self) -> list[int]:
-        """As Part has it."""
-        place = super().place()
-        if self.split:
-            place += self.experts
-        return place
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Torch's fully_shard puts its shards here."""
-        # Compared by name, so that torch.distributed.tensor need not be imported.
-        if self.__dict__.get("split") and type(value).__name__ == "DTensor":
-            raise ValueError(f"Experts: {FSDP}")
-        super().__setattr__(name, value)
 
     def forward(self, rows: Tensor, rows_per_expert: np.ndarray | Tensor) -> Tensor:
         """rows [N, hidden], rows_per_expert [E'] of them for each expert, in this order -> [N, hidden].

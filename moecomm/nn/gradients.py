@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moecomm.arrays import as_dtype, sum_dtype
 from moecomm.comm import Comm
 from moecomm.groups import Groups, reduce_expert_gradient
-from moecomm.nn.experts import Experts
+from moecomm.nn.experts import ExpertBank
 from moecomm.nn.moe import MoE
 from moecomm.nn.slices import held
 from moecomm.nn.transformer import TransformerLM
@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, **of_experts: Any) -> list[dict[str, Any]
     """
     experts: list[nn.Parameter] = []
     for module in model.modules():
-        if isinstance(module, Experts):
+        if isinstance(module, ExpertBank):
             experts += module.parameters()
     # By identity: `in` would compare the numbers of tensors.
     ids = {id(parameter) for parameter in experts}

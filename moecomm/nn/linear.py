@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moecomm.comm import Comm
 from moecomm.exchange.lanes import replicated, summed
 from moecomm.nn.part import Part
-from moecomm.nn.seeds import Key, Portion, Slice, draw, parameter, part_of
+from moecomm.nn.seeds import Key, Portion, Slice, check_keywords, draw, parameter, part_of
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -50,6 +50,7 @@ class _SlicedLinear(Part):
         # Drawn whole and cut afterwards, so that the numbers do not depend on the split.
         matrices = draw((blocks, outputs, inputs), std, *key)
         weight = part_of(matrices, self.dim + 1, portion).flatten(0, 1)
+        check_keywords(type(self).__name__, like)
         self.weight = parameter(weight, like)
         self.bias = parameter(torch.zeros(len(weight)), like)
         self.slices = {"weight": Slice(self.dim, portion, blocks)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from moecomm.failures import collective
 from moecomm.gating import Generator, Routing, expert_capacity, route
 from moecomm.groups import Groups
 from moecomm.nn.ddp import check_wrapping
-from moecomm.nn.experts import Experts
+from moecomm.nn.experts import ExpertBank, Experts, ModuleBank
 from moecomm.nn.linear import Activation
 from moecomm.nn.local import LocalExchange
-from moecomm.nn.seeds import Key, Portion, draw, number, parameter
+from moecomm.nn.seeds import Key, Portion, check_keywords, draw, number, parameter
 
 
 def exchange_over(
@@ -80,10 +81,15 @@ SELECTING = ("num_groups", "top_groups", "best_in_group", "noise")
 """The choices of `route` that say which experts a token gets."""
 
 
+CHOICES = {name for name, option in signature(route).parameters.items() if option.kind is Parameter.KEYWORD_ONLY}
+CHOICES -= {"expert", "bias", "capacity", "generator", "unusable"}
+"""The options of `route` that a layer does not set by itself."""
+
+
 class MoE(nn.Module):
     """x [..., hidden] -> (y [..., hidden], routing). Each token goes to the top_k experts that its gate chooses.
 
-    hidden, ffn      width of the tokens, and inside an expert
+    hidden, ffn      width of the tokens, and inside an expert; ffn is None where experts is a module
     num_experts      E, of all ranks of the expert group
     top_k            K
     groups           who holds which experts: rank i of the expert group holds the i-th E / expert of them. None: this
@@ -93,6 +99,9 @@ class MoE(nn.Module):
     capacity_factor  while training, an expert takes at most so many times its even share of this call's tokens; None:
                      nothing is dropped
     eval_capacity_factor  the same in evaluation. DeepSpeed-MoE's scripts have 1.0 for both
+    experts          a module in the place of `Experts`: (rows [N, hidden], rows_per_expert [E']) -> [N, hidden], with
+                     the weights of this rank's E' experts, exchange.local_experts, one entry for each along the first
+                     dimension of each weight. `moe.experts.module` is the module; see ModuleBank
     activation       of the experts, see Experts
     key              seed and name of the layer: its first weights depend on these alone, not on the groups.
                      Layers with the same key start with the same weights: give (seed, layer)
@@ -110,10 +119,11 @@ class MoE(nn.Module):
     same draw in every pass.
 
     x must be the same on all tensor ranks. Collective, as the exchange is. Gradients are this rank's:
-    `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide, for an exchange
-    that has the experts in other places than the groups, and for a generator in choices. NaN or +inf in a gate's
-    logits raise ValueError on all ranks of the exchange; on a GPU only where the exchange asks it, which LocalExchange
-    and DirectExchange do not: `routing.check()` does.
+    `reduce_gradients` adds up those of the others. Raises ValueError for sizes that do not divide, for top_k >
+    num_experts, for an exchange that has the experts in other places than the groups, and for a module of experts that
+    has not E' of each weight or is to be sliced; TypeError for a keyword or a choice that does not exist. NaN or +inf
+    in a gate's logits raise ValueError on all ranks of the exchange; on a GPU only where the exchange asks it, which
+    LocalExchange and DirectExchange do not: `routing.check()` does.
     Source: Shazeer et al. 2017 (arXiv 1701.06538); DeepSpeed-MoE (arXiv 2201.05596), section 4.
     """
 
@@ -122,7 +132,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         hidden: int,
-        ffn: int,
+        ffn: int | None,
         num_experts: int,
         top_k: int = 1,
         *,
@@ -131,6 +141,7 @@ class MoE(nn.Module):
         slots: int = 0,
         capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None,
+        experts: nn.Module | None = None,
         activation: Activation = "gelu",
         std: float = 0.02,
         key: Key = (0,),
@@ -138,6 +149,7 @@ class MoE(nn.Module):
         **like: Any,
     ) -> None:
         super().__init__()
+        _check_options(num_experts, top_k, choices or {}, like)
         self.exchange = exchange_over(groups, num_experts, slots=slots) if exchange is None else exchange
         local, portion = _check_exchange(self.exchange, num_experts, groups)
         self.groups = groups
@@ -146,24 +158,19 @@ class MoE(nn.Module):
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.choices = choices or {}
-        if "generator" in self.choices:
-            raise ValueError("MoE: choices has a generator, expected none: each forward pass draws from torch's")
         # Data ranks have other tokens and draw other numbers. Tensor ranks have the same tokens and draw the same.
         self._seed = number(*key, "draws", 0 if groups is None else groups.data.rank)
         # The gate chooses by small differences between scores, which 16 bits would make ties.
         gate = draw((num_experts, hidden), std, *key, "gate")
         self.gate = parameter(gate, like | {"dtype": torch.float32})
-        self.experts = Experts(
-            hidden,
-            ffn,
-            local,
-            activation=activation,
-            part=portion,
-            num_experts=num_experts,
-            std=std,
-            key=key,
-            **like,
-        )
+        self.experts: ExpertBank
+        if experts is None:
+            if ffn is None:
+                raise ValueError("MoE: ffn is None, expected the width of the experts, or a module of experts")
+            weights = {"activation": activation, "std": std, "key": key, **like}
+            self.experts = Experts(hidden, ffn, local, part=portion, num_experts=num_experts, **weights)
+        else:
+            self.experts = _bank_of(experts, ffn, local, portion, num_experts)
         bias = torch.zeros(num_experts, dtype=torch.float32, device=like.get("device"))
         self.register_buffer("bias", bias)
 
@@ -173,7 +180,11 @@ class MoE(nn.Module):
         expert  [T, K] for the T tokens of x, what they are sent to in place of the gate's choices: routing.expert of an
                 earlier pass. Weights and losses are the gate's of now
         """
-        tokens = x.reshape(-1, x.shape[-1])
+        hidden = self.gate.shape[1]
+        if x.dim() == 0 or x.shape[-1] != hidden:
+            where = "" if self.groups is None else self.groups.world.where()
+            raise ValueError(f"MoE: x has shape {tuple(x.shape)}, expected (..., hidden={hidden}){where}")
+        tokens = x.reshape(-1, hidden)
         device = x.device.type
         # The gate decides in float32 under autocast too.
         with torch.autocast(device, enabled=False):
@@ -253,6 +264,29 @@ class MoE(nn.Module):
         if self.groups is not None and self.groups.tensor.size > 1:
             drawn = self.groups.tensor.all_gather(drawn)[:1]
         return drawn
+
+
+def _check_options(num_experts: int, top_k: int, choices: dict[str, Any], like: dict[str, Any]) -> None:
+    """Raises TypeError for a keyword or a choice that does not exist, ValueError for one that does not fit."""
+    check_keywords("MoE", like)
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"MoE: top_k is {top_k}, expected 1 .. num_experts={num_experts}")
+    if "generator" in choices:
+        raise ValueError("MoE: choices has a generator, expected none: each forward pass draws from torch's")
+    unknown = [name for name in choices if name not in CHOICES]
+    if unknown:
+        raise TypeError(f"MoE: unknown choice {', '.join(unknown)}, expected some of {', '.join(sorted(CHOICES))}")
+
+
+def _bank_of(
+    experts: nn.Module, ffn: int | None, local: Sequence[int], portion: Portion, num_experts: int
+) -> ModuleBank:
+    """A module as the experts of a layer. Raises ValueError where it cannot be."""
+    if ffn is not None:
+        raise ValueError(f"MoE: ffn is {ffn}, expected None beside a module of experts, which has its own width")
+    if portion != (0, 1):
+        raise ValueError(f"MoE: experts is a module, which {portion[1]} tensor ranks cannot slice")
+    return ModuleBank(experts, local, split=len(local) != num_experts)
 
 
 def _check_exchange(exchange: Exchange, num_experts: int, groups: Groups | None) -> tuple[Sequence[int], Portion]:

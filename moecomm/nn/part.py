@@ -32,7 +32,9 @@ class Part(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         _, size, *experts = place = self.place()
         if size > 1 or experts:
-            destination[prefix + SUFFIX] = torch.tensor(place, device=next(self.parameters()).device)
+            # A module of a user's may have no weights.
+            device = next((weight.device for weight in self.parameters()), None)
+            destination[prefix + SUFFIX] = torch.tensor(place, device=device)
 
     def _load_from_state_dict(
         self,

@@ -12,7 +12,7 @@ from moecomm.nn.linear import MLP
 from moecomm.nn.moe import MoE
 from moecomm.nn.seeds import draw, parameter
 
-OF_MOE = ("top_k", "groups", "exchange", "capacity_factor", "eval_capacity_factor", "choices")
+OF_MOE = ("top_k", "groups", "exchange", "experts", "capacity_factor", "eval_capacity_factor", "choices")
 """Options that the MLP does not have."""
 
 
@@ -41,7 +41,7 @@ class ResidualMoE(nn.Module):
             raise ValueError(f"ResidualMoE: combine is {combine!r}, expected 'sum' or 'learned'")
         self.moe = MoE(
             hidden,
-            ffn,
+            None if options.get("experts") is not None else ffn,
             num_experts,
             **options,
         )

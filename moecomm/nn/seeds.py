@@ -43,6 +43,13 @@ def number(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
 
 
+def check_keywords(layer: str, keywords: dict[str, Any]) -> None:
+    """TypeError for what is neither device nor dtype, by name."""
+    unknown = [name for name in keywords if name not in ("device", "dtype")]
+    if unknown:
+        raise TypeError(f"{layer}: unknown keyword {', '.join(unknown)}; beside its own it takes device and dtype")
+
+
 def parameter(values: Tensor, like: dict[str, Any]) -> torch.nn.Parameter:
     """values as a parameter of its own memory.
 

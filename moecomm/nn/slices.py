@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from moecomm.nn.experts import Experts
+from moecomm.nn.experts import ExpertBank
 from moecomm.nn.part import SUFFIX, Part
 from moecomm.nn.seeds import Slice
 
@@ -103,8 +103,8 @@ def held(model: nn.Module) -> list[Held]:
         prefix = f"{path}." if path else ""
         for name, of_weight in getattr(module, "slices", {}).items():
             slices[prefix + name] = of_weight
-        if isinstance(module, Experts):
-            for name, _ in module.named_parameters():
+        if isinstance(module, ExpertBank):
+            for name, _ in [*module.named_parameters(), *module.named_buffers()]:
                 experts[prefix + name] = module.experts
         if isinstance(module, Part):
             places.add(prefix + SUFFIX)
