@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import gloo_run, mpi_run
 
-from moecomm import Comm, FlatAllToAll, HierarchicalAllToAll, Nodes, RoutedExchange, Routing, testing
+from moecomm import Comm, CommError, FlatAllToAll, HierarchicalAllToAll, Nodes, RoutedExchange, Routing, testing
 from moecomm.arrays import Array
 from moecomm.conformance.exchanges import ExchangeCase
 from moecomm.exchange import HierarchicalExchange, StaticExchange, StaticHierarchicalExchange
@@ -200,6 +200,20 @@ def test_check_before_the_first_call_and_with_one_rank_that_lost() -> None:
             exchange.check()
 
     threads.run(2, body)
+
+
+def test_a_rank_that_leaves_ends_both_hops_for_all() -> None:
+    def body(comm: Comm) -> None:
+        exchange = StaticHierarchicalExchange(HierarchicalAllToAll(comm, Nodes.of_size(2, 4)), 1, 2)
+        comm.barrier()  # else a slow rank may hear of it while it still makes its exchange
+        if comm.rank == 3:
+            return
+        for _ in range(2):
+            with pytest.raises(CommError):
+                exchange.dispatch(np.ones((1, 1)), Routing(np.zeros((1, 1), np.int64), np.ones((1, 1))))
+        assert comm.failure is not None
+
+    threads.run(4, body)
 
 
 def test_arguments_are_refused() -> None:

@@ -46,11 +46,12 @@ def send(x: Array, path: Path) -> tuple[Array, Array]:
 
     Quantised once, where they leave. Empty rows are zeros; their scales mean nothing. Collective.
     """
-    table, others = path.steps[0], path.part(1, None)
+    table, onward = path.steps[0], path.part(1, None)
     assert isinstance(table, RowTable)
+    # Travels as bytes: not every library knows the dtype.
     bits, scales = copy_rows_fp8(x, table.row, table.source)
-    rows = others.send(bits)
-    return _as_float8(rows), others.send(scales)
+    rows = onward.send(bits)
+    return _as_float8(rows), onward.send(scales)
 
 
 def _as_float8(bits: Array) -> Array:

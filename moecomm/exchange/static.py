@@ -122,9 +122,9 @@ class StaticExchange(RoutedExchange):
                     ValueError(f"{call}: {unknown} assignments to experts that no rank holds{self.comm.where()}")
                 )
             lost = []
-            for hop, number in zip(self._hops, of_hops, strict=True):
-                if number:
-                    lost.append(f"{number} tokens found no room beyond {hop.name} = {hop.room}")
+            for hop, num_tokens in zip(self._hops, of_hops, strict=True):
+                if num_tokens:
+                    lost.append(f"{num_tokens} tokens found no room beyond {hop.name} = {hop.room}")
             if of_experts:
                 lost.append(f"{of_experts} rows found no room beyond max_rows = {self._max_rows}")
             if lost:
@@ -139,13 +139,14 @@ class StaticExchange(RoutedExchange):
         num_choices = place.shape[1]
         numbers = self._numbers(place)
         steps: list[Step] = []
-        for number, hop in enumerate(self._hops):
+        for index, hop in enumerate(self._hops):
+            # What came in a block says by itself where it goes next, so that no count has to be known.
             rank = hop.rank.at(numbers)[numbers[:, :num_choices].reshape(-1) - 1]
             row = arange(len(rank), rank) // max(num_choices, 1)
             table, lost = padded_copies(rank, row, hop.all_to_all.comm.size, (len(numbers), num_choices), hop.room)
             steps += table, EvenLeg(hop.all_to_all, hop.room)
             numbers = Path((table, steps[-1]), self.comm).send(numbers)
-            self._lost[number] += lost
+            self._lost[index] += lost
         away, count, lost = self._order(numbers, num_choices)
         self._lost[-2] += lost
         return Way(Path((*steps, away), self.comm), lambda: count)
@@ -223,6 +224,7 @@ class StaticHierarchicalExchange(StaticExchange):
         )
         nodes, rank = all_to_all.nodes, self.comm.rank
         node = nodes.ranks[nodes.node_of[rank]]
+        # All blocks of a hop are equal, so the relay with the most sources says how large they are.
         num_sources = int(np.bincount(nodes.local_rank % len(node)).max())
         self.rows_per_relay = self.max_tokens if rows_per_relay is None else _size("rows_per_relay", rows_per_relay)
         rows_inside = None if rows_inside is None else _size("rows_inside", rows_inside)
@@ -232,6 +234,7 @@ class StaticHierarchicalExchange(StaticExchange):
             raise ValueError(f"StaticHierarchicalExchange: max_tokens is {self.max_tokens}, too many to number")
         with collective("StaticHierarchicalExchange", self.comm):
             _, relay_place = relay_places(all_to_all)
+        # A relay sends on inside its node alone: what another node needs has gone there as a block of its own.
         is_near = np.append(nodes.same_node(rank), False)
         local_rank = np.where(is_near, np.append(nodes.local_rank, 0), len(node))
         between, inside = hop(all_to_all.cross), hop(all_to_all.local)
@@ -242,9 +245,10 @@ class StaticHierarchicalExchange(StaticExchange):
         ]
 
     def _numbers(self, place: Array) -> Array:
-        """[T, K + 1] also the number of each token among those of all ranks: relays deliver them in another order."""
-        number = arange(len(place), place) + self.comm.rank * self.max_tokens
-        return concatenated(super()._numbers(place), as_int32(number)[:, None])
+        """[T, K + 1] also each token's number among those of all ranks."""
+        # Rows arrive by relay, and within a relay by source: only the token itself can say where it belongs.
+        token = arange(len(place), place) + self.comm.rank * self.max_tokens
+        return concatenated(super()._numbers(place), as_int32(token)[:, None])
 
     def _order_of_rows(self, numbers: Array) -> Array | None:
         return numbers[:, -1].argsort()

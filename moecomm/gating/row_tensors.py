@@ -29,6 +29,9 @@ def copy_rows(x: Tensor, row: Array, source: Array) -> Tensor:
 
 def copy_rows_fp8(x: Tensor, row: Array, source: Array) -> tuple[Tensor, Tensor]:
     """x [T, H] -> bits [N, H] and scales [N, ceil(H / 128)]."""
+    if x.numel() == 0:
+        num_rows, hidden = len(source), x.shape[1]
+        return x.new_zeros((num_rows, hidden), dtype=torch.uint8), x.new_ones((num_rows, -(-hidden // 128))).float()
     flat = x.detach().contiguous()
     if x.is_cuda:
         rows, scales = ops.permute_fp8.kernel(flat, row, source, 1)
