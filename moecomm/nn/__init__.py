@@ -14,6 +14,7 @@ from moecomm.nn.pyramid import layer_groups, layer_topologies, pyramid
 from moecomm.nn.report import LayerReport, plot_routing, routing_report
 from moecomm.nn.residual import ResidualMoE
 from moecomm.nn.transformer import Output, TransformerLM, next_token_loss
+from moecomm.nn.weights import agree_on_weights
 
 __all__ = [
     "CONFIGS",
@@ -31,6 +32,7 @@ __all__ = [
     "RowLinear",
     "TransformerLM",
     "agree_on_overflow",
+    "agree_on_weights",
     "config_named",
     "exchange_over",
     "exclude_experts",

@@ -46,7 +46,10 @@ class ExpertBank(Part):
 
     def is_flattened(self) -> bool:
         """Whether FullyShardedDataParallel has put a view into its flat parameter in the place of a weight."""
-        return any(name in vars(module) for module in self.modules() for name in self.weights)
+        names: set[str] = set()
+        for module in self.modules():
+            names.update(vars(module))
+        return not names.isdisjoint(self.weights)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Torch's fully_shard puts its shards here."""
@@ -91,9 +94,11 @@ class ModuleBank(ExpertBank):
     def forward(self, rows: Tensor, rows_per_expert: np.ndarray | Tensor) -> Tensor:
         """What the module makes of the rows. Not collective. Raises ValueError for an answer of another shape."""
         answers: Tensor = self.module(rows, rows_per_expert)
-        if not isinstance(answers, Tensor) or answers.shape != rows.shape:
-            shape = tuple(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__
-            raise ValueError(f"MoE: experts returned {shape}, expected {tuple(rows.shape)}, as the rows that they got")
+        shape = tuple(rows.shape)
+        got = getattr(answers, "shape", type(answers).__name__)
+        if got != shape:
+            text = tuple(got) if isinstance(answers, Tensor) else got
+            raise ValueError(f"MoE: experts returned {text}, expected {shape}, as the rows that they got")
         return answers
 
 

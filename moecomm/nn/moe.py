@@ -266,7 +266,12 @@ class MoE(nn.Module):
         return drawn
 
 
-def _check_options(num_experts: int, top_k: int, choices: dict[str, Any], like: dict[str, Any]) -> None:
+def _check_options(
+    num_experts: int,
+    top_k: int,
+    choices: dict[str, Any],
+    like: dict[str, Any],
+) -> None:
     """Raises TypeError for a keyword or a choice that does not exist, ValueError for one that does not fit."""
     check_keywords("MoE", like)
     if not 1 <= top_k <= num_experts:
@@ -279,7 +284,11 @@ def _check_options(num_experts: int, top_k: int, choices: dict[str, Any], like: 
 
 
 def _bank_of(
-    experts: nn.Module, ffn: int | None, local: Sequence[int], portion: Portion, num_experts: int
+    experts: nn.Module,
+    ffn: int | None,
+    local: Sequence[int],
+    portion: Portion,
+    num_experts: int,
 ) -> ModuleBank:
     """A module as the experts of a layer. Raises ValueError where it cannot be."""
     if ffn is not None:
