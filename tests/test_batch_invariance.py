@@ -22,7 +22,7 @@ from moecomm import (
     TensorParallelExchange,
     route,
 )
-from moecomm.exchange import Exchange, HierarchicalExchange, StaticExchange
+from moecomm.exchange import Exchange, HierarchicalExchange, StaticExchange, StaticHierarchicalExchange
 from moecomm.gating import permute, permute_fp8, unpermute
 from moecomm.transports import threads
 
@@ -101,6 +101,7 @@ EXCHANGES: dict[str, Make] = {
     ),
     "blocks of one size": lambda comm: StaticExchange(FlatAllToAll(comm), 2, 60),
     "a row for each token and node": lambda comm: HierarchicalExchange(uneven(comm), 2),
+    "blocks of one size between nodes": lambda comm: StaticHierarchicalExchange(uneven(comm), 2, 60),
 }
 
 
