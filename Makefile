@@ -15,7 +15,7 @@ NEW_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1) || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize wheels lint figures docs clean
+.PHONY: help alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize wheels torchtitan lint figures docs clean
 
 help:
 	@echo 'make alltoall    the main job: mpirun -n $(RANKS) python bench/alltoall.py (RANKS=..., ARGS="--skew zipf")'
@@ -81,6 +81,12 @@ PYENV = $(shell pyenv versions --bare 2>/dev/null | tac | paste -sd:)
 wheels: $(WHEELS)/.run
 	PYENV_VERSION=$(PYENV) $(WHEELS)/bin/python csrc/make_wheels.py $(PYTHONS)
 
+# torchtitan trains its small model, with its own dispatcher and with moecomm's. It is no part of the tests: it asks for a
+# newer torch than theirs, so it and what it imports are installed beside, without what they ask for.
+TORCHTITAN := build/torchtitan
+torchtitan: $(VENV)/.test $(TORCHTITAN)/.run
+	$(ACTIVATE) PYTHONPATH=$(TORCHTITAN) python tests/programs/train_torchtitan.py
+
 lint: $(VENV)/.test
 	$(ACTIVATE) ruff check . && ruff format --check . && mypy && lint-imports
 
@@ -112,6 +118,12 @@ $(WHEELS)/.run:
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install torch==2.13.0
 	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+$(TORCHTITAN)/.run: $(VENV)/.test
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(TORCHTITAN) torchtitan==0.3.0 spmd_types==0.2.3 \
+		torch_checkpointing torchdata tyro typeguard docstring_parser tensorboard absl-py protobuf triton \
+		'datasets>=3.6,<4.8' pandas pyarrow multiprocess dill httpx
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.test

@@ -38,6 +38,8 @@ def test_the_version_is_the_installed_one() -> None:
 def test_everything_public_has_a_docstring(name: str) -> None:
     if name == "moecomm.transports.torch":
         pytest.importorskip("torch")
+    if name == "moecomm.integrations.torchtitan":
+        pytest.importorskip("torchtitan", reason="installed by make torchtitan alone")
     module = importlib.import_module(name)
     assert module.__doc__
     if name == "moecomm._core":
