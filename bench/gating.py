@@ -177,7 +177,7 @@ def main() -> int:
             for stage in options.stages if name == "moecomm" else [s for s in options.stages if s in STAGES[:4]]:
                 for record in measure(shape, peer, stage, rate, options):
                     shown = record["ceiling_us"]
-                    print_row(record | {"shown_ceiling": f"{shown:.2f}" if shown else "-"}, COLUMNS)
+                    print_row(record | {"shown_ceiling": shown or "-"}, COLUMNS)
                     num_wrong += record["wrong"]
                     if options.out:
                         append(options.out, record | ran_on)

@@ -8,16 +8,15 @@ import json
 import os
 import random
 import re
-import signal
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import interrupts  # also for what it does when it is imported
 import numpy as np
 from environment import environment, environment_lines
 from numpy.typing import ArrayLike, NDArray
@@ -34,8 +33,6 @@ Record = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 
 SEED = 1
-INTERRUPTED = 128 + signal.SIGINT
-"""The exit status after Ctrl-C."""
 
 
 # ---- options and ranks ---------------------------------------------------------------------------------------------
@@ -189,9 +186,6 @@ def run(options: argparse.Namespace, benchmark: Callable[[Comm, argparse.Namespa
         return run_torch(body, "nccl" if vars(options).get("device") == "cuda" else "gloo")
     except ImportError as error:
         return refused(f"{error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
 
 
 def refused(problem: str) -> int:
@@ -201,14 +195,14 @@ def refused(problem: str) -> int:
 
 
 def run_mpi(body: Callable[[Comm], int]) -> int:
-    from moecomm.transports.mpi import MpiComm  # before mpi4py: it says what to install if that is missing
+    with interrupts.at_once():
+        from moecomm.transports.mpi import MpiComm  # before mpi4py: it says what to install if that is missing
 
-    world = _mpi_world()
+        world = _mpi_world()
     program = " ".join([sys.argv[0], *sys.argv[1:]])
     if world.size == 1:
         alone = "one rank has nobody to send to. Start several"
         return refused(f"{alone}: mpirun -n 64 python {program}; or without MPI: --transport threads -n 16")
-    end_at_interrupt(world.rank)
 
     def end_all_ranks(*error: Any) -> None:
         sys.__excepthook__(*error)
@@ -217,24 +211,6 @@ def run_mpi(body: Callable[[Comm], int]) -> int:
 
     sys.excepthook = end_all_ranks
     return body(MpiComm(world))
-
-
-def end_at_interrupt(rank: int) -> None:
-    """Ctrl-C ends this process at once, inside of MPI too, where no handler of Python runs. Rank 0 says so."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    # Python's C handler writes there at once, on whatever thread the signal comes to.
-    signal.set_wakeup_fd(writing)
-    signal.signal(signal.SIGINT, lambda *_: None)
-
-    def wait() -> None:
-        while os.read(reading, 1) != bytes([signal.SIGINT]):
-            pass
-        if rank == 0:
-            print("interrupted", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def run_torch(body: Callable[[Comm], int], backend: str) -> int:

@@ -165,9 +165,9 @@ def test_ctrl_c_ends_a_benchmark_over_threads_with_one_line() -> None:
 def test_ctrl_c_ends_ranks_inside_of_mpi() -> None:
     """A rank that waits in a barrier comes to no Python code before its process ends."""
     program = (
-        f"import os, signal, sys, threading; sys.path.insert(0, {str(BENCH)!r}); import harness\n"
+        f"import os, signal, sys, threading; sys.path.insert(0, {str(BENCH)!r}); import interrupts\n"
+        "interrupts.end_at_interrupt()\n"
         "from mpi4py import MPI\n"
-        "harness.end_at_interrupt(MPI.COMM_WORLD.rank)\n"
         "rank = MPI.COMM_WORLD.rank\n"
         "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "threading.Timer(1.0, interrupt).start() if rank == 0 else None\n"
