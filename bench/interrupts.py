@@ -7,6 +7,7 @@ MPI returns, which it may never do.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SEGMENT = r"/dev/shm/(mpich_shm_|vader_segment|sm_segment)\S*$"
+"""As MPICH and Open MPI call their files."""
 INTERRUPTED = 128 + signal.SIGINT
 """The exit status after Ctrl-C."""
 
@@ -30,11 +33,20 @@ def end_at_interrupt() -> None:
     def wait() -> None:
         while os.read(reading, 1) != bytes([signal.SIGINT]):
             pass
+        for path in segments():
+            path.unlink(missing_ok=True)
         if first:
             os.write(2, b"interrupted\n")
         os._exit(INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def segments() -> set[Path]:
+    """Shared memory that the MPI library of this process has made for the job and removes in MPI_Finalize alone."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return {Path(match[0]) for line in lines if (match := re.search(SEGMENT, line))}
 
 
 @contextmanager

@@ -169,6 +169,7 @@ def test_ctrl_c_ends_ranks_inside_of_mpi() -> None:
         "interrupts.end_at_interrupt()\n"
         "from mpi4py import MPI\n"
         "rank = MPI.COMM_WORLD.rank\n"
+        "print(*interrupts.segments(), flush=True)\n"
         "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "threading.Timer(1.0, interrupt).start() if rank == 0 else None\n"
         "MPI.COMM_WORLD.Barrier() if rank == 0 else threading.Event().wait()\n"
@@ -176,6 +177,7 @@ def test_ctrl_c_ends_ranks_inside_of_mpi() -> None:
     job = mpirun(2, "-c", program)
     assert job.returncode != 0
     assert "interrupted\n" in job.stderr and "Traceback" not in job.stderr
+    assert not any(Path(path).exists() for path in job.stdout.split())
 
 
 def test_make_alone_prints_help_and_makes_nothing() -> None:
