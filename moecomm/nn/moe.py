@@ -203,13 +203,7 @@ class MoE(nn.Module):
             # Route refuses them: nothing is selected.
             choices = {name: choice for name, choice in choices.items() if name not in SELECTING}
         routing = route(logits, self.top_k, expert=expert, capacity=capacity, **choices)
-        if self.groups is not None:
-            check_wrapping(self.experts, self.groups.data)
-        rows, plan = self.exchange.dispatch(tokens, routing)
-        # Experts that fail on this rank must not leave the other ranks waiting in combine.
-        with collective("MoE", *self.exchange.comms):
-            rows = self._answers(rows, plan)
-        answers = self.exchange.combine(rows, plan)
+        answers = self._exchange(tokens, routing)
         return answers.to(dtype).reshape(x.shape), routing
 
     def _answers(self, rows: Tensor, plan: Any) -> Tensor:
@@ -225,6 +219,19 @@ class MoE(nn.Module):
         own = self.experts(rows[:num_rows], plan.rows_per_expert[:count])
         of_copies = functional_call(self.experts, copies, (rows[num_rows:], plan.rows_per_expert[count:]))
         return torch.cat([own, of_copies])
+
+    # Not traced by torch.compile: sizes depend on the counts that the ranks tell each other.
+    @torch.compiler.disable
+    def _exchange(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """tokens [T, hidden] -> [T, hidden], what their experts answer. Collective, and so is the backward pass."""
+        if self.groups is not None:
+            check_wrapping(self.experts, self.groups.data)
+        rows, plan = self.exchange.dispatch(tokens, routing)
+        # Experts that fail on this rank must not leave the other ranks waiting in combine.
+        with collective("MoE", *self.exchange.comms):
+            rows = self._answers(rows, plan)
+        answers: Tensor = self.exchange.combine(rows, plan)
+        return answers
 
     def extra_repr(self) -> str:
         """Sizes, the experts of this rank and the exchange, for `repr`."""
@@ -258,6 +265,7 @@ class MoE(nn.Module):
             choices["generator"] = Generator(self._seed, self._draw(device) if self.training else 0)
         return choices
 
+    @torch.compiler.disable
     def _draw(self, device: torch.device) -> Tensor:
         """[1] int64 from torch's generator, on the device: no host waits for it. The same on all tensor ranks."""
         drawn = torch.randint(2**63 - 1, (1,), device=device)
