@@ -43,6 +43,7 @@ class BlockCounts:
         received, self._hops = all_to_all._tell(sent)
         self._all_to_all = all_to_all
         self._num_blocks = num_blocks
+        # Blocks are moved by their counts in one piece of memory.
         assignments = received[:, :num_blocks]
         on_host = isinstance(received, np.ndarray)
         self.assignments = np.ascontiguousarray(assignments) if on_host else assignments.contiguous()
@@ -67,6 +68,7 @@ class BlockCounts:
         num_others = 0 if others is None else others.shape[1]
         sent = zeros((size, num_blocks + num_others + 2), "int64", assignments)
         sent[:, :num_blocks] = assignments
+        # All numbers in one message for each rank: with few tokens a dispatch costs what its messages cost.
         sent[:, num_blocks] = assignments.sum(1) if rows is None else rows
         if others is not None:
             sent[:, num_blocks + 1 : -1] = others
@@ -76,6 +78,7 @@ class BlockCounts:
     def _copy_to_host(self) -> None:
         import torch
 
+        # Tensors on a CPU share their memory with numpy.
         if self.alarm.device.type == "cpu":
             self._numbers = [numbers.numpy() for numbers in self._numbers]
             return
@@ -101,6 +104,7 @@ class BlockCounts:
 
     def raise_alarm(self, comm: Comm) -> None:
         """Raise ValueError where a rank has an unusable routing. All ranks of comm got the same alarms."""
+        # The same one on all ranks, so that all raise the same error and go on together.
         alarm = int(self.on_host()[1][:, -1].max())
         if not alarm:
             return
@@ -130,6 +134,7 @@ class BlockCounts:
         Collective.
         """
         choice = Leg(self._all_to_all, lambda: self._route(slice(0, self._num_blocks))).out(choice)
+        # Each source counted its own rows from 0; here those of the sources before it come first.
         first_row = self.rows.cumsum(0) - self.rows
         return choice + as_int32(repeated(first_row * num_choices, self.assignments.sum(1), len(choice)))
 

@@ -44,6 +44,7 @@ class Leg:
         self.all_to_all._check_not_freed()
         route = self.route
         num_rows = int(route.send_counts.sum())
+        # A table that a device made ends with copies of assignments that go nowhere.
         if len(rows) != num_rows:
             rows = rows[:num_rows]
         return rows if len(route.send_counts) == 1 else self.all_to_all._send(rows, route)
@@ -108,6 +109,7 @@ class Path:
         rows = 0
         for leg in self.legs():
             both_ways = leg.route.send_counts + leg.route.recv_counts
+            # A rank's rows to itself cross nothing.
             rows += int(both_ways.sum() - both_ways[leg.all_to_all.comm.rank])
         return rows
 
@@ -121,6 +123,7 @@ class Path:
 
     def text(self, rows: Array) -> str:
         """What must be the same on all ranks."""
+        # All legs of a path have the same.
         digest = self.legs()[0].digest
         return f"{rows_text(rows, in_equal_parts=False)} of the route {digest or 'without a digest'}"
 

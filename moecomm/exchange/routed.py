@@ -84,6 +84,7 @@ class RoutedExchange(Exchange[Plan]):
         self._holders = Holders.of(self.experts)
         self.num_experts = self._holders.num_experts
         """E, one more than the highest id."""
+        # Ranks with fewer experts than the widest one have blocks that stay empty.
         source, local = np.divmod(np.arange(self.comm.size * self._holders.widest), max(self._holders.widest, 1))
         self._by_expert = BlockOrder.sorted_by(local, source)
 
@@ -115,6 +116,7 @@ class RoutedExchange(Exchange[Plan]):
         """
         with collective("dispatch", self.comm):
             expert, status = self._opened(x, routing)
+            # One thread through all steps: their backward passes then run on all ranks in one order.
             thread = new_thread(x) if self.fp8 is None else None
             way = self._way(self._holders.on(expert).places(expert), status)
             away = way.away()
@@ -127,6 +129,7 @@ class RoutedExchange(Exchange[Plan]):
                 rows, thread = way.path.carry(x, thread)
             else:
                 rows, scales = float8.send(x, way.path)
+            # Not before the rows are on their way: until then the counts may still be on a GPU.
             way.path.agree()
             count = way.rows_per_expert()[: self.num_local_experts]
             return rows, self._plan_type(count, len(rows), way.path, way.at_home(), away, weight, thread, scales)
@@ -147,6 +150,7 @@ class RoutedExchange(Exchange[Plan]):
             )
             dtype = rows.dtype if dtype is None else dtype
             if plan.away is None:
+                # Without the first step: at home the answers are summed with their weights, not plainly.
                 answers, thread = plan.path.part(1, None).carry_back(rows, plan.thread)
                 y = weighted_sum(answers, plan.weight, plan.at_home, dtype, self.comm)
             else:
@@ -154,6 +158,7 @@ class RoutedExchange(Exchange[Plan]):
                 partial = weighted_sum(rows, plan.weight, plan.away, travelling, self.comm)
                 y, thread = plan.path.part(0, -1).carry_back(partial, plan.thread)
                 y = as_dtype(y, dtype)
+            # The sum of nothing: it ties the result to all steps of the backward pass, whatever of it is used.
             return y if thread is None else y + thread.sum().to(dtype)
 
     # ---- who goes where --------------------------------------------------------------------------------------------
@@ -164,6 +169,7 @@ class RoutedExchange(Exchange[Plan]):
         Assignments are sent in the order of their experts' places: the count of each source and expert is all that a
         receiver needs to bring them in order.
         """
+        # One label more counts the ids that no rank holds, which on a device are not looked at before.
         at_home, count = by_label(place, self._holders.num_places + 1)
         alarm = self._alarm(status, count)
         if self.send == "tokens":
@@ -182,6 +188,7 @@ class RoutedExchange(Exchange[Plan]):
         rank = self._holders.on(place).rank[place.reshape(-1)[source]]
         rows = copies(rank, source // max(num_choices, 1), self.comm.size, place.shape)
         counts = BlockCounts.exchange(self.all_to_all, self._by_holder(count), rows.count, alarm)
+        # Before anything is sent that not all ranks would come to.
         counts.raise_alarm(self.comm)
         choice = as_int32(rows.slot * num_choices + source % max(num_choices, 1))
         choice = self._blocks(counts).out(counts.send_choices(choice, num_choices))
@@ -213,6 +220,7 @@ class RoutedExchange(Exchange[Plan]):
         def compared_text(checked: tuple[Array, Array]) -> str:
             return f"{tokens_text(x)}, K = {checked[0].shape[1]}, {self._sizes_text()}"
 
+        # Later calls are left to `Checked`: a text of each call would cost a message.
         door = self.comm.checked if self._compared else self.comm.compared
         checked = door(
             f"{type(self).__name__}.dispatch", self._dispatch_arguments, x, routing, compared_text=compared_text
@@ -248,6 +256,7 @@ class RoutedExchange(Exchange[Plan]):
         if self.fp8 is not None:
             float8.check_tokens(x, routing.weight)
         if is_torch(expert):
+            # On a device nothing is read: status and ids are told to all ranks with the counts.
             return expert, 0 if routing.status is None else routing.status
         self._check_ids(expert)
         return expert, 0 if routing.status is None else int(routing.status)
@@ -255,6 +264,7 @@ class RoutedExchange(Exchange[Plan]):
     def _check_ids(self, expert: Counts) -> None:
         if expert.size and not -1 <= expert.min() <= expert.max() < self.num_experts:
             raise ValueError(f"routing.expert has {expert.min()}..{expert.max()}, expected -1..{self.num_experts - 1}")
+        # Ids between those that are held: experts need not be numbered without gaps.
         lost = expert[self._holders.place[expert] == self._holders.num_places]
         if lost.size:
             raise ValueError(f"routing.expert names expert {lost[0]}, which no rank holds")

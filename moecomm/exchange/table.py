@@ -124,10 +124,12 @@ def by_label(label: Array, num_labels: int) -> tuple[RowTable, Counts | Array]:
         return _table(_sorting(label)[: count.sum()], label.shape), count
     import torch
 
+    # No bincount: it asks the device for the largest label, and waits for the answer.
     source, ends = _sorted_labels(label.reshape(-1), num_labels)
     count = torch.diff(ends, prepend=ends.new_zeros(1))
     row = torch.empty_like(source, dtype=torch.int32)
     row[source] = torch.arange(len(source), dtype=torch.int32, device=label.device)
+    # What has no label has a place in the order all the same; no row of its token may be read from there.
     row = torch.where(label < num_labels, row.reshape(label.shape), -1)
     return RowTable(row, source.int()), count
 
@@ -152,6 +154,7 @@ def num_copies(destination: Array, row: Array, num_destinations: int, num_rows: 
 
 def _pairs(destination: Array, row: Array, num_destinations: int, num_rows: int) -> tuple[Array, Array]:
     """A bit for each pair of a destination and a row, set where there is an assignment; and the pair of each one."""
+    # One more destination stands for none, so that no index has to be left out: on a device that would need its count.
     pair = destination * num_rows + row
     is_copied = zeros((num_destinations + 1) * num_rows, "bool", destination)
     is_copied[pair] = True
@@ -169,10 +172,12 @@ def copies(destination: Array, row: Array, num_destinations: int, shape: tuple[i
     by_destination = is_copied.reshape(num_destinations + 1, num_rows)
     count = by_destination.sum(1)
     start = count.cumsum(0) - count
+    # Assignments of one pair find the same copy and the same choice, so what they write below is the same.
     copy = is_copied.cumsum(0)[pair] - 1
     choice = row * num_choices + by_destination.cumsum(0).reshape(-1)[pair] - 1
     has_destination = destination < num_destinations
     if isinstance(copy, np.ndarray):
+        # The host knows how many have a destination, and makes a table of no more.
         copy_of, choice_of = copy[has_destination], choice[has_destination]
         source = zeros(int(count[:-1].sum()), "int32", copy)
         source[copy_of] = choice_of
@@ -228,12 +233,14 @@ def padded_by_label(
         order = choice[order]
     num_rows = ends[-1] if num_labels else zeros((), "int64", flat)
     ends = ends.clip(None, max_rows)
+    # The inverse of the order: where each assignment's copy is.
     place = empty_rows(len(flat), order)
     place[order] = arange(len(flat), flat)
     row = where((flat < num_labels) & (place < max_rows), place, -1)
     source = zeros(max_rows, "int32", flat) - 1
     num_sources = min(max_rows, len(flat))
     source[:num_sources] = as_int32(where(arange(num_sources, flat) < num_rows, order[:num_sources], -1))
+    # Rows without room are those of the last labels: their counts end with the room.
     count = ends + 0
     count[1:] -= ends[:-1]
     return RowTable(as_int32(row).reshape(label.shape), source), count, (num_rows - max_rows).clip(0)
@@ -251,6 +258,7 @@ def _sorted_labels(label: Array, num_labels: int) -> tuple[Array, Array]:
 
 def table_of(choice: Array, shape: tuple[int, int]) -> RowTable:
     """The copies whose rows and choices, r * K + k, are `choice` [N], in this order."""
+    check_size(*shape)
     if isinstance(choice, np.ndarray):
         return _table(choice, shape)
     import torch
@@ -275,6 +283,7 @@ def constant(array: NDArray[Any], like: Array) -> Array:
         return array
     import torch
 
+    # torch warns of memory that cannot be written, as that of broadcast arrays.
     return torch.from_numpy(array.copy()).to(like.device)
 
 
@@ -323,6 +332,7 @@ def _sorting(numbers: NDArray[Any]) -> Counts:
 
 def _table(source: Counts, shape: tuple[int, ...]) -> RowTable:
     num_rows, num_choices = shape
+    # int32 below would wrap around without a word.
     check_size(num_rows, num_choices)
     row = np.full((num_rows, num_choices), -1, np.int32)
     row.reshape(-1)[source] = np.arange(len(source), dtype=np.int32)
