@@ -156,6 +156,7 @@ class BalancedExchange(Exchange[BalancedPlan]):
 
         Collective.
         """
+        # Dropped assignments have a number of their own kind, which no copy takes.
         flat = np.where(expert >= 0, expert, self.num_experts).reshape(-1)
         count = np.bincount(flat, minlength=self.num_experts + 1)
         order = np.argsort(flat, kind="stable")
@@ -171,6 +172,7 @@ class BalancedExchange(Exchange[BalancedPlan]):
 
         number  [T, K] of the assignment among all of its expert, of all ranks: rank r takes the next rows[r, e] of them
         """
+        # The rows of an expert, numbered through all ranks, are cut into one stretch for each rank that takes some.
         rank_ends = placement.rows.cumsum(axis=0)
         physical = expert.copy()
         for rank in range(self.comm.size):

@@ -112,9 +112,11 @@ class HierarchicalExchange(RoutedExchange):
         rank = self._holders.on(place).rank[place.reshape(-1)[source]]
         relay = self._relay_place.at(place)[rank]
         rows = copies(relay, token, self._between.comm.size, place.shape)
+        # Sources count the rows of hop two, so that the counts of both hops go first and the host waits for a GPU once.
         num_inside = num_copies(rank, token, self.comm.size, place.shape[0])
         between = self._count_between(count, rows.count, num_inside, self._alarm(status, count))
         inside = self._count_inside(between)
+        # The alarms of all ranks have come through the relays: nobody goes on to a hop that others leave.
         inside.raise_alarm(self.comm)
 
         choice = between.send_choices(as_int32(rows.slot * num_choices + source % max(num_choices, 1)), num_choices)
@@ -151,6 +153,7 @@ class HierarchicalExchange(RoutedExchange):
         num_sources = len(self._sources)
         by_source = between.assignments.reshape(num_sources, self._largest_node, widest)
         assignments = zeros((size, self._most_sources, widest), "int64", by_source)
+        # Relays of one node may have different numbers of sources; all tell as many, the last ones empty.
         for local_rank in range(size):
             assignments[local_rank, :num_sources] = by_source[:, local_rank]
         num_rows = between.others.sum(0)[:size]

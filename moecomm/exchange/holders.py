@@ -42,6 +42,7 @@ class Holders:
         num_experts = int(ids.max(initial=-1)) + 1
         place = np.full(num_experts + 3, len(ids))
         place[ids] = np.arange(len(ids))
+        # Behind all others, so that a sort leaves what was dropped at the end.
         place[-1] = len(ids) + 1
         rank = np.concatenate([np.full(len(by_rank[rank]), rank) for rank in order])
         local = np.concatenate([np.arange(len(by_rank[rank])) for rank in order])

@@ -42,6 +42,7 @@ class Share:
 
     def slice_sizes(self, num_lanes: int) -> Counts:
         """[L] tokens of each tensor rank's slice of the sequence, as np.array_split cuts them."""
+        # The first slices have one token more where the tokens do not divide.
         least, remainder = divmod(self.shape[0], num_lanes)
         return np.array([least + (lane < remainder) for lane in range(num_lanes)], np.int64)
 
@@ -59,6 +60,7 @@ class Share:
 
 def replicated(x: Array, tensor: Comm) -> Array:
     """x, which all tensor ranks have. For torch: its gradient is summed over them, a collective."""
+    # requires_grad is the same on all tensor ranks, which have the same x: no rank goes another way here.
     if not is_torch(x) or not x.requires_grad:
         return x
     return linear(x, None, lambda x: x.view_as(x), tensor.all_reduce, tensor)[0]

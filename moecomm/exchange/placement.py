@@ -104,6 +104,7 @@ class _Moves:
 
     def _relieve(self, fullest: int) -> bool:
         """Move some rows of its hottest expert away; of the next ones if all that have a gap hold that already."""
+        # Asked once and not for each of many experts: a bound that is too low ends here.
         has_room = (self._num_used < self.slots.shape[1]) & (self._total < self._bound)
         if not has_room.any():
             return False
@@ -114,6 +115,7 @@ class _Moves:
             target = self._target(fullest, expert, num_rows)
             if target is None:
                 continue
+            # Rows are divisible: a copy takes exactly what its rank has room for.
             gap = self._bound - int(self._total[target])
             surplus = int(self._total[fullest]) - self._bound
             moved = min(gap, num_rows) if self._fills else min(gap, num_rows, surplus)

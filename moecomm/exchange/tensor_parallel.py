@@ -123,9 +123,11 @@ class TensorParallelExchange(Exchange[LanePlan]):
                 routing,
                 compared_text=lambda expert: _same_text(x, routing, expert),
             )
+            # From the routing alone, which all tensor ranks have, each knows what the others will answer.
             tokens = None
             if not is_torch(expert):
                 tokens = [np.flatnonzero(self._goes_by(lane, expert).any(axis=1)) for lane in range(self.tensor.size)]
+            # Each lane gives the gradient of its own assignments; the tokens need the sum.
             x, weight = replicated(x, self.tensor), replicated(routing.weight, self.tensor)
             on_lane = where(self._goes_by(self.tensor.rank, expert), expert, -1)
             rows, plan = self.inner.dispatch(x, replace(routing, expert=on_lane, weight=weight))
@@ -145,12 +147,14 @@ class TensorParallelExchange(Exchange[LanePlan]):
                 "combine", _checked_plan, rows, plan, compared_text=lambda _: rows_text(rows, in_equal_parts=False)
             )
             dtype = rows.dtype if dtype is None else dtype
+            # What is still to be added must not be rounded before.
             partial = self.inner.combine(rows, plan.inner, dtype if plan.share.one_lane_each() else sum_dtype(rows))
             return as_dtype(share(partial, plan.share, self.tensor), dtype)
 
     def _goes_by(self, lane: int, expert: Array) -> Array:
         """[T, K] whether an assignment goes by the lane. So does an id of no expert, which inner then refuses."""
         turn, num_replicas = self._turn.at(expert), self._num_replicas.at(expert)
+        # Ids on a device are not checked before they get here; as an index such an id would stop the kernel.
         is_known = (expert >= -1) & (expert < self.num_experts)
         ids = where(is_known, expert, -1)
         number = arange(ids.shape[0] * ids.shape[1], ids).reshape(ids.shape)
@@ -162,6 +166,7 @@ class TensorParallelExchange(Exchange[LanePlan]):
         try:
             return self.tensor.checked(f"{type(self).__name__}.{call}", check, *arguments, compared_text=compared_text)
         except (TypeError, ValueError) as error:
+            # Lanes have their own Comm: its ranks would wait for this one in the dispatch that it does not come to.
             self.inner.comm.tell_refusal(error)
             raise
 
