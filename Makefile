@@ -27,6 +27,7 @@ help:
 	@echo 'make campaign    failures at random places (SECONDS=...); make sanitize the C++ alone'
 	@echo 'make figures     draw the figures of docs/'
 	@echo 'make docs        the site of the pages'
+	@echo 'make torchtitan  train its small model with its own dispatcher and with moecomm'"'"'s'
 	@echo 'make clean       remove what the others have made'
 	@echo
 	@echo 'What is needed is installed into $(VENV) by the first call.'

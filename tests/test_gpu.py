@@ -25,7 +25,7 @@ def test_every_program_that_uses_cuda_is_listed() -> None:
 
     bench/harness.py reads arguments for other programs.
     """
-    uses_cuda = re.compile(r"torch\.cuda\.|import cupy|\"nccl\"|choices=\(\"cpu\", \"cuda\"\)")
+    uses_cuda = re.compile(r"torch\.cuda\.\w|import cupy|\"nccl\"|choices=\(\"cpu\", \"cuda\"\)")
     for file in [*PROGRAMS.glob("*.py"), *(ROOT / "bench").glob("*.py")]:
         source = file.read_text()
         if file.name not in ("gpu.py", "harness.py") and "parse_args(" in source and uses_cuda.search(source):
