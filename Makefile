@@ -15,7 +15,7 @@ NEW_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1) || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize wheels torchtitan lint figures docs clean
+.PHONY: help alltoall test quick test-threads test-mpi list-gpu test-gpu campaign sanitize wheels torchtitan lint figures docs docs-browser clean
 
 help:
 	@echo 'make alltoall    the main job: mpirun -n $(RANKS) python bench/alltoall.py (RANKS=..., ARGS="--skew zipf")'
@@ -98,6 +98,11 @@ figures: $(VENV)/.test
 docs: $(VENV)/.docs
 	$(ACTIVATE) python -m sphinx --builder html --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
 	$(ACTIVATE) python docs/check_site.py build/docs
+
+# The site in headless Chromium: apt-get install chromium chromium-driver.
+docs-browser: docs
+	$(BIN)/python -m pip install -q 'selenium>=4.20'
+	$(ACTIVATE) python -m pytest -n $(WORKERS) tests/programs/site_in_browser.py
 
 $(VENV)/.run: $(BUILD_FROM)
 	$(call NEW_VENV,$(VENV))
