@@ -26,7 +26,7 @@ help:
 	@echo 'make list-gpu    what needs a GPU; make test-gpu runs the checks of it'
 	@echo 'make campaign    failures at random places (SECONDS=...); make sanitize the C++ alone'
 	@echo 'make figures     draw the figures of docs/'
-	@echo 'make docs        the site of the pages'
+	@echo 'make docs        the site of the pages; make docs-browser looks at it in Chromium'
 	@echo 'make torchtitan  train its small model with its own dispatcher and with moecomm'"'"'s'
 	@echo 'make clean       remove what the others have made'
 	@echo
