@@ -53,6 +53,7 @@ WINGS = [
     Room("plan", "pictures and the command line", ("draw", "cli", "__main__")),
     Room("nn", "layers, checkpoints, a model", ("nn",)),
     Room("train", "programs that train", ("train", "distill")),
+    Room("serve", "a model that answers", ("serve",)),
     Room("integrations", "inside other libraries", ("integrations",)),
     Room("testing", "suites that check an implementation", ("testing", "conformance", "gating.reference")),
 ]

@@ -112,7 +112,7 @@ def test_resumed_with_no_more_steps(steps: str, book: Path, tmp_path: Path, caps
 
 @pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_ranks_that_know_nothing_of_each_other_are_told(variable: str) -> None:
-    with pytest.warns(RuntimeWarning, match=r"started 2 processes, and each trains alone.*torchrun --nproc-per-node 2"):
+    with pytest.warns(RuntimeWarning, match=r"started 2 processes, and each runs alone.*torchrun --nproc-per-node 2"):
         warn_of_lone_ranks({variable: "2"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

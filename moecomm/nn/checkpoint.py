@@ -17,7 +17,7 @@ import secrets
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,12 @@ def load(
     optimizer: Optimizer | None = None,
     *,
     comm: Comm | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, Any]:
     """Fill model and optimizer from a checkpoint, whatever the split it was saved under. Returns the values saved.
 
-    path  what `save` or `last` returned
+    path      what `save` or `last` returned
+    progress  progress(done, total): how many bytes of this rank's are read
 
     Every tensor of the model must be in the checkpoint, with the same shape, and every one of the checkpoint in the
     model of some rank; dtypes are the model's. Collective. On all ranks, ValueError for a checkpoint that is damaged,
@@ -122,7 +124,7 @@ def load(
         tensors = held(model)
         copies, states, targets = together(comm, "checkpoint", lambda: _memory(tensors, optimizer, stored))
         _check_names(comm, stored, targets)
-        together(comm, "checkpoint", lambda: stored.fill(targets))
+        together(comm, "checkpoint", lambda: stored.fill(targets, progress))
     # All ranks have read and compared everything. What fails from here on is undone.
     if optimizer is not None:
         groups = index["groups"]
@@ -130,6 +132,12 @@ def load(
         _load_state(comm, optimizer, state)
     together(comm, "checkpoint", lambda: _fill_model(tensors, copies))
     return dict(index["values"])
+
+
+def values(path: str | Path) -> dict[str, Any]:
+    """The values of a checkpoint, without its tensors. Raises as `load`. Not collective."""
+    with ExitStack() as stack:
+        return dict(Stored(path, stack).index["values"])
 
 
 def last(folder: str | Path) -> Path | None:

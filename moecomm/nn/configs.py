@@ -139,6 +139,7 @@ CONFIGS = {
     "1.3b-pr-moe-64-128": replace(_1_3B, experts=pyramid(12, 64), residual="sum"),
     "350m-pr-moe-mos-21": replace(_350M, num_layers=21, experts=pyramid(10, 32), residual="sum"),
     "1.3b-pr-moe-mos-21": replace(_1_3B, num_layers=21, experts=pyramid(10, 64), residual="sum"),
+    "6.7b": Config(32, 4096, 32),
     "tiny": replace(_SMALL, hidden=16, heads=2, context=32),
     "small": _SMALL,
     "small-top-2": replace(_SMALL, residual="none", top_k=2, normalize="selected"),
@@ -154,7 +155,8 @@ CONFIGS = {
         context=512,
     ),
 }
-"""By name. The first six are the paper's, in its order; the others read bytes."""
+"""By name. The first six are the paper's, in its order, then the dense model that it sets beside the second one; the
+others read bytes."""
 
 
 def config_named(name: str) -> Config:

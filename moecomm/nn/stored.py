@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
@@ -153,14 +154,18 @@ class Stored:
             if shape != piece.shape:
                 raise ValueError(f"{piece.name} in {self.path} has shape {shape}, expected {piece.shape}")
 
-    def fill(self, targets: list[Target]) -> None:
+    def fill(self, targets: list[Target], progress: Callable[[int, int], object] | None = None) -> None:
         """Read the numbers of targets, whose memory is on the host, from all pieces that overlap with them.
+
+        progress  progress(done, total), in bytes
 
         Raises ValueError for a file that is not as it was written, OSError for one that cannot be read.
         """
         by_name: dict[str, list[Target]] = defaultdict(list)
         for target in targets:
             by_name[target[0].name].append(target)
+        total = sum(values.nbytes for _, values in targets)
+        done = 0
         for name, boxes in by_name.items():
             piece, values = boxes[0]
             for source in self.tensors[name]:
@@ -171,6 +176,9 @@ class Stored:
                     file.read(source.key, values, source.checksum)
                 else:
                     self._copy(source, boxes)
+            done += sum(values.nbytes for _, values in boxes)
+            if progress is not None:
+                progress(done, total)
 
     def _copy(self, source: Piece, targets: list[Target]) -> None:
         """What targets have in common with a piece of the checkpoint.

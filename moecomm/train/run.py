@@ -58,15 +58,15 @@ def world() -> Iterator[tuple[Comm | None, torch.device]]:
         dist.destroy_process_group()
 
 
-def warn_of_lone_ranks(environ: Mapping[str, str]) -> None:
+def warn_of_lone_ranks(environ: Mapping[str, str], program: str = "moecomm.train") -> None:
     """Warn if a launcher started several processes that know nothing of each other: the ranks are torchrun's alone."""
     if dist.is_torchelastic_launched():
         return
     launcher, started = started_by(environ, "MPICH's or Intel's mpirun", "Open MPI's mpirun", "srun")
     if started > 1:
         warnings.warn(
-            f"{launcher} started {started} processes, and each trains alone; ranks that train together are started by "
-            f"torchrun --nproc-per-node {started} -m moecomm.train",
+            f"{launcher} started {started} processes, and each runs alone; ranks that work together are started by "
+            f"torchrun --nproc-per-node {started} -m {program}",
             RuntimeWarning,
             stacklevel=3,
         )
