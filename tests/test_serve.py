@@ -245,6 +245,8 @@ def test_ranks_that_differ() -> None:
         with pytest.raises(ValueError, match="ranks differ"):
             engine.add(b"a" if comm.rank else b"b")
         with pytest.raises(ValueError, match="ranks differ"):
+            engine.add(b"a", sequence=comm.rank)
+        with pytest.raises(ValueError, match="ranks differ"):
             engine.add(b"a") if comm.rank else engine.step()
         engine.add(b"a", max_new=5)
         engine.step()

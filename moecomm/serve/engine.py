@@ -219,7 +219,7 @@ class Engine:
             return checked_options(self.config, self.max_length, prompts, **options)
 
         requests = []
-        for number, fields in enumerate(self._call(call, check, repr)):
+        for number, fields in enumerate(self._call(call, check, lambda checked: repr((sequence, checked)))):
             requests.append(Request(self._count, sequence=sequence + number, **fields))
             self._count += 1
         self.waiting.extend(requests)

@@ -96,9 +96,8 @@ def _checked_numbers(
     top_p: float,
     stop: object,
 ) -> dict[str, Any]:
-    bounds = {"max_new": (max_new, 1, None), "seed": (seed, 0, 2**SEED_BITS), "top_k": (top_k or 1, 1, None)}
-    if top_k is not None:
-        bounds["top_k"] = (top_k, 1, None)
+    cut = config.vocabulary if top_k is None else top_k
+    bounds = {"max_new": (max_new, 1, None), "seed": (seed, 0, 2**SEED_BITS), "top_k": (cut, 1, None)}
     for name, (value, least, end) in bounds.items():
         if type(value) is not int:
             raise TypeError(f"{name} is {value!r}, expected a whole number")
@@ -112,7 +111,7 @@ def _checked_numbers(
         "max_new": max_new,
         "temperature": float(temperature),
         "seed": seed,
-        "top_k": min(top_k or config.vocabulary, config.vocabulary),
+        "top_k": min(cut, config.vocabulary),
         "top_p": float(top_p),
     }
 
