@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import PROGRAMS
@@ -95,11 +95,15 @@ def in_cpp_all(source: str) -> str:
 class Gpus:
     """Takes the launches of all ranks, and runs them."""
 
+    runtimes: ClassVar[list[ctypes.CDLL]] = []
+    """One at most: kernels find the runtime's variables by name in the process, so those of two would be mixed up."""
+
     def __init__(self, folder: Path) -> None:
         self.folder, self.compiled, self.queued = folder, {}, []
-        self.runtime = ctypes.CDLL(
-            self.build("runtime", (FOLDER / "cuda_on_cpu.cpp").read_text(), ()), ctypes.RTLD_GLOBAL
-        )
+        if not self.runtimes:
+            library = self.build("runtime", (FOLDER / "cuda_on_cpu.cpp").read_text(), ())
+            self.runtimes.append(ctypes.CDLL(library, ctypes.RTLD_GLOBAL))
+        self.runtime = self.runtimes[0]
         self.runtime.run.restype = ctypes.c_char_p
 
     def build(self, name: str, source: str, macros: Any) -> str:
