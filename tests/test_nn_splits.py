@@ -7,12 +7,14 @@ layer has 2 experts and one 4, so that with expert=4 they have different topolog
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
-from conftest import gloo_run
+from conftest import ROOT, gloo_run
 
 torch = pytest.importorskip("torch")
 
@@ -67,7 +69,22 @@ def test_expert_and_tensor_parallel_losses_are_those_of_one_rank() -> None:
             assert on_many(comm, config, **sizes) == pytest.approx(wanted[config], rel=1e-5), sizes
 
     threads.run(4, lambda comm: body(comm, SPLITS[:-1]))
-    gloo_run(4, lambda comm: body(comm, SPLITS[-1:]))
+
+
+@pytest.mark.slow
+def test_losses_over_gloo_are_those_of_one_rank() -> None:
+    """In an interpreter of its own: a fork after matrices were multiplied may leave a lock of the library taken."""
+    code = "import test_nn_splits; test_nn_splits.check_over_gloo()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True, timeout=170)
+
+
+def check_over_gloo() -> None:
+    config, sizes = SPLITS[-1]
+
+    def body(comm: Comm) -> None:
+        assert on_many(comm, config, **sizes) == pytest.approx(on_one_rank(config), rel=1e-5), sizes
+
+    gloo_run(4, body)
 
 
 @pytest.mark.slow
