@@ -46,6 +46,7 @@ MODULES = (
     "moecomm.nn.deepspeed",
     "moecomm.integrations.transformers",
     "moecomm.distill",
+    "moecomm.serve",
     "moecomm.cost",
     "moecomm.draw",
     "moecomm.testing",

@@ -126,3 +126,10 @@ def test_links(page: Path) -> None:
 def anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_reference_knows_all_modules_that_its_pages_ask_for() -> None:
+    source = (ROOT / "docs/site_docstrings.py").read_text()
+    modules = set(re.findall(r'"(moecomm[\w.]*)",', source.partition("MODULES = (")[2].partition(")")[0]))
+    pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.rst"))
+    assert set(re.findall(r"public-names:: ([\w.]+)", pages)) == modules
