@@ -83,11 +83,9 @@ class BalancedExchange(Exchange[BalancedPlan]):
         ]
         self._inner = RoutedExchange(all_to_all, with_slots, **options)
         self._of_weights = FlatAllToAll(self.comm)
-        self._holder, self._local = np.zeros((2, self.num_experts), np.int64)
+        place = plain._holders.place[: self.num_experts]
+        self._holder, self._local = plain._holders.rank[place], plain._holders.local[place]
         """[E] the rank that holds each expert, and the expert's number there."""
-        for rank, ids in enumerate(self.experts):
-            self._holder[ids] = rank
-            self._local[ids] = np.arange(len(ids))
         self.tells_unusable = self._inner.tells_unusable
         self.fp8 = self._inner.fp8
 
@@ -156,16 +154,13 @@ class BalancedExchange(Exchange[BalancedPlan]):
 
         Collective.
         """
-        # Dropped assignments have a number of their own kind, which no copy takes.
-        flat = np.where(expert >= 0, expert, self.num_experts).reshape(-1)
-        count = np.bincount(flat, minlength=self.num_experts + 1)
-        order = np.argsort(flat, kind="stable")
-        number = np.empty_like(flat)
-        number[order] = np.arange(len(flat)) - np.repeat(count.cumsum() - count, count)
+        table, count = by_label(np.where(expert >= 0, expert, self.num_experts), self.num_experts)
+        # Of dropped assignments the number means nothing: no copy takes them.
+        number = table.row - (count.cumsum() - count)[expert]
         # A routing of unusable logits is refused by the inner dispatch, on all ranks.
-        own = count[:-1] * (status == 0)
+        own = count * (status == 0)
         load: Counts = self.comm.all_gather(own[None])
-        return load, number.reshape(expert.shape)
+        return load, number
 
     def _physical(self, expert: Counts, number: Counts, placement: Placement) -> Counts:
         """[T, K] the id of the expert or the copy that takes each assignment.

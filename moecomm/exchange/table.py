@@ -127,11 +127,9 @@ def by_label(label: Array, num_labels: int) -> tuple[RowTable, Counts | Array]:
     # No bincount: it asks the device for the largest label, and waits for the answer.
     source, ends = _sorted_labels(label.reshape(-1), num_labels)
     count = torch.diff(ends, prepend=ends.new_zeros(1))
-    row = torch.empty_like(source, dtype=torch.int32)
-    row[source] = torch.arange(len(source), dtype=torch.int32, device=label.device)
+    table = table_of(source, label.shape)
     # What has no label has a place in the order all the same; no row of its token may be read from there.
-    row = torch.where(label < num_labels, row.reshape(label.shape), -1)
-    return RowTable(row, source.int()), count
+    return RowTable(torch.where(label < num_labels, table.row, -1), table.source), count
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,9 +256,9 @@ def _sorted_labels(label: Array, num_labels: int) -> tuple[Array, Array]:
 
 def table_of(choice: Array, shape: tuple[int, int]) -> RowTable:
     """The copies whose rows and choices, r * K + k, are `choice` [N], in this order."""
-    check_size(*shape)
     if isinstance(choice, np.ndarray):
         return _table(choice, shape)
+    check_size(*shape)
     import torch
 
     row = choice.new_full((shape[0] * shape[1],), -1, dtype=torch.int32)
