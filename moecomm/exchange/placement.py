@@ -97,8 +97,8 @@ class _Moves:
 
     def run(self) -> bool:
         """Whether the bound can be kept so."""
-        while (fullest := int(self._total.argmax())) is not None and self._total[fullest] > self._bound:
-            if not self._relieve(fullest):
+        while (self._total > self._bound).any():
+            if not self._relieve(int(self._total.argmax())):
                 return False
         return True
 
@@ -108,17 +108,17 @@ class _Moves:
         has_room = (self._num_used < self.slots.shape[1]) & (self._total < self._bound)
         if not has_room.any():
             return False
+        surplus = int(self._total[fullest]) - self._bound
         for expert in np.argsort(-self.rows[fullest], kind="stable").tolist():
             num_rows = int(self.rows[fullest, expert])
             if num_rows == 0:
                 return False
-            target = self._target(fullest, expert, num_rows)
+            offered = num_rows if self._fills else min(num_rows, surplus)
+            target = self._target(fullest, expert, offered)
             if target is None:
                 continue
             # Rows are divisible: a copy takes exactly what its rank has room for.
-            gap = self._bound - int(self._total[target])
-            surplus = int(self._total[fullest]) - self._bound
-            moved = min(gap, num_rows) if self._fills else min(gap, num_rows, surplus)
+            moved = min(self._bound - int(self._total[target]), offered)
             self.rows[fullest, expert] -= moved
             self.rows[target, expert] += moved
             self._total[fullest] -= moved
@@ -128,15 +128,14 @@ class _Moves:
             return True
         return False
 
-    def _target(self, fullest: int, expert: int, num_rows: int) -> int | None:
+    def _target(self, fullest: int, expert: int, offered: int) -> int | None:
         """The rank with a free slot that takes the most; of equal ones one inside the node, then the one less empty."""
         gap = self._bound - self._total
         can_take = (self._num_used < self.slots.shape[1]) & (gap > 0) & (self.rows[:, expert] == 0)
         can_take &= ~(self.slots == expert).any(axis=1)
         if not can_take.any():
             return None
-        needed = num_rows if self._fills else min(num_rows, int(self._total[fullest]) - self._bound)
-        taken = np.where(can_take, np.minimum(gap, needed), -1)
+        taken = np.where(can_take, np.minimum(gap, offered), -1)
         is_far = self._node_of != self._node_of[fullest]
         # lexsort's last key comes first; equal keys leave the lowest rank first.
         return int(np.lexsort((gap, is_far, -taken))[0])
